@@ -1,0 +1,1 @@
+"""From recordings to batches: sources, crops and the pipeline. Knows no model; no jax on import."""
