@@ -212,7 +212,8 @@ def _choice(config: ml_collections.ConfigDict, key: str, choices: Sequence[str])
     value = config[group][leaf]
     if value not in choices:
         raise UserError(
-            f"{key}={value!r}: unknown{_suggest(str(value), choices)}; choices: {', '.join(choices)}"
+            f"{key}={value!r}: unknown{_suggest(str(value), choices)}; "
+            f"choices: {', '.join(choices)}"
         )
 
 

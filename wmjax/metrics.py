@@ -4,10 +4,12 @@ Values stay on the device until a report is written, one step after it is due, s
 them never makes the device wait.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,30 +55,39 @@ class Throughput:
     def __init__(self, batch_size: int, num_steps: int) -> None:
         self._batch_size = batch_size
         self._num_steps = num_steps
-        self._waited = 0.0
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Leave out what came before: compilation, validation, a save."""
+        """Begin a new interval after `step`, leaving out what came before (compilation)."""
         self._step, self._since, self._waited = step, time.perf_counter(), 0.0
 
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the interval: validation, a save."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def rates(self, step: int) -> Row:
         """Return the rates since the last restart and begin a new interval."""
-        elapsed = time.perf_counter() - self._since
-        steps = step - self._step
-        row = {}
-        if steps > 0:
-            row = {
-                "examples_per_s": steps * self._batch_size / elapsed,
-                "step_ms": 1e3 * elapsed / steps,
-                "data_wait": self._waited / elapsed,
-                "eta_s": (self._num_steps - step) * elapsed / steps,
-            }
+        elapsed, steps = time.perf_counter() - self._since, step - self._step
+        waited = self._waited
         self.restart(step)
-        return row
+        if not steps:
+            return {}
+        return {
+            "examples_per_s": steps * self._batch_size / elapsed,
+            "step_ms": 1e3 * elapsed / steps,
+            "data_wait": waited / elapsed,
+            "eta_s": (self._num_steps - step) * elapsed / steps,
+        }
 
 
 class Reporter:
@@ -98,6 +109,7 @@ class Reporter:
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
+        self._kept: tuple[int, dict[str, clu_metrics.Average], Row] | None = None
         self._num_steps = num_steps
         self._file: TextIO | None = None
         self._tensorboard = self._wandb = None
@@ -127,6 +139,17 @@ class Reporter:
     def advance(self) -> None:
         if self._active:
             self._bar.update()
+
+    def later(self, step: int, means: dict[str, clu_metrics.Average], rates: Row) -> None:
+        """Keep a report until `flush`, when the device has moved on."""
+        self._kept = (step, means, rates)
+
+    def flush(self) -> None:
+        """Write the kept report, if there is one."""
+        if self._kept is not None:
+            step, means, rates = self._kept
+            self._kept = None
+            self.write(step, fetch(means) | rates)
 
     def write(self, step: int, row: Row) -> None:
         """Write one report to every sink."""

@@ -28,7 +28,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
         data = count // fsdp
     if data * fsdp != count:
         raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp}: their product must be the number of devices, {count}"
+            f"mesh.data={data}, mesh.fsdp={fsdp}: wanted a product of {count}, the device count"
         )
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 

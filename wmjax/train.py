@@ -91,7 +91,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                     reporter.say(f"first step done after {time.perf_counter() - begun:.1f} s")
                     throughput.restart(step)
                 if last or step % config.train.log_every == 0:
-                    reporter.later(step, mean.take(), throughput)
+                    reporter.later(step, mean.take(), throughput.rates(step))
                 if due(step, config.train.eval_every, last) and len(sources["validation"]):
                     with throughput.paused():
                         held_out = make_pipeline(config, sources, masks, mesh, "validation")
