@@ -1,0 +1,15 @@
+"""Every test runs on 8 fake CPU devices, with jax at its strictest."""
+
+import os
+
+# Read when jax is imported; worker processes and `python -c` children inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+
+def pytest_configure(config):
+    """Keep compiled programs between runs, beside pytest's own cache."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
