@@ -44,7 +44,7 @@ def command(workdir, *overrides):
 def environment(devices):
     """A new process has `devices` fake CPU devices and finds this checkout first."""
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
