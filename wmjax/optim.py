@@ -26,9 +26,15 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW whose decay leaves out biases and norms, as the reference's parameter groups do."""
     mask = decay_mask(axes)
-    return optax.adamw(
+    chain = optax.adamw(
         schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=lambda _: mask
     )
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # Adam's decay ** count is float ** int
+            return chain.update(grads, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def decay_mask(axes: Any) -> Any:

@@ -58,16 +58,16 @@ def build(
     of logical axes of the parameters. ema: momentum m in target = m target + (1 - m) params.
     """
 
-    def create(key: jax.Array) -> base.BaseWorldModel:
-        return base.create(rngs=nnx.Rngs(key), **model)
+    def create() -> base.BaseWorldModel:
+        return base.create(rngs=nnx.Rngs(jax.random.key(seed)), **model)
 
-    graph, _, axes = base.split(nnx.eval_shape(create, jax.random.key(seed)))
+    shapes = nnx.eval_shape(create)
+    graph, _, axes = base.split(shapes)
     optimizer = make_optimizer(axes)
 
     def init() -> TrainState:
-        world_model = create(jax.random.key(seed))
-        params = base.split(world_model)[1]
-        target = jax.tree.map(jnp.copy, world_model.target_params(params))
+        params = base.split(create())[1]
+        target = jax.tree.map(jnp.copy, shapes.target_params(params))
         return TrainState(jnp.zeros((), jnp.int32), params, target, optimizer.init(params))
 
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
@@ -96,7 +96,9 @@ def build(
         )
         return _averages(metrics | {"loss": loss})
 
-    abstract = _with_shardings(jax.eval_shape(init), axes, optimizer, mesh)
+    abstract = _with_shardings(
+        jax.eval_shape(init), axes, shapes.target_params(axes), optimizer, mesh
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     everywhere = sharding.replicated(mesh)
     inputs = (shardings, sharding.batch_sharding(mesh))
@@ -121,21 +123,25 @@ def _averages(metrics: dict[str, jax.Array]) -> Metrics:
 
 
 def _with_shardings(
-    state: TrainState, axes: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+    state: TrainState,
+    axes: Any,
+    target_axes: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
 ) -> TrainState:
     """Attach to every abstract array of the state the sharding of the parameter it belongs to."""
 
-    def place(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+    def place(leaf: Any, where: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    def place_parameter(leaf: jax.ShapeDtypeStruct, names: tuple) -> jax.ShapeDtypeStruct:
+    def place_parameter(leaf: Any, names: tuple) -> Any:
         return place(leaf, sharding.parameter_sharding(mesh, names, leaf.shape))
 
     everywhere = sharding.replicated(mesh)
     return TrainState(
         step=place(state.step, everywhere),
         params=jax.tree.map(place_parameter, state.params, axes),
-        target=jax.tree.map(place_parameter, state.target, axes["encoder"]),
+        target=jax.tree.map(place_parameter, state.target, target_axes),
         opt_state=optax.tree.map_params(
             optimizer,
             place_parameter,

@@ -21,7 +21,8 @@ from wmjax import optim, sharding
 from wmjax.checkpoint import Checkpoints
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.pipeline import Pipeline, Source
-from wmjax.data.synthetic import SyntheticSource
+from wmjax.data.synthetic import FPS, SyntheticSource
+from wmjax.data.windows import stride_for
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch
@@ -92,7 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                     throughput.restart(step)
                 if last or step % config.train.log_every == 0:
                     reporter.later(step, mean.take(), throughput.rates(step))
-                if due(step, config.train.eval_every, last) and len(sources["validation"]):
+                if due(step, config.train.eval_every, last):
                     with throughput.paused():
                         held_out = make_pipeline(config, sources, masks, mesh, "validation")
                         row = validate(steps, state, held_out, config.eval.batches)
@@ -151,6 +152,7 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             frames=data.frames,
             height=data.image_size,
             width=configs.width(config),
+            stride=stride_for(FPS, data.fps),
             seed=config.seed,
             split=split,
         )
