@@ -1,0 +1,99 @@
+"""Every key there is, with its default: what the other configurations vary. Not run by itself."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,  # decides initialisation, order of the data, crops and masks
+            "model": {
+                "name": "vjepa2",  # a file in wmjax/models
+                "size": "large",  # tiny small base large huge giant gigantic
+                "width": 0,  # 0: as the size says; likewise the next three
+                "depth": 0,
+                "heads": 0,
+                "mlp_ratio": 0.0,
+                "patch": 16,  # pixels of a patch, both ways
+                "tubelet": 2,  # frames of a patch
+                "rope": "tiled",  # tiled: as released with V-JEPA 2; interleaved: 2.1; or sincos
+                "predictor_width": 384,
+                "predictor_depth": 12,
+                "predictor_heads": 12,
+                "loss_exp": 1.0,  # mean |prediction - target|^loss_exp / loss_exp
+                "dtype": "bfloat16",  # of the products; parameters stay float32
+                "remat": "none",  # what the backward pass recomputes: none, dots, full
+                "scan": True,  # one compiled block run over the depth; False: unrolled
+                "attention": "auto",  # auto, xla, cudnn
+            },
+            # One group a mask, each used on every clip; context and target are shares of the cells.
+            "mask": {
+                "short": {
+                    "strategy": "multi_block",
+                    "blocks": 8,
+                    "scale": 0.15,  # area of a block, as a share of the frame
+                    "aspect": (0.75, 1.5),  # height over width, drawn uniformly
+                    "context": 63 / 256,
+                    "target": 124 / 256,
+                },
+                "long": {
+                    "strategy": "multi_block",
+                    "blocks": 2,
+                    "scale": 0.7,
+                    "aspect": (0.75, 1.5),
+                    "context": 16 / 256,
+                    "target": 176 / 256,
+                },
+            },
+            "data": {
+                "source": "lerobot",  # lerobot, or synthetic: generated moving shapes
+                "root": "",  # folder of a LeRobot dataset (the one that holds meta/)
+                "cameras": "all",  # all, or names separated by commas
+                "state": "observation.state",  # feature that becomes state_BTS
+                "action": "action",  # feature that becomes action_BTPA
+                "frames": 16,  # of a clip
+                "fps": 4.0,  # wanted; the stride is rounded so that no clip is faster
+                "image_size": 256,  # height of the training clips in pixels
+                "image_width": 0,  # 0: square
+                "batch_size": 24,  # instants a step, over all devices
+                "crop_scale": (0.3, 1.0),  # area of the random crop, as a share of the frame
+                "crop_aspect": (0.75, 1.35),  # width over height, log-uniform
+                "val_share": 0.05,  # share of the episodes held out (at least one)
+                "threads": 16,  # that decode, in this process
+                "prefetch": 0,  # clips decoded ahead; 0: two batches
+            },
+            "optim": {
+                "learning_rate": 5.25e-4,
+                "start_learning_rate": 1e-4,  # at the first step of the warm-up
+                "warmup": 0.05,  # share of schedule_steps
+                "schedule_steps": 100_000,  # length that the schedules are drawn for
+                "weight_decay": 0.04,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "ema": 0.99925,  # momentum of the target encoder
+            },
+            "train": {
+                "num_steps": 100_000,  # where this run stops; no schedule depends on it
+                "log_every": 20,
+                "eval_every": 1_000,  # 0: never
+                "deterministic": False,  # bit-equal runs on GPUs too, slower
+            },
+            "eval": {
+                "batches": 8,  # of held-out clips, the same ones every time
+            },
+            "mesh": {
+                "data": -1,  # devices that hold copies; -1: all that fsdp leaves
+                "fsdp": 1,  # devices over which parameters, moments and target are split
+            },
+            "checkpoint": {
+                "every": 1_000,
+                "keep": 3,
+            },
+            "log": {
+                "tensorboard": False,
+                "wandb": False,
+                "wandb_project": "wmjax",
+            },
+        }
+    )

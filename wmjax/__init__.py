@@ -1,0 +1,19 @@
+"""wmjax: train V-JEPA 2 style video world models on robot video, in JAX and Flax NNX.
+
+The public face. Importing it is cheap: what it names is loaded when it is first asked for.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {"get_config": "wmjax.config", "list_configs": "wmjax.config"}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'wmjax' has no attribute '{name}'")

@@ -1,14 +1,14 @@
 """What flows between data, model and step, and the legend of the shape suffixes.
 
 Legend
-    B  instants in the batch (global under jit)     N  tokens of a clip, N = T/tubelet * H/patch * W/patch
+    B  instants in the batch (global under jit)     N  tokens of a clip (a 3-D grid)
     V  views (cameras) of one instant               K  context tokens kept by one mask
     T  frames of a clip                             M  target tokens predicted by one mask
     H, W, C  pixels, channels (RGB)                 D  width of the encoder
     S  numbers in a state                           A  numbers in an action
     P  recorded actions between two sampled frames (the stride)
 
-Token ids count cells of the (time, row, column) grid in row-major order, from 0.
+Token ids count the cells of the (time, row, column) grid in row-major order, from 0.
 Imports jax for its types only: no array is made here.
 """
 

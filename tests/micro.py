@@ -1,0 +1,67 @@
+"""The smallest run that goes through every room, and ways to run it in this or a new process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from wmjax import config as configs
+
+ROOT = Path(__file__).parents[1]
+
+OVERRIDES = (
+    "model.width=48",
+    "model.depth=2",
+    "model.heads=2",
+    "model.predictor_width=32",
+    "model.predictor_depth=1",
+    "model.predictor_heads=2",
+    "data.frames=4",
+    "data.image_size=32",
+    "data.batch_size=8",
+    "optim.schedule_steps=20",
+    "train.num_steps=4",
+    "train.log_every=1",
+    "train.eval_every=0",
+    "checkpoint.every=1000",
+)
+
+
+def config(*overrides):
+    return configs.load("debug_world_model", [*OVERRIDES, *overrides])
+
+
+def command(workdir, *overrides):
+    settings = [f"--config.{override}" for override in (*OVERRIDES, *overrides)]
+    return [
+        *(sys.executable, "-m", "wmjax.main", "--config=debug_world_model"),
+        f"--workdir={workdir}",
+        *settings,
+    ]
+
+
+def environment(devices):
+    """A new process has `devices` fake CPU devices and finds this checkout first."""
+    return os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def run(workdir, *overrides, devices=1):
+    """Train in a new process; return the finished process with its output as text."""
+    return subprocess.run(
+        command(workdir, *overrides),
+        env=environment(devices),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def rows(workdir):
+    """Rows of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,135 @@
+"""The door: every mistake a user can make is a few lines and exit code 2, never a traceback."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import micro
+import pytest
+
+from wmjax import main
+from wmjax.errors import UserError
+
+PUSHT = micro.ROOT / "tests" / "data" / "pusht_sim_v3"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A writable copy of the smallest real recording."""
+    return shutil.copytree(PUSHT, tmp_path / "dataset")
+
+
+def answer(*flags):
+    """Return what the door says to a mistake."""
+    with pytest.raises(UserError) as error:
+        main.run(list(flags))
+    text = str(error.value)
+    assert 1 <= len(text.splitlines()) <= 3
+    return text
+
+
+def lerobot(root, workdir, *overrides):
+    base = ["data.source=lerobot", f"data.root={root}", "data.frames=4", "data.image_size=32"]
+    return [
+        "--config=debug_world_model",
+        f"--workdir={workdir}",
+        *(f"--config.{override}" for override in (*micro.OVERRIDES, *base, *overrides)),
+    ]
+
+
+def test_a_mistake_ends_the_process_with_its_line_and_no_traceback(tmp_path):
+    done = micro.run(tmp_path, "optim.learing_rate=1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config.optim.learing_rate: no such key")
+    assert "Traceback" not in done.stderr
+
+
+def test_list_and_help_answer(capsys):
+    assert main.run(["--list"]) == 0
+    assert "vjepa2_aloha" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as leave:
+        main.run(["--help"])
+    assert leave.value.code == 0
+    assert "--config.KEY=VALUE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--confg=x"], ["--config=x", "--mode=fly"], ["stray"]])
+def test_wrong_flags_exit_with_usage(flags, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main.run(flags)
+    assert leave.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["data.cameras=wrist"], ["data.cameras", "wrist", "observation.image"]),
+        (["data.fps=60"], ["data.fps=60", "10"]),
+        (["data.frames=400"], ["data.frames=400"]),
+        (["data.image_size=36"], ["data.image_size=36", "model.patch=8"]),
+        (["data.batch_size=12"], ["data.batch_size=12", "8 devices"]),
+        (["data.state=observation.joints"], ["observation.joints", "observation.state"]),
+        (["mask.short.context=0.9"], ["mask.short"]),
+        (["model.name=vjepa3"], ["vjepa3", "vjepa2"]),
+        (["model.size=enormous"], ["enormous", "large"]),
+        (["model.remat=some"], ["some", "full"]),
+        (["model.heads=7"], ["model.heads", "7"]),
+        (["mesh.fsdp=3"], ["mesh.fsdp=3", "8"]),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_wanted(dataset, tmp_path, overrides, parts):
+    said = answer(*lerobot(dataset, tmp_path / "run", *overrides))
+    assert [part for part in parts if part not in said] == [], said
+
+
+def test_a_missing_dataset_is_named(tmp_path):
+    assert str(tmp_path / "nowhere") in answer(*lerobot(tmp_path / "nowhere", tmp_path / "run"))
+
+
+def test_an_unsupported_version_is_named(dataset, tmp_path):
+    info = dataset / "meta" / "info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"codebase_version": "v4.0"}))
+    assert "v4.0" in answer(*lerobot(dataset, tmp_path / "run"))
+
+
+def test_a_truncated_video_stops_the_run_with_its_name(dataset, tmp_path):
+    video = next(dataset.rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:-2000])
+    assert video.name in answer(*lerobot(dataset, tmp_path / "run"))
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    flags = ("train.num_steps=100000", "train.log_every=1")
+    process = subprocess.Popen(
+        micro.command(tmp_path, *flags),
+        env=micro.environment(1),
+        cwd=micro.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    rows = tmp_path / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert "Traceback" not in said
+    (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    again = micro.run(tmp_path, f"train.num_steps={saved + 1}")
+    assert f"going on from step {saved}" in again.stdout, again.stderr
+
+
+def test_importing_wmjax_is_cheap():
+    code = (
+        "import sys, wmjax; print([m for m in ('jax', 'torch', 'tensorflow') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

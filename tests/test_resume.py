@@ -1,0 +1,85 @@
+"""The same command again goes on exactly where the run was: state, data and schedules."""
+
+import hashlib
+import json
+import shutil
+
+import jax
+import micro
+import numpy as np
+import pytest
+
+from wmjax import sharding, train
+from wmjax.checkpoint import Checkpoints
+from wmjax.errors import UserError
+
+
+def final_hash(workdir, step, *overrides):
+    """SHA-256 over every array of a checkpoint, in the order of their names."""
+    config = micro.config(*overrides)
+    steps = train.make_steps(config, sharding.make_mesh(-1, config.mesh.fsdp))
+    with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
+        state = checkpoints.restore(step, steps.abstract).state
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_ten_steps_and_ten_more_equal_twenty_to_the_last_bit(tmp_path, devices):
+    split = f"mesh.fsdp={devices}"
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for workdir, num_steps in ((straight, 20), (resumed, 10), (resumed, 20)):
+        done = micro.run(workdir, split, f"train.num_steps={num_steps}", devices=devices)
+        assert done.returncode == 0, done.stderr
+    assert "going on from step 10" in done.stdout
+    losses = [[row["loss"] for row in micro.rows(w)] for w in (straight, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 20
+    assert len(set(losses[0])) == 20
+    rates = [row["learning_rate"] for row in micro.rows(resumed)]
+    assert rates == [row["learning_rate"] for row in micro.rows(straight)]
+    hashes = [final_hash(workdir, 20, split) for workdir in (straight, resumed)]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(tmp_path, capsys):
+    assert train.train(micro.config(), tmp_path) == 0
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+    capsys.readouterr()
+    assert train.train(micro.config(), tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "finished at step 4" in said
+    assert "--config.train.num_steps=8" in said
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_first_parameter(tmp_path):
+    train.train(micro.config("train.num_steps=1"), tmp_path)
+    with pytest.raises(UserError, match=r"params\.\S+: float32\(.*48.*\) there, .*64.*\) wanted"):
+        train.train(micro.config("model.width=64"), tmp_path)
+    with pytest.raises(UserError, match="another model"):
+        train.train(micro.config("model.depth=3"), tmp_path)
+
+
+def test_what_changed_since_the_last_run_is_said(tmp_path, capsys):
+    train.train(micro.config("train.num_steps=1"), tmp_path)
+    train.train(micro.config("optim.weight_decay=0.5"), tmp_path)
+    assert "changed since: optim.weight_decay: 0.04 -> 0.5" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["weight_decay"] == 0.5
+
+
+def test_rows_of_steps_that_were_lost_are_dropped_from_the_metrics(tmp_path):
+    """A kill after step 4 with the newest checkpoint at 2 leaves rows that are run again."""
+    train.train(micro.config("checkpoint.every=2"), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train.train(micro.config(), tmp_path)
+    assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_an_unwritable_workdir_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        train.train(micro.config(), tmp_path / "file" / "run")

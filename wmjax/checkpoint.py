@@ -1,0 +1,107 @@
+"""Checkpoints: the train state, the position in the data and the configuration, saved together.
+
+Orbax writes them asynchronously under workdir/checkpoints/STEP; the newest is taken up again.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from wmjax.errors import UserError
+from wmjax.step import TrainState
+
+
+class Restored(NamedTuple):
+    state: TrainState
+    data: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run; use it as a context manager, so that a save in flight ends."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Open or create `folder`; only the newest `keep` checkpoints are kept."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--workdir: cannot write {folder}: {error.strerror}") from error
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: TrainState, data: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Start saving `step`; returns once the arrays are copied off the devices."""
+        if step == self.latest():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(data),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> Restored:
+        """Restore `step` onto the shardings of `abstract`, bit for bit.
+
+        Raises UserError naming the first parameter whose shape is another one: Orbax itself would
+        say only that trees differ, and would cast another dtype without a word.
+        """
+        self._compare(step, abstract)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                data=ocp.args.JsonRestore(),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        return Restored(restored.state, restored.data, restored.meta)
+
+    def _compare(self, step: int, abstract: TrainState) -> None:
+        saved = _shapes(self._manager.item_metadata(step).state)
+        wanted = _shapes(abstract)
+        for name in [*wanted, *saved]:
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"{self._folder / str(step)}: a checkpoint of another model. {name}: "
+                    f"{saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} wanted\n"
+                    f"restore the configuration in {self._folder.parent / 'config.json'}, "
+                    f"or start afresh with another --workdir"
+                )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Map "params.encoder.norm.scale" to "float32(1024,)" for every array of a tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{tuple(leaf.shape)}"
+        for path, leaf in leaves
+    }

@@ -1,0 +1,230 @@
+"""Configurations: list, get, load with overrides, check, and write as JSON.
+
+A configuration is a Python file with `get_config() -> ConfigDict`; the shipped ones are found by
+name, from a checkout and from an installed wheel alike. `main`, `train` and the `__main__` doors
+see a ConfigDict; every other room takes plain keyword arguments.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from wmjax.errors import UserError
+
+
+def _folder() -> Path:
+    """Where the shipped configurations are: inside the wheel, or beside the package."""
+    wheel = Path(__file__).parent / "_configs"
+    return wheel if wheel.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def list_configs() -> list[str]:
+    """Name every shipped configuration that can be run (base is what they vary)."""
+    return sorted(p.stem for p in _folder().glob("*.py") if p.stem != "base")
+
+
+def describe(name: str) -> str:
+    """Return the first line of a shipped configuration's header."""
+    header = ast.get_docstring(ast.parse((_folder() / f"{name}.py").read_text())) or ""
+    return header.partition("\n")[0]
+
+
+def get_config(name: str) -> ml_collections.ConfigDict:
+    """Return the shipped configuration `name`, for instance "debug_world_model"."""
+    path = _folder() / f"{name}.py"
+    if not path.is_file():
+        raise UserError(
+            f"--config={name}: no such configuration{_suggest(name, list_configs())}\n"
+            f"shipped: {', '.join(list_configs())}; or give the path of a .py file"
+        )
+    return _run(path)
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """Return a configuration by name or path with `KEY=VALUE` overrides applied.
+
+    A path such as configs/debug_world_model.py that is not there is looked up by its stem among
+    the shipped ones, so that the README's commands work from any folder.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".py" and path.is_file():
+        config = _run(path)
+    else:
+        config = get_config(path.stem if path.suffix == ".py" else name_or_path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{key}: no value; write --config.{key}=VALUE")
+        _override(config, key, text)
+    return config
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Return the configuration as it reads back from JSON: dicts, lists, numbers, strings."""
+    return json.loads(to_json(config))
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Render the resolved configuration, keys sorted, as JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """List `key: old -> new` for every leaf in which two configurations (as from JSON) differ."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError for values that contradict one another, before anything is loaded."""
+    model, data, optim = config.model, config.data, config.optim
+    for key, size in (("image_size", data.image_size), ("image_width", width(config))):
+        if size <= 0 or size % model.patch:
+            raise UserError(
+                f"data.{key}={size}: not divisible by the patch, model.patch={model.patch}; "
+                f"nearest: {max(1, round(size / model.patch)) * model.patch}"
+            )
+    if data.frames <= 0 or data.frames % model.tubelet:
+        raise UserError(
+            f"data.frames={data.frames}: not divisible by the tubelet, "
+            f"model.tubelet={model.tubelet}; wanted a multiple of it"
+        )
+    if data.source == "lerobot" and not data.root:
+        raise UserError("data.root is empty: give the dataset's folder with --config.data.root=DIR")
+    _choice(config, "data.source", ("lerobot", "synthetic"))
+    _choice(config, "model.dtype", ("float32", "bfloat16"))
+    _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
+    _choice(config, "model.attention", ("auto", "xla", "cudnn"))
+    positive = {
+        "data.batch_size": data.batch_size,
+        "data.fps": data.fps,
+        "data.threads": data.threads,
+        "optim.schedule_steps": optim.schedule_steps,
+        "train.num_steps": config.train.num_steps,
+        "train.log_every": config.train.log_every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "eval.batches": config.eval.batches,
+        "mesh.fsdp": config.mesh.fsdp,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{key}={value}: wanted a number above 0")
+    for key, value in {
+        "train.eval_every": config.train.eval_every,
+        "optim.learning_rate": optim.learning_rate,
+        "optim.weight_decay": optim.weight_decay,
+    }.items():
+        if value < 0:
+            raise UserError(f"{key}={value}: wanted 0 or above")
+    shares = {
+        "optim.ema": optim.ema,
+        "optim.warmup": optim.warmup,
+        "data.val_share": data.val_share,
+    }
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{key}={value}: wanted a share between 0 and 1")
+
+
+def width(config: ml_collections.ConfigDict) -> int:
+    """Width of the training clips in pixels: data.image_width, where 0 means square."""
+    return config.data.image_width or config.data.image_size
+
+
+def _run(path: Path) -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(f"_wmjax_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config={path}: get_config() gave {type(config).__name__}, wanted ConfigDict"
+        )
+    return config
+
+
+def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    *parents, leaf = key.split(".")
+    node = config
+    for depth, name in enumerate([*parents, leaf]):
+        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+            here = ".".join(parents[:depth])
+            keys = list(_leaves(config.to_dict()))
+            wrong = f"--config.{key}: no such key{_suggest(key, [k for k, _ in keys])}"
+            names = node.keys() if isinstance(node, ml_collections.ConfigDict) else ()
+            raise UserError(f"{wrong}\n{here or 'config'} has: {', '.join(sorted(names))}")
+        if depth < len(parents):
+            node = node[name]
+    current = node[leaf]
+    if isinstance(current, ml_collections.ConfigDict):
+        raise UserError(f"--config.{key}: is a group; its keys: {', '.join(sorted(current))}")
+    node[leaf] = _parse(key, text, current)
+
+
+def _parse(key: str, text: str, current: Any) -> Any:
+    """Read `text` as the type that the key has now."""
+    wanted = type(current)
+    if wanted is str:
+        return text
+    try:
+        if wanted is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if wanted is tuple:
+            return _parse_tuple(text, current)
+        return wanted(text)
+    except (KeyError, ValueError, TypeError, SyntaxError):
+        raise UserError(
+            f"--config.{key}={text}: not {_article(wanted.__name__)}; the default is {current!r}"
+        ) from None
+
+
+def _parse_tuple(text: str, current: tuple) -> tuple:
+    value = ast.literal_eval(text)
+    if not isinstance(value, tuple | list) or len(value) != len(current):
+        raise ValueError
+    return tuple(type(old)(new) for old, new in zip(current, value, strict=True))
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _choice(config: ml_collections.ConfigDict, key: str, choices: Sequence[str]) -> None:
+    group, leaf = key.split(".")
+    value = config[group][leaf]
+    if value not in choices:
+        raise UserError(
+            f"{key}={value!r}: unknown{_suggest(str(value), choices)}; "
+            f"choices: {', '.join(choices)}"
+        )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _suggest(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""

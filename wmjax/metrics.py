@@ -1,0 +1,231 @@
+"""What a run tells: accumulated scalars and throughput, to console, JSON lines, TensorBoard, W&B.
+
+Values stay on the device until a report is written, one step after it is due, so that reading
+them never makes the device wait.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from clu import metrics as clu_metrics
+from tqdm import tqdm
+
+from wmjax.errors import UserError
+
+Row = dict[str, float]
+
+
+@jax.jit
+def _merge(
+    total: dict[str, clu_metrics.Average], new: dict[str, clu_metrics.Average]
+) -> dict[str, clu_metrics.Average]:
+    return {name: total[name].merge(value) for name, value in new.items()}
+
+
+class Mean:
+    """Running means of a step's metrics, kept on the device."""
+
+    def __init__(self) -> None:
+        self._total: dict[str, clu_metrics.Average] | None = None
+
+    def add(self, metrics: dict[str, clu_metrics.Average]) -> None:
+        self._total = metrics if self._total is None else _merge(self._total, metrics)
+
+    def take(self) -> dict[str, clu_metrics.Average]:
+        """Return what was added since the last call, and start anew."""
+        total, self._total = self._total or {}, None
+        return total
+
+
+def fetch(means: dict[str, clu_metrics.Average]) -> Row:
+    """Wait for the device and return plain numbers."""
+    return {name: float(value.compute()) for name, value in jax.device_get(means).items()}
+
+
+class Throughput:
+    """Examples per second, the share of time spent waiting for data, and the time left."""
+
+    def __init__(self, batch_size: int, num_steps: int) -> None:
+        self._batch_size = batch_size
+        self._num_steps = num_steps
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Begin a new interval after `step`, leaving out what came before (compilation)."""
+        self._step, self._since, self._waited = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the interval: validation, a save."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def rates(self, step: int) -> Row:
+        """Return the rates since the last restart and begin a new interval."""
+        elapsed, steps = time.perf_counter() - self._since, step - self._step
+        waited = self._waited
+        self.restart(step)
+        if not steps:
+            return {}
+        return {
+            "examples_per_s": steps * self._batch_size / elapsed,
+            "step_ms": 1e3 * elapsed / steps,
+            "data_wait": waited / elapsed,
+            "eta_s": (self._num_steps - step) * elapsed / steps,
+        }
+
+
+class Reporter:
+    """Writes rows wherever the run asked for them; only the first process writes anything."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        num_steps: int,
+        start: int,
+        config: dict[str, Any],
+        tensorboard: bool,
+        wandb: bool,
+        wandb_project: str,
+    ) -> None:
+        """Open the sinks; rows after `start` that a killed run left are dropped from the file.
+
+        Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
+        """
+        self._active = jax.process_index() == 0
+        self._kept: tuple[int, dict[str, clu_metrics.Average], Row] | None = None
+        self._num_steps = num_steps
+        self._file: TextIO | None = None
+        self._tensorboard = self._wandb = None
+        if not self._active:
+            return
+        self._file = _open_jsonl(workdir / "metrics.jsonl", start)
+        if tensorboard:
+            self._tensorboard = _import("tensorboardX", "tensorboard").SummaryWriter(
+                str(workdir / "tensorboard")
+            )
+        if wandb:
+            self._wandb = _start_wandb(workdir, wandb_project, config)
+        self._bar = tqdm(
+            total=num_steps,
+            initial=start,
+            unit="step",
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self._active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self) -> None:
+        if self._active:
+            self._bar.update()
+
+    def later(self, step: int, means: dict[str, clu_metrics.Average], rates: Row) -> None:
+        """Keep a report until `flush`, when the device has moved on."""
+        self._kept = (step, means, rates)
+
+    def flush(self) -> None:
+        """Write the kept report, if there is one."""
+        if self._kept is not None:
+            step, means, rates = self._kept
+            self._kept = None
+            self.write(step, fetch(means) | rates)
+
+    def write(self, step: int, row: Row) -> None:
+        """Write one report to every sink."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+        self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {_line(row)}")
+
+    def close(self) -> None:
+        if self._file is None:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+# Name in a row, how the console shows it. Other names go to the files only.
+_CONSOLE = {
+    "loss": lambda v: f"loss {v:.4f}",
+    "learning_rate": lambda v: f"lr {v:.2e}",
+    "gradient_norm": lambda v: f"grad {v:.3f}",
+    "examples_per_s": lambda v: f"{v:.1f} clips/s",
+    "data_wait": lambda v: f"wait {v:.0%}",
+    "eta_s": lambda v: f"eta {_clock(v)}",
+    "validation/loss": lambda v: f"validation loss {v:.4f}",
+}
+
+
+def _line(row: Row) -> str:
+    return "  ".join(show(row[name]) for name, show in _CONSOLE.items() if name in row)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _open_jsonl(path: Path, start: int) -> TextIO:
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that a kill cut short; its step is run again
+            if row["step"] <= start:
+                kept.append(line + "\n")
+    fresh = path.with_suffix(".partial")
+    fresh.write_text("".join(kept))
+    os.replace(fresh, path)
+    return path.open("a")
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise UserError(
+            f'log.{extra}=True: {module} is not installed; pip install "wmjax[{extra}]"'
+        ) from error
+
+
+def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:
+    """Start the run, or go on with the one whose id the workdir holds."""
+    wandb = _import("wandb", "wandb")
+    id_file = workdir / "wandb_id"
+    run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id)
+    return wandb.init(project=project, id=run_id, resume="allow", config=config, dir=str(workdir))

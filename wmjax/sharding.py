@@ -1,0 +1,75 @@
+"""Where arrays live: the mesh, and the one table from logical axes to mesh axes.
+
+Models name the axes of their parameters and know no mesh; this room maps the names.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from wmjax.errors import UserError
+
+# data: devices that hold copies of the state; fsdp: devices that share one. Both split the batch.
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)
+
+# The first axis of an array that is named here and divides is split over fsdp, the others are not.
+# The width comes first: it is on every matrix, and splitting it keeps biases and norms small too.
+SPLIT_OVER_FSDP = ("embed", "mlp", "heads", "patch")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
+    """Arrange the devices as data x fsdp; data=-1 takes all that fsdp leaves."""
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if data == -1 and count % fsdp == 0:
+        data = count // fsdp
+    if data * fsdp != count:
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}: wanted a product of {count}, the device count"
+        )
+    return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raise UserError unless every device gets the same number of clips."""
+    if batch_size % mesh.size:
+        raise UserError(
+            f"data.batch_size={batch_size}: not divisible by the {mesh.size} devices of the mesh; "
+            f"nearest: {max(1, round(batch_size / mesh.size)) * mesh.size}"
+        )
+
+
+def parameter_sharding(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> NamedSharding:
+    """Map a parameter's logical axes to the mesh; what divides by nothing is replicated."""
+    fsdp = mesh.shape["fsdp"]
+    spec: list[str | None] = [None] * len(shape)
+    for name in SPLIT_OVER_FSDP:
+        if name in axes and shape[axes.index(name)] % fsdp == 0:
+            spec[axes.index(name)] = "fsdp"
+            break
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH)
+
+
+def device_bytes(state: Any) -> tuple[int, int]:
+    """Return (bytes of the whole state, largest share of them that one device holds)."""
+    held: dict[Any, int] = {}
+    total = 0
+    for leaf in jax.tree.leaves(state):
+        total += leaf.nbytes
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for device in leaf.sharding.device_set:
+            held[device] = held.get(device, 0) + shard
+    return total, max(held.values(), default=0)
