@@ -15,7 +15,7 @@ SHAPES = ("circle", "square", "triangle")  # the order of the state
 COLOURS = np.array([(235, 60, 50), (60, 220, 90), (70, 110, 245)], np.uint8)  # of SHAPES
 SPLITS = ("train", "validation")
 
-_PURPOSE = 0x5CE7E  # keeps these streams apart from others keyed by (seed, position)
+_PURPOSE = 0x5CE7E  # keeps these streams apart from others keyed by (seed, purpose, position)
 
 
 class SyntheticSource:
@@ -56,7 +56,7 @@ class SyntheticSource:
             raise IndexError(index)
         # Interleaved, so the splits share no episode whatever their sizes.
         episode = len(SPLITS) * int(index) + SPLITS.index(self.split)
-        rng = np.random.default_rng([self.seed, episode, _PURPOSE])
+        rng = np.random.default_rng((self.seed, _PURPOSE, episode))
         radius = rng.uniform(0.12, 0.2, len(SHAPES)) * min(self.height, self.width)
         steps, moves = self._motion(rng, radius)
         centre_T = steps[:: self.stride]
