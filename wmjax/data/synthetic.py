@@ -34,14 +34,14 @@ class SyntheticSource:
         height: int,
         width: int,
         views: int = 1,
-        num_samples: int,
+        num_samples: int = 10_000,
         stride: int = 1,
         seed: int,
         split: str,
     ):
         if split not in SPLITS:
             raise UserError(f"split={split!r}: wanted one of {', '.join(SPLITS)}")
-        self.frames, self.height, self.width = frames, height, width
+        self.frames, self.frame_size = frames, (height, width)
         self.num_samples, self.stride, self.seed, self.split = num_samples, stride, seed, split
         self.cameras = tuple(f"view{view}" for view in range(views))
         self.fps_effective = FPS / stride
@@ -57,7 +57,7 @@ class SyntheticSource:
         # Interleaved, so the splits share no episode whatever their sizes.
         episode = len(SPLITS) * int(index) + SPLITS.index(self.split)
         rng = np.random.default_rng((self.seed, _PURPOSE, episode))
-        radius = rng.uniform(0.12, 0.2, len(SHAPES)) * min(self.height, self.width)
+        radius = rng.uniform(0.12, 0.2, len(SHAPES)) * min(self.frame_size)
         steps, moves = self._motion(rng, radius)
         centre_T = steps[:: self.stride]
         video_THWC = self._render(rng, radius, centre_T)
@@ -71,17 +71,18 @@ class SyntheticSource:
 
     def describe(self) -> str:
         """Say in one line what this source gives."""
+        height, width = self.frame_size
         return (
-            f"synthetic {self.split}: {self.num_samples} clips of {self.frames} frames, "
-            f"{self.height} x {self.width}, {len(self.cameras)} view(s), "
-            f"{self.fps_effective:g} fps (stride {self.stride}), seed {self.seed}"
+            f"generated shapes: {self.num_samples} clips of {self.frames} frames, "
+            f"{height} x {width}, {len(self.cameras)} view(s), "
+            f"{self.fps_effective:g} fps (stride {self.stride})"
         )
 
     def _motion(
         self, rng: np.random.Generator, radius: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Roll out (position before, move of) every recorded step: (T*P, shapes, xy), shares."""
-        low = radius[:, None] / np.array([self.width, self.height])
+        low = radius[:, None] / np.array(self.frame_size[::-1])
         position = rng.uniform(low, 1 - low)
         move = rng.uniform(0.02, 0.06, position.shape) * rng.choice((-1, 1), position.shape)
         positions, moves = [], []
@@ -97,11 +98,12 @@ class SyntheticSource:
         self, rng: np.random.Generator, radius: np.ndarray, centre_T: np.ndarray
     ) -> np.ndarray:
         """Draw the shapes over the background, the hindmost first: uint8 video_THWC."""
-        video_THWC = np.repeat(_texture(rng, self.height, self.width)[None], self.frames, axis=0)
+        height, width = self.frame_size
+        video_THWC = np.repeat(_texture(rng, height, width)[None], self.frames, axis=0)
         for shape in rng.permutation(len(SHAPES)):
             centre_x, centre_y = centre_T[:, shape, 0, None], centre_T[:, shape, 1, None]
-            x_TW = (np.arange(self.width) + 0.5 - centre_x * self.width) / radius[shape]
-            y_TH = (np.arange(self.height) + 0.5 - centre_y * self.height) / radius[shape]
+            x_TW = (np.arange(width) + 0.5 - centre_x * width) / radius[shape]
+            y_TH = (np.arange(height) + 0.5 - centre_y * height) / radius[shape]
             video_THWC[_inside(SHAPES[shape], x_TW[:, None, :], y_TH[:, :, None])] = COLOURS[shape]
         return video_THWC
 
