@@ -2,7 +2,7 @@
 
 import os
 
-# Read when jax is imported; worker processes and `python -c` children inherit them.
+# jax reads these when it is imported, and child processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -10,6 +10,6 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
 def pytest_configure(config):
-    """Keep compiled programs between runs, beside pytest's own cache."""
+    """Keep compiled programs between runs in pytest's own cache, which lives on this machine."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

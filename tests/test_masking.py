@@ -23,7 +23,7 @@ DRAWS = 10_000
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Tallies over many draws: [mask][role] -> tokens_by_tubelet_T, counts_by_cell_DHW (per draw)."""
+    """Tally 10,000 draws by [mask, role]: tokens by tubelet, and tokens by draw and cell."""
     masks = Masks({"short": SHORT, "long": LONG}, GRID)
     rng = np.random.default_rng(0)
     tallies = np.zeros((2, 2, DRAWS, GRID[1] * GRID[2]), np.uint8)

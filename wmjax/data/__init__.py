@@ -1,1 +1,1 @@
-"""From recordings to batches: sources, crops and the pipeline. Knows no model; no jax on import."""
+"""Data: recordings and generated video as NumPy arrays. No models, no ConfigDict, no jax here."""

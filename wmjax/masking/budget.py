@@ -1,4 +1,4 @@
-"""How many tokens a mask keeps and hides, and the trim of a drawn pool to exactly that. NumPy only."""
+"""What a mask keeps and hides, and the trim of a drawn pool to exactly that. NumPy only."""
 
 from typing import NamedTuple
 

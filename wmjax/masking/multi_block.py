@@ -54,7 +54,7 @@ def cover(
     """Draw a block size and places for the blocks: bool_HW, True where one lies."""
     _, rows, columns = grid
     area = int(rows * columns * scale)
-    ratio = rng.uniform(*aspect)
+    ratio = rng.uniform(aspect[0], aspect[1])
     height = min(max(round(math.sqrt(area * ratio)), 1), rows)
     width = min(max(round(math.sqrt(area / ratio)), 1), columns)
     tops = rng.integers(rows - height + 1, size=blocks).tolist()

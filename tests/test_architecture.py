@@ -1,0 +1,201 @@
+"""The arrows between rooms, read from the imports: who may know whom, and what is never loaded."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+EVERYTHING = None
+# Room -> the rooms it may import, besides itself, types and errors. A new room gets a line here.
+ARROWS: dict[str, set[str] | None] = {
+    "__init__": {"config"},
+    "main": {"config", "train"},
+    "train": EVERYTHING,
+    "step": {"models", "sharding", "optim"},
+    "sharding": set(),
+    "optim": set(),
+    "checkpoint": {"step"},
+    "metrics": set(),
+    "config": set(),
+    "types": set(),
+    "errors": set(),
+    "models": set(),
+    "masking": set(),
+    "data": {"masking"},
+    "evals": {"models", "sharding", "optim", "metrics"},
+    "weights": {"models"},
+    "viz": {"models", "data", "masking"},
+    "bench": EVERYTHING,
+}
+OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot"}
+LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+SEES_CONFIG = {"main", "train", "config"}
+RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"}
+
+FILES = [
+    str(path.relative_to(ROOT))
+    for folder in ("wmjax", "configs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def imports(path, tree):
+    """Yield (line, module, eager) of every import; eager ones run with the module itself."""
+    package = Path(path).parent.parts
+
+    def visit(node, eager):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, eager
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}", eager
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, eager and not lazy)
+
+    yield from visit(tree, True)
+
+
+def within(module, roots):
+    """Say whether a module is one of `roots` or lies in one."""
+    return any(module == root or module.startswith(f"{root}.") for root in roots)
+
+
+def wrong_imports(path, tree):
+    """Yield (line, what) of every import that crosses an arrow."""
+    package, *rest = Path(path).with_suffix("").parts
+    room, door = rest[0], rest[-1] == "__main__"
+    host = room in {"data", "masking"}
+    for line, module, eager in imports(path, tree):
+        if package == "configs":
+            if not within(module, {"ml_collections", "wmjax.config"}):
+                yield line, f"configs hold values only and import {module}"
+            continue
+        other = module.split(".")[1] if within(module, {"wmjax"}) else None
+        allowed = EVERYTHING if door else ARROWS[room]
+        if other == "main" or (
+            other in ARROWS
+            and allowed is not EVERYTHING
+            and other not in {room, "types", "errors", *allowed}
+        ):
+            yield line, f"{room} may not import wmjax.{other}"
+        if eager and within(module, OPTIONAL):
+            yield line, f"{module} is optional: import it inside a function"
+        if eager and (host or room == "__init__") and within(module, LOADS_JAX | {"wmjax.types"}):
+            yield line, f"{room} may not load jax with the module, as {module} does"
+        if not eager and host and rest != ["data", "pipeline"] and within(module, LOADS_JAX):
+            yield line, f"in data and masking only data/pipeline.py may use {module}"
+        if within(module, {"ml_collections"}) and room not in SEES_CONFIG and not door:
+            yield line, f"{room} takes keyword arguments, not a ConfigDict"
+        if within(module, RUNS_CODE):
+            yield line, f"{module} runs code found in data"
+
+
+def wrong_calls(path, tree):
+    """Yield (line, what) of every call that runs code found in data."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="eval" | "exec" | "compile" as name)):
+                yield node.lineno, f"{name}() runs code found in data"
+            case ast.Attribute(attr="exec_module") if path != "wmjax/config.py":
+                yield node.lineno, "only config.py executes a file"
+            case (
+                ast.keyword(arg="allow_pickle", value=ast.Constant(value=True))
+                | ast.keyword(arg="weights_only", value=ast.Constant(value=False))
+            ):
+                yield node.value.lineno, f"{node.arg}={node.value.value} runs code found in data"
+
+
+def offences(path, source):
+    """Name what a file may not do, one `file:line: what` for each."""
+    tree = ast.parse(source)
+    package, room = Path(path).with_suffix("").parts[:2]
+    if package == "wmjax" and room not in ARROWS:
+        return [f"{path}:1: room {room!r} has no line in ARROWS"]
+    found = [*wrong_imports(path, tree), *wrong_calls(path, tree)]
+    if not ast.get_docstring(tree):
+        found.append((1, "no docstring says what this room is"))
+    return [f"{path}:{line}: {what}" for line, what in sorted(found)]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_file_keeps_the_arrows(path):
+    assert not offences(path, (ROOT / path).read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "offender", "what"),
+    [
+        ("wmjax/models/x.py", "from wmjax.data import windows", "models may not import wmjax.data"),
+        ("wmjax/models/x.py", "from wmjax import sharding", "models may not import wmjax.sharding"),
+        ("wmjax/models/x.py", "from ..step import f", "models may not import wmjax.step"),
+        ("wmjax/models/x.py", "def f():\n  import wmjax.config", "may not import wmjax.config"),
+        ("wmjax/models/x.py", "import ml_collections", "not a ConfigDict"),
+        ("wmjax/data/x.py", "import jax.numpy as jnp", "may not load jax"),
+        ("wmjax/data/x.py", "from wmjax.types import Array", "may not load jax"),
+        ("wmjax/data/x.py", "if True:\n  import jax", "may not load jax"),
+        ("wmjax/data/x.py", "def f():\n  import jax", "only data/pipeline.py may use jax"),
+        ("wmjax/data/pipeline.py", "import jax", "may not load jax"),
+        ("wmjax/data/x.py", "from wmjax.models import base", "may not import wmjax.models"),
+        ("wmjax/masking/x.py", "from wmjax.data import windows", "may not import wmjax.data"),
+        ("wmjax/step.py", "from wmjax.train import f", "step may not import wmjax.train"),
+        ("wmjax/train.py", "from wmjax.main import cli", "train may not import wmjax.main"),
+        ("wmjax/weights/x.py", "import torch", "torch is optional"),
+        ("wmjax/metrics.py", "try:\n  import tensorflow as tf\nexcept E: ...", "is optional"),
+        ("wmjax/__init__.py", "import jax", "may not load jax"),
+        ("wmjax/weights/x.py", "import pickle", "pickle runs code"),
+        ("wmjax/config.py", "x = eval('1')", "eval() runs code"),
+        ("wmjax/train.py", "loader.exec_module(m)", "only config.py executes"),
+        ("wmjax/weights/x.py", "torch.load(p, weights_only=False)", "weights_only=False runs code"),
+        ("wmjax/cupboard/x.py", "import os", "has no line in ARROWS"),
+        ("configs/x.py", "import jax", "values only"),
+        ("wmjax/step.py", None, "no docstring"),
+    ],
+)
+def test_an_offender_is_named_with_its_line(path, offender, what):
+    source = f'"""Room."""\n\n{offender}\n' if offender else "import os\n"
+    (found,) = offences(path, source)
+    line = 1 if offender is None or "ARROWS" in what else 3 + offender.count("\n  ")
+    assert found.startswith(f"{path}:{line}: ")
+    assert what in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("wmjax/data/pipeline.py", "def f():\n  import jax\n  from wmjax.types import Array"),
+        ("wmjax/data/x.py", "if TYPE_CHECKING:\n  from wmjax.types import Array"),
+        ("wmjax/data/__main__.py", "from wmjax import config\nimport ml_collections"),
+        ("wmjax/weights/x.py", "def f():\n  import torch\n  torch.load(p, weights_only=True)"),
+        ("wmjax/config.py", "from wmjax import __version__\nloader.exec_module(m)"),
+        ("configs/x.py", "import ml_collections\nfrom wmjax.config import load"),
+    ],
+)
+def test_what_is_allowed_passes(path, source):
+    assert not offences(path, f'"""Room."""\n{source}\n')
+
+
+def test_rooms_for_worker_processes_load_no_jax():
+    """Imports that are fine one by one may still load jax through a third party."""
+    rooms = [
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for path in FILES
+        if path.startswith(("wmjax/__init__", "wmjax/masking/", "wmjax/data/"))
+        # grain itself imports jax; a door runs when it is imported.
+        and not path.endswith(("data/pipeline.py", "__main__.py"))
+    ]
+    code = (
+        f"import sys, {', '.join(rooms)}\n"
+        f"print(sorted(set(sys.modules) & {OPTIONAL | LOADS_JAX!r}))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (child.stdout, child.stderr) == ("[]\n", "")
