@@ -1,0 +1,1 @@
+"""Data: recordings and generated video as NumPy arrays. No models, no ConfigDict, no jax here."""
