@@ -1,41 +1,22 @@
-"""LeRobot datasets, v2.1 and v3.0, read as they lie on disk: JSON, parquet and video files.
+"""LeRobot datasets, v2.1 and v3.0, read natively: clips of video, states and actions.
 
-Both versions become one thing, `Episode`: a length, a first row in the tables, and for each
-camera a file and a first frame. No lerobot, torch, pandas, models or jax here.
+The formats themselves are in lerobot_format, the decoding in video. No lerobot, torch, pandas,
+models, ConfigDict or jax here.
 """
 
-import functools
-import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
 from wmjax.data.video import VideoFiles
 from wmjax.data.windows import Windows, split_episodes, stride_for
 from wmjax.errors import UserError
 
-CONVERTERS = {
-    "v2.0": "lerobot 0.3's converter makes v2.1 of it",
-    "v1.6": "lerobot's converters make v2.1 of it",
-}
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One recorded episode: where its rows start, and each camera's (file, first frame)."""
-
-    index: int
-    length: int
-    first_row: int
-    videos: dict[str, tuple[Path, int]]
+# Features that show something, but are not read: said, never dropped in silence.
+UNREAD = {"image": "images in the tables", "depth": "depth"}
 
 
 class LeRobotSource:
@@ -58,7 +39,7 @@ class LeRobotSource:
         state_key: str = "observation.state",
         action_key: str = "action",
     ):
-        self._info = _read_info(Path(root).expanduser())
+        self._info = read_info(Path(root).expanduser())
         self.root = Path(root).expanduser().resolve()
         self._recorded_fps = self._info["fps"]
         self.stride = stride_for(self._recorded_fps, fps)
@@ -67,8 +48,7 @@ class LeRobotSource:
         self.state_size = _width(self.root, self._info["features"], "state_key", state_key)
         self.action_size = _width(self.root, self._info["features"], "action_key", action_key)
 
-        read = {"v2.1": _rows_v21, "v3.0": _rows_v30}[self._info["codebase_version"]]
-        rows = read(self.root, self._info, self.cameras)
+        rows = read_rows(self.root, self._info, self.cameras)
         parts = dict(
             zip(("train", "validation"), split_episodes(len(rows), val_share), strict=True)
         )
@@ -88,7 +68,7 @@ class LeRobotSource:
                 f"frames a second, data.fps={fps:g}"
             ) from None
         widths = {state_key: self.state_size, action_key: self.action_size}
-        self.episodes, tables = _read_tables(wanted, widths)
+        self.episodes, tables = read_tables(wanted, widths)
         self._states, self._actions = tables[state_key], tables[action_key]
         self._videos = VideoFiles(self._recorded_fps)
 
@@ -140,61 +120,6 @@ class LeRobotSource:
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """An episode as the metadata has it, before its rows are found in the tables."""
-
-    index: int
-    length: int
-    table: Path
-    videos: dict[str, tuple[Path, int]]
-
-
-def _read_info(root: Path) -> dict:
-    if not root.is_dir():
-        raise UserError(f"data.root={str(root)!r}: no such folder")
-    path = root / "meta" / "info.json"
-    if not path.is_file():
-        raise UserError(f"data.root={str(root)!r}: no meta/info.json there: not a LeRobot dataset")
-    info = _parse_json(path, path.read_bytes())
-    version = info.get("codebase_version")
-    if version not in ("v2.1", "v3.0"):
-        hint = CONVERTERS.get(version, "wanted: v2.1 or v3.0")
-        raise UserError(f"{path}: codebase_version {version!r}: v2.1 and v3.0 are read; {hint}")
-    features = info.get("features")
-    if not isinstance(features, dict) or not all(
-        isinstance(f, dict) and "dtype" in f and isinstance(f.get("shape"), list)
-        for f in features.values()
-    ):
-        raise UserError(f"{path}: features: wanted each feature's dtype and shape")
-    kinds = {"fps": (int, float), "data_path": str, "video_path": str}
-    if version == "v2.1":
-        kinds["chunks_size"] = int
-    if not any(f["dtype"] == "video" for f in features.values()):
-        del kinds["video_path"]  # null where nothing is stored as video
-    for key, kind in kinds.items():
-        if not isinstance(info.get(key), kind) or not info[key]:
-            raise UserError(f"{path}: {key}={info.get(key)!r}: missing or of a wrong kind")
-    for key in ("fps", "chunks_size"):
-        if not 0 < info.get(key, 1) < math.inf:
-            raise UserError(f"{path}: {key}={info[key]!r}: wanted above 0")
-    return info
-
-
-def _parse_json(path: Path, text: str | bytes) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: wanted a JSON object, found {type(value).__name__}")
-    return value
-
-
-# Features that show something, but are not read: said, never dropped in silence.
-UNREAD = {"image": "images in the tables", "depth": "depth"}
-
-
 def _camera_kind(feature: dict) -> str:
     """Return 'video', 'image', 'depth', or '' for a feature that is no camera."""
     info = feature.get("info") or {}
@@ -243,201 +168,3 @@ def _width(root: Path, features: dict, option: str, key: str) -> int:
             f"data.{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
         )
     return math.prod(features[key]["shape"])
-
-
-def _rows_v21(root: Path, info: dict, cameras: tuple[str, ...]) -> list[_Row]:
-    path = root / "meta" / "episodes.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    rows = []
-    for line in filter(None, map(bytes.strip, path.read_bytes().splitlines())):
-        entry = _parse_json(path, line)
-        index, length = entry.get("episode_index"), entry.get("length")
-        if not isinstance(index, int) or not isinstance(length, int):
-            raise UserError(f"{path}: wanted numbers episode_index and length, found {entry}")
-        fields = {"episode_index": index, "episode_chunk": index // info["chunks_size"]}
-        videos = {
-            name: (_locate(root, info["video_path"], {**fields, "video_key": name}), 0)
-            for name in cameras
-        }
-        rows.append(_Row(index, length, _locate(root, info["data_path"], fields), videos))
-    return _checked(rows, info, path)
-
-
-def _rows_v30(root: Path, info: dict, cameras: tuple[str, ...]) -> list[_Row]:
-    folder = root / "meta" / "episodes"
-    chunk_file = ("chunk_index", "file_index")
-    names = ["episode_index", "length", *(f"data/{name}" for name in chunk_file)]
-    for camera in cameras:
-        names += [f"videos/{camera}/{name}" for name in (*chunk_file, "from_timestamp")]
-    paths = sorted(folder.glob("*/*.parquet"))
-    if not paths:
-        raise UserError(f"{folder}: no parquet files in it")
-    table = pa.concat_tables([_read_columns(path, names) for path in paths])
-    entries = table.sort_by("episode_index").to_pylist()
-
-    @functools.cache
-    def locate(kind: str, chunk: int, file: int, **key: str) -> Path:
-        fields = {"chunk_index": chunk, "file_index": file, **key}
-        return _locate(root, info[f"{kind}_path"], fields)
-
-    videos: list[dict[str, tuple[Path, int]]] = [{} for _ in entries]
-    for camera in cameras:
-        prefix = f"videos/{camera}/"
-        files = [
-            locate("video", *(entry[prefix + name] for name in chunk_file), video_key=camera)
-            for entry in entries
-        ]
-        firsts = _first_frames(entries, files, prefix + "from_timestamp", info["fps"])
-        for video, file, first in zip(videos, files, firsts, strict=True):
-            video[camera] = (file, first)
-    rows = [
-        _Row(
-            entry["episode_index"],
-            entry["length"],
-            locate("data", *(entry[f"data/{name}"] for name in chunk_file)),
-            video,
-        )
-        for entry, video in zip(entries, videos, strict=True)
-    ]
-    return _checked(rows, info, folder)
-
-
-def _first_frames(entries: list[dict], files: list[Path], stamp: str, fps: float) -> list[int]:
-    """Return each episode's first frame in its file, by two accounts that must agree.
-
-    from_timestamp is a sum of floats and known to drift; the sum of the lengths of the episodes
-    before it in the file is exact, as long as nothing else is in the file. Where they differ by
-    one frame, the sums hold if they end exactly at the file's last frame.
-    """
-    firsts = [0] * len(entries)
-    by_file: dict[Path, list[int]] = {}
-    for position in sorted(range(len(entries)), key=lambda i: entries[i][stamp]):
-        by_file.setdefault(files[position], []).append(position)
-    for path, positions in by_file.items():
-        total = 0
-        differ: list[tuple[int, float, int]] = []
-        for position in positions:
-            firsts[position] = total
-            found = entries[position][stamp] * fps
-            if not abs(found - total) < 0.5:
-                differ.append((entries[position]["episode_index"], found, total))
-            total += entries[position]["length"]
-        if differ and not (
-            all(abs(found - sums) < 1.5 for _, found, sums in differ)
-            and VideoFiles(fps).count(path) == total
-        ):
-            episode, found, sums = differ[0]
-            raise UserError(
-                f"{path}: episode {episode} starts at frame {found:.2f} by {stamp}, at {sums} by "
-                "the lengths of the episodes before it; wanted: the same"
-            )
-    return firsts
-
-
-def _checked(rows: list[_Row], info: dict, source: Path) -> list[_Row]:
-    """Hold the episodes against each other and meta/info.json; return them in order."""
-    rows = sorted(rows, key=lambda row: row.index)
-    if not rows:
-        raise UserError(f"{source}: no episodes")
-    total = info.get("total_episodes", len(rows))
-    if [row.index for row in rows] != sorted({row.index for row in rows}) or len(rows) != total:
-        raise UserError(
-            f"{source}: {len(rows)} episodes, {rows[0].index} to {rows[-1].index}; meta/info.json "
-            f"says {total}: one is missing or comes twice"
-        )
-    for row in rows:
-        if row.length < 1:
-            raise UserError(f"{source}: episode {row.index}: length {row.length}")
-    return rows
-
-
-def _locate(root: Path, template: str, fields: dict[str, int | str]) -> Path:
-    """Fill in a path template of meta/info.json; the file must be there, inside the dataset."""
-    where = f"{root}/meta/info.json: path {template!r}"
-    try:
-        for _, name, spec, conversion in Formatter().parse(template):
-            plain = name in fields and not conversion and re.fullmatch(r"(0?\dd)?", spec or "")
-            if name is not None and not plain:
-                raise ValueError(f"{{{name}}}")
-        path = (root / template.format(**fields)).resolve()
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; wanted: {', '.join(fields)}") from None
-    # In the Hub's cache, the files of a snapshot are links to ../../blobs.
-    home = root.parents[1] if root.parent.name == "snapshots" else root
-    if not path.is_relative_to(home):
-        raise UserError(f"{where}: leads to {path}, outside the dataset's folder")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; wanted for {fields}")
-    return path
-
-
-def _read_columns(path: Path, names: Iterable[str]) -> pa.Table:
-    names = list(dict.fromkeys(names))
-    try:
-        with pq.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            if missing := [name for name in names if name not in there]:
-                raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(there)}")
-            table = file.read(columns=names).select(names)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as parquet: {error}") from None
-    for name in names:
-        if table[name].null_count:
-            raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
-    return table
-
-
-def _read_tables(
-    rows: list[_Row], widths: dict[str, int]
-) -> tuple[tuple[Episode, ...], dict[str, np.ndarray]]:
-    """Read the rows of these episodes, in order, and check that they are theirs."""
-    by_table: dict[Path, list[_Row]] = {}
-    for row in rows:
-        by_table.setdefault(row.table, []).append(row)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in widths}
-    episodes = []
-    first_row = 0
-    for path, members in by_table.items():
-        table = _read_columns(path, [*widths, "episode_index", "frame_index"])
-        owners, counts = (table[n].to_numpy() for n in ("episode_index", "frame_index"))
-        columns = {n: _numbers(path, n, table[n], owners, width) for n, width in widths.items()}
-        starts = np.flatnonzero(np.diff(owners, prepend=owners[:1] - 1))
-        ends = np.append(starts[1:], len(owners))
-        runs = dict(zip(owners[starts].tolist(), map(slice, starts, ends), strict=True))
-        if len(runs) < len(starts):
-            raise UserError(f"{path}: the rows of an episode are not together")
-        for row in members:
-            run = runs.get(row.index, slice(0))
-            if not np.array_equal(counts[run], np.arange(row.length)):
-                raise UserError(
-                    f"{path}: episode {row.index}: {len(counts[run])} rows; wanted {row.length}, "
-                    "with frame_index counting from 0"
-                )
-            for name, values in columns.items():
-                parts[name].append(values[run])
-            episodes.append(Episode(row.index, row.length, first_row, row.videos))
-            first_row += row.length
-    episodes.sort(key=lambda episode: episode.index)
-    return tuple(episodes), {name: np.concatenate(parts[name]) for name in widths}
-
-
-def _numbers(
-    path: Path, name: str, column: pa.ChunkedArray, owners: np.ndarray, width: int
-) -> np.ndarray:
-    """Turn a column of numbers or of lists of numbers into float32 (rows, width)."""
-    values = column
-    kind = column.type
-    sizes = np.ones(len(column))
-    if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        sizes = pc.list_value_length(column).to_numpy()
-        values = pc.list_flatten(column)
-    if len(odd := np.flatnonzero(sizes != width)):
-        raise UserError(
-            f"{path}: episode {owners[odd[0]]}: {name} has {sizes[odd[0]]:g} numbers in a row; "
-            f"meta/info.json says {width}"
-        )
-    numeric = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
-    if not numeric or values.null_count:
-        raise UserError(f"{path}: {name} is {kind}, {values.null_count} empty; wanted numbers")
-    return values.to_numpy().astype(np.float32).reshape(-1, width)

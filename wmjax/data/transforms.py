@@ -6,6 +6,7 @@ Runs on the host, in libav, on frames as the decoder leaves them: NumPy and PyAV
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import av
@@ -19,6 +20,9 @@ class Box(NamedTuple):
     left: float
     height: float
     width: float
+
+
+FULL_BOX = Box(0.0, 0.0, 1.0, 1.0)
 
 
 def random_box(
@@ -62,15 +66,20 @@ def crop_and_scale(
     frames' own size this is exactly `frame.to_ndarray(format="rgb24")`. Where the pixel format
     halves its colour planes, a crop starts and ends on even pixels.
     """
-    if isinstance(frames[0], np.ndarray):
-        if box == (0, 0, 1, 1) and frames[0].shape[:2] == (height, width):
-            return np.stack(frames)
-        frames = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
-    graph = _graph(frames[0], box, height, width)
+    arrays = [frame for frame in frames if isinstance(frame, np.ndarray)]
+    if arrays and box == FULL_BOX and arrays[0].shape[:2] == (height, width):
+        return np.stack(arrays)
+    decoded = [
+        av.VideoFrame.from_ndarray(frame, format="rgb24")
+        if isinstance(frame, np.ndarray)
+        else frame
+        for frame in frames
+    ]
+    graph = _graph(decoded[0], box, height, width)
     video_THWC = np.empty((len(frames), height, width, 3), np.uint8)
-    for image_HWC, frame in zip(video_THWC, frames, strict=True):
-        graph.push(frame)
-        image_HWC[:] = graph.pull().to_ndarray()
+    for image_HWC, frame in zip(video_THWC, decoded, strict=True):
+        graph.vpush(frame)
+        image_HWC[:] = graph.vpull().to_ndarray()
     return video_THWC
 
 
@@ -91,7 +100,7 @@ def _graph(frame: av.VideoFrame, box: Box, height: int, width: int) -> av.filter
     chain.append(graph.add("scale", f"{width}:{height}:flags=bilinear"))
     chain.append(graph.add("format", "pix_fmts=rgb24"))
     chain.append(graph.add("buffersink"))
-    for one, following in zip(chain, chain[1:], strict=False):
+    for one, following in pairwise(chain):
         one.link_to(following)
     graph.configure()
     return graph

@@ -14,17 +14,18 @@ import av
 
 from wmjax.errors import UserError
 
+KEEP = 8
+
 
 class VideoFiles:
     """Reads frames by number from many files of one frame rate.
 
-    Safe under threads: each has its own open containers, at most `keep`. Open containers do not
+    Safe under threads: each has its own open containers, at most KEEP. Open containers do not
     travel when this is pickled.
     """
 
-    def __init__(self, fps: float, keep: int = 8):
+    def __init__(self, fps: float):
         self._fps = fps
-        self._keep = keep
         self._local = threading.local()
 
     def __getstate__(self) -> dict:
@@ -56,7 +57,7 @@ class VideoFiles:
     def _open(self, path: Path) -> "_Video":
         videos = self._local.__dict__.setdefault("videos", OrderedDict())
         if path not in videos:
-            if len(videos) >= self._keep:
+            if len(videos) >= KEEP:
                 videos.popitem(last=False)[1].close()
             videos[path] = _Video(path, self._fps)
         videos.move_to_end(path)
@@ -70,49 +71,48 @@ class _Video:
         self._path = path
         try:
             self._container = av.open(str(path))
-            if not self._container.streams.video:
-                raise UserError(f"{path}: has no video stream")
-            stream = self._container.streams.video[0]
-            # One thread a file: the callers are the threads. dav1d counts by thread_count.
-            stream.thread_type = "NONE"
-            stream.codec_context.thread_count = 1
-            self._read_index(stream)
         except av.FFmpegError as error:
             raise UserError(
                 f"{path}: not readable as video ({error.strerror}); a file cut short has lost its "
                 "index (moov atom): fetch it again"
             ) from None
-        if self._end > path.stat().st_size:
-            raise UserError(
-                f"{path}: cut short: {path.stat().st_size} bytes where its index speaks of "
-                f"{self._end}; fetch it again"
-            )
-        self._tick = 1 / (Fraction(fps).limit_denominator(1001) * stream.time_base)
+        if not self._container.streams.video:
+            raise UserError(f"{path}: has no video stream")
+        stream = self._container.streams.video[0]
+        # One thread a file: the callers are the threads. dav1d goes by thread_count alone.
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        self._stream = stream
+        self._clock = stream.time_base or Fraction(1)
+        self._start = stream.start_time or 0
+        self._tick = 1 / (Fraction(fps).limit_denominator(1001) * self._clock)
         self._at: int | None = None
         self._decoded: Iterator[av.VideoFrame] = iter(())
-
-    def _read_index(self, stream: av.VideoStream) -> None:
-        """Note the frames and key frames of the file, and where the bytes of the last one end."""
-        self._stream = stream
-        self._start = stream.start_time or 0
+        self._keys: list[int] | None = None
         if hasattr(stream, "index_entries"):
-            self._index = stream.index_entries
-            self.count = len(self._index)
-            self._end = self._index[-1].pos + self._index[-1].size if self.count else 0
-            # The index has times of decoding; those of display run the same, a constant later
-            # (B-frames). It only decides when to seek: the time of what is decoded is checked.
-            self._shift = self._start - self._index[0].timestamp if self.count else 0
-        else:  # PyAV 15, the one that lerobot asks for, shows no index: read the whole file.
+            self._read_index()
+        else:  # PyAV 15, which lerobot pins, does not show the index: read the whole file.
             packets = [packet for packet in self._container.demux(stream) if packet.size]
             self.count = len(packets)
-            self._end = 0
-            self._keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
+            self._keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
+
+    def _read_index(self) -> None:
+        index = self._stream.index_entries
+        self.count = len(index)
+        if not self.count:
+            return
+        end, there = index[-1].pos + index[-1].size, self._path.stat().st_size
+        if end > there:
+            raise UserError(f"{self._path}: cut short: {there} of {end} bytes; fetch it again")
+        # The index has times of decoding; those of display run the same, a constant later
+        # (B-frames). It only decides when to seek: the time of what is decoded is checked.
+        self._shift = self._start - index[0].timestamp
 
     def _key_before(self, pts: int) -> int:
-        if hasattr(self, "_keys"):
+        if self._keys is not None:
             return self._keys[max(bisect_right(self._keys, pts) - 1, 0)]
-        position = max(self._index.search_timestamp(pts - self._shift), 0)
-        return self._index[position].timestamp + self._shift
+        index = self._stream.index_entries
+        return index[max(index.search_timestamp(pts - self._shift), 0)].timestamp + self._shift
 
     def close(self) -> None:
         self._container.close()
@@ -126,7 +126,7 @@ class _Video:
                 self._decoded = self._container.decode(self._stream)
             for frame in self._decoded:
                 self._at = frame.pts
-                if frame.is_corrupt:
+                if frame.pts is None or frame.is_corrupt:
                     raise UserError(f"{self._path}: frame {number}: damaged data before it")
                 # Half a frame: times rounded to a coarse clock are off by a tick or two.
                 if abs(frame.pts - wanted) < self._tick / 2:
@@ -141,4 +141,4 @@ class _Video:
         raise UserError(f"{self._path}: frame {number}: the video ends before it")
 
     def _seconds(self, pts: int) -> str:
-        return f"{float((pts - self._start) * self._stream.time_base):.4f} s"
+        return f"{float((pts - self._start) * self._clock):.4f} s"

@@ -53,6 +53,8 @@ class Windows:
     """
 
     def __init__(self, lengths: np.ndarray | list[int], frames: int, stride: int):
+        if frames < 1:
+            raise UserError(f"data.frames={frames}: wanted at least 1")
         lengths = np.asarray(lengths, dtype=np.int64)
         span = (frames - 1) * stride + 1
         longest = int(lengths.max(initial=0))
