@@ -1,0 +1,170 @@
+"""LeRobot datasets, v2.1 and v3.0, read natively: clips of video, states and actions.
+
+The formats themselves are in lerobot_format, the decoding in video. No lerobot, torch, pandas,
+models, ConfigDict or jax here.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
+from wmjax.data.video import VideoFiles
+from wmjax.data.windows import Windows, split_episodes, stride_for
+from wmjax.errors import UserError
+
+# Features that show something, but are not read: said, never dropped in silence.
+UNREAD = {"image": "images in the tables", "depth": "depth"}
+
+
+class LeRobotSource:
+    """Clips of a LeRobot dataset, one for every episode and start: `len`, `[i]`.
+
+    cameras: 'all' video features, or names separated by commas: full ones or their last part
+    ('top' for 'observation.images.top'). Everything is opened or looked for at once, except the
+    videos, of which only the existence is checked. UserError names what is missing or odd.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        cameras: str = "all",
+        frames: int,
+        fps: float,
+        split: str = "train",
+        val_share: float = 0.0,
+        state_key: str = "observation.state",
+        action_key: str = "action",
+    ):
+        self._info = read_info(Path(root).expanduser())
+        self.root = Path(root).expanduser().resolve()
+        self._recorded_fps = self._info["fps"]
+        self.stride = stride_for(self._recorded_fps, fps)
+        self.fps_effective = self._recorded_fps / self.stride
+        self.cameras = _choose_cameras(self.root, self._info["features"], cameras)
+        self.state_size = _width(self.root, self._info["features"], "state_key", state_key)
+        self.action_size = _width(self.root, self._info["features"], "action_key", action_key)
+
+        rows = read_rows(self.root, self._info, self.cameras)
+        parts = dict(
+            zip(("train", "validation"), split_episodes(len(rows), val_share), strict=True)
+        )
+        if not len(parts[split]):
+            raise UserError(
+                f"data.val_share={val_share:g}: leaves no {split} episode of the {len(rows)} "
+                f"in {self.root}"
+            )
+        self._split = split
+        self._frames = frames
+        wanted = [rows[i] for i in parts[split]]
+        try:
+            self._windows = Windows([row.length for row in wanted], frames, self.stride)
+        except UserError as error:
+            raise UserError(
+                f"{error}\n{self.root}: {split} episodes, recorded at {self._recorded_fps:g} "
+                f"frames a second, data.fps={fps:g}"
+            ) from None
+        widths = {state_key: self.state_size, action_key: self.action_size}
+        self.episodes, tables = read_tables(wanted, widths)
+        self._states, self._actions = tables[state_key], tables[action_key]
+        self._videos = VideoFiles(self._recorded_fps)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict:
+        """Return clip `index`.
+
+        frames_VT: lists of av.VideoFrame as decoded, by camera. state_TS: float32, at the sampled
+        frames. action_TPA: float32, [t, p] is recorded p frames after sampled frame t; past the
+        end of the episode its last action stands in. episode: its number in the dataset; start:
+        the clip's first frame in it.
+        """
+        position, start = self._windows[index]
+        episode = self.episodes[position]
+        steps_T = start + self.stride * np.arange(self._frames)
+        steps_TP = np.minimum(steps_T[:, None] + np.arange(self.stride), episode.length - 1)
+        return {
+            "frames_VT": [self._read_video(episode, name, steps_T) for name in self.cameras],
+            "state_TS": self._states[episode.first_row + steps_T],
+            "action_TPA": self._actions[episode.first_row + steps_TP],
+            "episode": episode.index,
+            "start": start,
+        }
+
+    def _read_video(self, episode: Episode, camera: str, steps_T: np.ndarray) -> list:
+        path, first = episode.videos[camera]
+        try:
+            numbers = (first + steps_T).tolist()
+            return self._videos.read(path, numbers, need=first + episode.length)
+        except UserError as error:
+            raise UserError(f"{error}\nneeded for episode {episode.index}, {camera}") from None
+
+    def describe(self) -> str:
+        """Say in one line what was opened and how it is cut into clips."""
+        features = self._info["features"]
+        cameras = ", ".join(f"{name} ({_picture(features[name])})" for name in self.cameras)
+        unread = [name for name in features if _camera_kind(features[name]) in UNREAD]
+        left_out = f", not read: {', '.join(unread)}" if unread else ""
+        short = self._windows.too_short
+        return (
+            f"{self.root}: LeRobot {self._info['codebase_version']}, {self._split}: "
+            f"{len(self.episodes)} episodes"
+            + (f" ({short} shorter than a clip)" if short else "")
+            + f", {sum(e.length for e in self.episodes)} frames at {self._recorded_fps:g} fps, "
+            f"{cameras}{left_out}, stride {self.stride} ({self.fps_effective:.4g} fps), "
+            f"{len(self)} windows"
+        )
+
+
+def _camera_kind(feature: dict) -> str:
+    """Return 'video', 'image', 'depth', or '' for a feature that is no camera."""
+    info = feature.get("info") or {}
+    if info.get("is_depth_map") or info.get("video.is_depth_map"):
+        return "depth"
+    return feature["dtype"] if feature["dtype"] in ("video", "image") else ""
+
+
+def _choose_cameras(root: Path, features: dict, cameras: str) -> tuple[str, ...]:
+    kinds = {name: kind for name in features if (kind := _camera_kind(features[name]))}
+    videos = [name for name, kind in kinds.items() if kind == "video"]
+    here = f"video features in {root}: {', '.join(videos) or 'none'}"
+    if cameras == "all" and not videos:
+        unread = [f"{name} is stored as {UNREAD[kind]}" for name, kind in kinds.items()]
+        raise UserError(f"data.cameras='all': {', '.join([*unread, here])}")
+    if cameras == "all":
+        return tuple(videos)
+    chosen: list[str] = []
+    for asked in (part.strip() for part in cameras.split(",")):
+        found = [asked] if asked in kinds else [n for n in kinds if n.split(".")[-1] == asked]
+        if len(found) != 1:
+            fault = "is the end of several cameras" if found else "unknown camera"
+            raise UserError(f"data.cameras={cameras!r}: {asked!r}: {fault}; {here}")
+        if kinds[found[0]] in UNREAD:
+            raise UserError(
+                f"data.cameras={cameras!r}: {found[0]} is stored as {UNREAD[kinds[found[0]]]}, "
+                f"which is not read; {here}"
+            )
+        if found[0] in chosen:
+            raise UserError(f"data.cameras={cameras!r}: {found[0]} is named twice")
+        chosen += found
+    return tuple(chosen)
+
+
+def _picture(feature: dict) -> str:
+    """Say size and codec of a camera, as far as the metadata has them."""
+    info = feature.get("info") or feature.get("video_info") or {}
+    shape = "x".join(str(n) for n in feature["shape"])
+    return f"{shape}, {info.get('video.codec', 'unknown codec')}"
+
+
+def _width(root: Path, features: dict, option: str, key: str) -> int:
+    numbers = [name for name, f in features.items() if re.match("float|int", f["dtype"])]
+    if key not in numbers:
+        raise UserError(
+            f"data.{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
+        )
+    return math.prod(features[key]["shape"])

@@ -1,0 +1,106 @@
+"""From decoded frames to pixels at the training size: crop boxes, and crop and scale in one pass.
+
+Runs on the host, in libav, on frames as the decoder leaves them: NumPy and PyAV, never jax.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+
+class Box(NamedTuple):
+    """A crop as fractions of the frame, so that one box serves views of every size."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+FULL_BOX = Box(0.0, 0.0, 1.0, 1.0)
+
+
+def random_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.3, 1.0),
+    aspect: tuple[float, float] = (0.75, 1.35),
+    out_aspect: float = 1.0,
+) -> Box:
+    """Draw a crop as torchvision's RandomResizedCrop does, on whole pixels.
+
+    scale: share of the frame's area, uniform. aspect: width / height, log-uniform, relative to
+    out_aspect (the output's width / height), so that an output that is not square keeps its
+    geometry. Ten tries; then the largest centred crop within the range of aspects.
+    """
+    low, high = aspect[0] * out_aspect, aspect[1] * out_aspect
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return Box(float(top) / height, float(left) / width, h / height, w / width)
+    return centre_box(height, width, min(max(width / height, low), high))
+
+
+def centre_box(height: int, width: int, out_aspect: float = 1.0) -> Box:
+    """Return the largest centred crop whose width / height is out_aspect."""
+    h = min(height, max(round(width / out_aspect), 1))
+    w = min(width, max(round(height * out_aspect), 1))
+    return Box((height - h) // 2 / height, (width - w) // 2 / width, h / height, w / width)
+
+
+def crop_and_scale(
+    frames: Sequence[av.VideoFrame | np.ndarray], box: Box, height: int, width: int
+) -> np.ndarray:
+    """Crop the frames of one clip to box and scale them: uint8 THWC, RGB.
+
+    frames: of one size and format; decoded ones, or uint8 HWC arrays. With the full box and the
+    frames' own size this is exactly `frame.to_ndarray(format="rgb24")`. Where the pixel format
+    halves its colour planes, a crop starts and ends on even pixels.
+    """
+    arrays = [frame for frame in frames if isinstance(frame, np.ndarray)]
+    if arrays and box == FULL_BOX and arrays[0].shape[:2] == (height, width):
+        return np.stack(arrays)
+    decoded = [
+        av.VideoFrame.from_ndarray(frame, format="rgb24")
+        if isinstance(frame, np.ndarray)
+        else frame
+        for frame in frames
+    ]
+    graph = _graph(decoded[0], box, height, width)
+    video_THWC = np.empty((len(frames), height, width, 3), np.uint8)
+    for image_HWC, frame in zip(video_THWC, decoded, strict=True):
+        graph.vpush(frame)
+        image_HWC[:] = graph.vpull().to_ndarray()
+    return video_THWC
+
+
+def _graph(frame: av.VideoFrame, box: Box, height: int, width: int) -> av.filter.Graph:
+    """Build crop -> scale -> RGB for frames like this one; the crop only moves pointers."""
+    top, left = round(box.top * frame.height), round(box.left * frame.width)
+    h = min(max(round(box.height * frame.height), 2), frame.height - top)
+    w = min(max(round(box.width * frame.width), 2), frame.width - left)
+    graph = av.filter.Graph()
+    # One thread: the caller has its own, and a pool of threads for every clip costs more than it
+    # brings. PyAV 15, the one that lerobot asks for, cannot say so.
+    if hasattr(graph, "threads"):
+        graph.threads = 1
+    # The time base is not used, but a buffer must have one.
+    chain = [graph.add_buffer(None, frame.width, frame.height, frame.format, time_base=Fraction(1))]
+    if (h, w) != (frame.height, frame.width):
+        chain.append(graph.add("crop", f"{w}:{h}:{left}:{top}"))
+    chain.append(graph.add("scale", f"{width}:{height}:flags=bilinear"))
+    chain.append(graph.add("format", "pix_fmts=rgb24"))
+    chain.append(graph.add("buffersink"))
+    for one, following in pairwise(chain):
+        one.link_to(following)
+    graph.configure()
+    return graph

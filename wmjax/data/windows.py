@@ -1,0 +1,78 @@
+"""Which frames make a clip: stride, split by episode, and every (episode, start).
+
+Plain arithmetic on lengths: knows no file format and imports neither jax nor video code.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from wmjax.errors import UserError
+
+
+def stride_for(recording_fps: float, fps: float) -> int:
+    """Return the whole number of recorded frames between two sampled ones.
+
+    ceil(recording_fps / fps), as V-JEPA 2-AC does: the clip is never faster than asked, so at
+    50 frames per second recorded and 4 asked the stride is 13 and the effective rate 3.85.
+    """
+    if not 0 < fps <= recording_fps:
+        raise UserError(
+            f"data.fps={fps:g}: wanted above 0 and at most the recording's {recording_fps:g}"
+        )
+    # Fractions, because in floats 0.3 / 0.1 is a little under 3 and 0.7 / 0.1 could be above 7.
+    recorded, asked = (Fraction(x).limit_denominator(1001) for x in (recording_fps, fps))
+    if not asked:
+        raise UserError(f"data.fps={fps:g}: wanted at least one frame in 1001 seconds")
+    return math.ceil(recorded / asked)
+
+
+def split_episodes(num_episodes: int, val_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the training and the validation episodes, both sorted.
+
+    Validation episodes are spread evenly over the recording, without a random draw. Both parts
+    get at least one episode where there are two and val_share > 0; of one episode, none is left
+    for validation.
+    """
+    if not 0 <= val_share < 1:
+        raise UserError(f"data.val_share={val_share:g}: wanted from 0 up to, not including, 1")
+    wanted = 0
+    if val_share > 0 and num_episodes > 1:
+        wanted = min(max(round(num_episodes * val_share), 1), num_episodes - 1)
+    every = np.arange(num_episodes)
+    validation = (2 * np.arange(wanted) + 1) * num_episodes // (2 * max(wanted, 1))
+    return np.setdiff1d(every, validation), validation
+
+
+class Windows:
+    """Every (episode, start) whose clip of `frames` frames, `stride` apart, lies in the episode.
+
+    Holds one number an episode, never a table of all windows. `too_short` counts the episodes
+    that cannot hold a clip.
+    """
+
+    def __init__(self, lengths: np.ndarray | list[int], frames: int, stride: int):
+        if frames < 1:
+            raise UserError(f"data.frames={frames}: wanted at least 1")
+        lengths = np.asarray(lengths, dtype=np.int64)
+        span = (frames - 1) * stride + 1
+        longest = int(lengths.max(initial=0))
+        if longest < span:
+            raise UserError(
+                f"data.frames={frames}: a clip at stride {stride} (from data.fps) spans {span} "
+                f"recorded frames; the longest of {len(lengths)} episodes has {longest}"
+            )
+        starts = np.maximum(lengths - span + 1, 0)
+        self.too_short = int((starts == 0).sum())
+        self._ends = np.cumsum(starts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Return (position of the episode in lengths, first frame) of window `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        position = int(np.searchsorted(self._ends, index, side="right"))
+        return position, int(index - (self._ends[position - 1] if position else 0))
