@@ -1,0 +1,219 @@
+"""Transformer parts: layer norm, linear, attention, MLP, pre-norm block, and the run over depth.
+
+Parameters are float32 and products run in the compute dtype; a LayerNorm computes and gives
+float32, and the Linear after it casts down. A stack is one Block whose parameters carry a leading
+depth axis, the same in checkpoints whether it is scanned or unrolled.
+
+Logical axes at the parameters, for the sharding table to place:
+    layers                  depth of a stack
+    embed, predictor_embed  width of the residual stream of encoder and predictor
+    heads                   heads times head dimension: outputs of qkv, inputs of proj
+    mlp                     hidden width of the MLP
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wmjax.errors import UserError
+from wmjax.models import rope
+
+EPS = 1e-6  # of every layer norm inside the models
+
+# What the backward pass recomputes; "dots" keeps the outputs of the products with parameters.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Normalise the last axis in float32, without scale and bias."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...]):
+        self.scale = nnx.Param(jnp.ones(shape), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
+
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        return layer_norm(x_BND, EPS) * self.scale[None, None] + self.bias[None, None]
+
+
+class Linear(nnx.Module):
+    """y = x W + b; the shape of W may lead with a depth, which is gone when it is called."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        dtype: jnp.dtype,
+        depth_scaled: bool = False,
+    ):
+        # The reference truncates at an absolute 2.0, a hundred standard deviations: a normal.
+        kernel = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
+        if depth_scaled:  # blocks further up start with smaller branches
+            layer = jnp.arange(1, shape[0] + 1, dtype=jnp.float32)[:, None, None]
+            kernel = kernel / jnp.sqrt(2 * layer)
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = nnx.Param(jnp.zeros((*shape[:-2], shape[-1])), axes=(*axes[:-2], axes[-1]))
+        self.dtype = dtype
+
+    def __call__(self, x_BNI: jax.Array) -> jax.Array:
+        y_BNO = x_BNI.astype(self.dtype) @ self.kernel.astype(self.dtype)
+        return y_BNO + self.bias.astype(self.dtype)[None, None]
+
+
+def choose_attention(wanted: str, dtype: jnp.dtype, head_dim: int) -> Literal["xla", "cudnn"]:
+    """Return the implementation that will run, xla or cudnn; UserError for one that cannot."""
+    gpu = jax.default_backend() == "gpu"
+    fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    if wanted == "auto":
+        return "cudnn" if gpu and fits else "xla"
+    if wanted == "xla":
+        return "xla"
+    if wanted != "cudnn":
+        raise UserError(f"model.attention={wanted!r}: wanted auto, xla or cudnn")
+    if not (gpu and fits):
+        raise UserError(
+            f"model.attention='cudnn' on {jax.default_backend()}, {dtype}, head width {head_dim}: "
+            "wanted a GPU, bfloat16 and a multiple of 8 up to 128"
+        )
+    return "cudnn"
+
+
+@jax.custom_vjp
+def _scores(query_BNHd: jax.Array, key_BNHd: jax.Array) -> jax.Array:
+    """Return float32 products of queries and keys.
+
+    The gradient goes back through products in the inputs' dtype, as in fused attention. JAX's own
+    rule (and with it jax.nn.dot_product_attention) mixes float32 with bfloat16 there, which is
+    slower and refused under strict dtype promotion.
+    """
+    return jnp.einsum("bqhd,bkhd->bhqk", query_BNHd, key_BNHd, preferred_element_type=jnp.float32)
+
+
+def _scores_backward(
+    kept: tuple[jax.Array, jax.Array], gradient_BHNN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    query, key = kept
+    gradient_BHNN = gradient_BHNN.astype(query.dtype)
+    return (
+        jnp.einsum("bhqk,bkhd->bqhd", gradient_BHNN, key),
+        jnp.einsum("bhqk,bqhd->bkhd", gradient_BHNN, query),
+    )
+
+
+_scores.defvjp(lambda query, key: (_scores(query, key), (query, key)), _scores_backward)
+
+
+def _xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array) -> jax.Array:
+    """Attend from everywhere to everywhere, softmax in float32."""
+    weight_BHNN = jax.nn.softmax(_scores(query_BNHd, key_BNHd) * query_BNHd.shape[-1] ** -0.5)
+    return jnp.einsum("bhqk,bkhd->bqhd", weight_BHNN.astype(value_BNHd.dtype), value_BNHd)
+
+
+class Attention(nnx.Module):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        depth: int,
+        width: int,
+        heads: int,
+        embed: str,
+        dtype: jnp.dtype,
+        attention: str,
+    ):
+        self.qkv = Linear(rngs, (depth, width, 3 * width), ("layers", embed, "heads"), dtype)
+        self.proj = Linear(rngs, (depth, width, width), ("layers", "heads", embed), dtype, True)
+        self.heads = heads
+        self.implementation = choose_attention(attention, dtype, width // heads)
+
+    def __call__(self, x_BND: jax.Array, table: rope.Table | None) -> jax.Array:
+        B, N, D = x_BND.shape
+        qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        query, key = rope.rotate(query, table), rope.rotate(key, table)
+        if self.implementation == "cudnn":
+            y_BNHd = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        else:
+            y_BNHd = _xla_attention(query, key, value)
+        return self.proj(y_BNHd.reshape(B, N, D))
+
+
+class MLP(nnx.Module):
+    def __init__(
+        self, rngs: nnx.Rngs, depth: int, width: int, hidden: int, embed: str, dtype: jnp.dtype
+    ):
+        self.fc1 = Linear(rngs, (depth, width, hidden), ("layers", embed, "mlp"), dtype)
+        self.fc2 = Linear(rngs, (depth, hidden, width), ("layers", "mlp", embed), dtype, True)
+
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x_BND), approximate=False))
+
+
+class Block(nnx.Module):
+    """`depth` pre-norm blocks in one, each parameter stacked; `run` calls it layer by layer."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        hidden: int,
+        embed: str,
+        dtype: jnp.dtype,
+        attention: str,
+    ):
+        self.norm1 = LayerNorm((depth, width), ("layers", embed))
+        self.attention = Attention(rngs, depth, width, heads, embed, dtype, attention)
+        self.norm2 = LayerNorm((depth, width), ("layers", embed))
+        self.mlp = MLP(rngs, depth, width, hidden, embed, dtype)
+
+    def __call__(self, x_BND: jax.Array, table: rope.Table | None) -> jax.Array:
+        x_BND = x_BND + self.attention(self.norm1(x_BND), table)
+        return x_BND + self.mlp(self.norm2(x_BND))
+
+
+def run(
+    blocks: Block, x_BND: jax.Array, table: rope.Table | None, scan: bool, remat: str
+) -> jax.Array:
+    """Run a stack over its depth: one compiled block scanned, or all of them unrolled."""
+    graphdef, params = nnx.split(blocks)
+
+    def block(x_BND: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graphdef, params)(x_BND, table), None
+
+    if remat != "none":
+        # Inside a scan nothing can be merged with the first pass anyway, and the guard costs.
+        block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(block, x_BND, params)[0]
+    leaves, structure = jax.tree.flatten(params)
+    depth = len(leaves[0])
+    # One split a parameter: its gradient is one concatenation, not a sum over padded slices.
+    slices = [[s[0] for s in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
+    for layer in zip(*slices, strict=True):
+        x_BND, _ = block(x_BND, jax.tree.unflatten(structure, layer))
+    return x_BND
+
+
+def check_remat(remat: str) -> None:
+    if remat not in REMAT:
+        raise UserError(f"model.remat={remat!r}: wanted one of {', '.join(REMAT)}")
+
+
+def flops(blocks: Block, tokens: int) -> int:
+    """Count the operations of the products in one forward pass over one sequence."""
+    depth, width, hidden = blocks.mlp.fc1.kernel.shape
+    parameters = 4 * width * width + 2 * width * hidden
+    return depth * tokens * (2 * parameters + 4 * tokens * width)

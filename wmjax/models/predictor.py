@@ -1,0 +1,73 @@
+"""The mask-token predictor: features of the context and where the targets are -> their features."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wmjax.models import rope
+from wmjax.models.layers import Block, LayerNorm, Linear, check_remat, run
+
+
+class Predictor(nnx.Module):
+    """mask_tokens: (number, 1, 1, width), of which one, `mask_index`, stands for every target.
+
+    The reference draws the others in, but its inference and transformers' use number 1 alone: with
+    that in training too, an exported model is the trained one. The number is kept for its weights.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        encoder_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        rope_kind: str,
+        dtype: jnp.dtype,
+        remat: str,
+        scan: bool,
+        attention: str,
+        num_mask_tokens: int,
+        mask_index: int,
+    ):
+        rope.check(rope_kind, width, heads)
+        check_remat(remat)
+        self.embed = Linear(rngs, (encoder_width, width), ("embed", "predictor_embed"), dtype)
+        self.mask_tokens = nnx.Param(
+            jnp.zeros((num_mask_tokens, 1, 1, width)), axes=(None, None, None, "predictor_embed")
+        )
+        self.blocks = Block(
+            rngs,
+            depth=depth,
+            width=width,
+            heads=heads,
+            hidden=4 * width,
+            embed="predictor_embed",
+            dtype=dtype,
+            attention=attention,
+        )
+        self.norm = LayerNorm((width,), ("predictor_embed",))
+        self.proj = Linear(rngs, (width, encoder_width), ("predictor_embed", "embed"), dtype)
+        self.width, self.heads, self.rope_kind = width, heads, rope_kind
+        self.remat, self.scan, self.mask_index = remat, scan, mask_index
+
+    def __call__(
+        self,
+        context_BKD: jax.Array,
+        context_ids_BK: jax.Array,
+        target_ids_BM: jax.Array,
+        grid: rope.Grid,
+    ) -> jax.Array:
+        """Return the predicted features (B, M, D) of the target tokens, in the compute dtype."""
+        context = self.embed(context_BKD)
+        mask_token = self.mask_tokens[self.mask_index].astype(context.dtype)
+        masked = jnp.broadcast_to(mask_token, (*target_ids_BM.shape, self.width))
+        # The reference sorts the tokens by position here. Full attention does not see an order.
+        x_BND = jnp.concatenate([context, masked], axis=1)
+        ids_BN = jnp.concatenate([context_ids_BK, target_ids_BM], axis=1)
+        if self.rope_kind == "sincos":
+            x_BND = x_BND + rope.sincos(ids_BN, grid, self.width).astype(x_BND.dtype)
+        table = rope.table(ids_BN, grid, self.width // self.heads, self.rope_kind)
+        x_BND = run(self.blocks, x_BND, table, self.scan, self.remat)
+        return self.proj(self.norm(x_BND[:, context_ids_BK.shape[1] :]))

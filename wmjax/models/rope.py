@@ -1,0 +1,90 @@
+"""Where a token is in the clip: 3-D rotary tables and fixed sin-cos embeddings, from token ids.
+
+Made once a call, in float32, and shared by all layers: built in bfloat16 the frequencies would be
+off by up to 1.6 %. Positions count from 0 along (time, row, column) of the grid of the input at
+hand, so any size and shape of frame works, in the encoder and in the predictor alike.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wmjax.errors import UserError
+
+Grid = tuple[int, int, int]
+Table = tuple[jax.Array, jax.Array]  # cosines and sines
+
+KINDS = ("tiled", "interleaved", "sincos")
+
+
+def all_ids(grid: Grid) -> jax.Array:
+    """Return the ids of every token, for a batch of one."""
+    return jnp.arange(grid[0] * grid[1] * grid[2], dtype=jnp.int32)[None]
+
+
+def table(ids_BN: jax.Array, grid: Grid, head_dim: int, kind: str) -> Table | None:
+    """Return the cosines and sines to rotate heads by, (B, N, 1, head_dim); None for sincos.
+
+    A third of the head, cut to an even number, turns with each axis; the tail stays (angle 0).
+    tiled: the two members of a rotated pair get different angles, as the weights released with
+    V-JEPA 2 expect, at the price of being no rotation: norms and shifts are not preserved.
+    interleaved: one angle a pair, as in V-JEPA 2.1.
+    """
+    if kind == "sincos":
+        return None
+    size = 2 * (head_dim // 6)
+    angles = []
+    for position_BN in _positions(ids_BN, grid):
+        angle_BNF = position_BN[:, :, None] * _frequencies(size // 2)
+        if kind == "tiled":
+            angles.append(jnp.concatenate([angle_BNF, angle_BNF], axis=-1))
+        else:
+            angles.append(jnp.repeat(angle_BNF, 2, axis=-1))
+    angle = jnp.pad(jnp.concatenate(angles, axis=-1), ((0, 0), (0, 0), (0, head_dim - 3 * size)))
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+
+def rotate(x_BNHd: jax.Array, rope: Table | None) -> jax.Array:
+    """Rotate neighbouring pairs of the last axis in float32; give back the dtype that came."""
+    if rope is None:
+        return x_BNHd
+    cos, sin = rope
+    x = x_BNHd.astype(jnp.float32)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return (x * cos + turned * sin).astype(x_BNHd.dtype)
+
+
+def sincos(ids_BN: jax.Array, grid: Grid, width: int) -> jax.Array:
+    """Return fixed embeddings (B, N, width): half for time, a quarter each for row and column.
+
+    Sines then cosines within each part (V-JEPA 1 and 2 without RoPE, `uniform_power` off).
+    """
+    parts = []
+    for position_BN, size in zip(
+        _positions(ids_BN, grid), (width // 2, width // 4, width // 4), strict=True
+    ):
+        angle_BNF = position_BN[:, :, None] * _frequencies(size // 2)
+        parts += [jnp.sin(angle_BNF), jnp.cos(angle_BNF)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def check(kind: str, width: int, heads: int) -> None:
+    """Refuse widths that the position encoding cannot divide."""
+    if kind not in KINDS:
+        raise UserError(f"model.rope={kind!r}: unknown kind; there are: {', '.join(KINDS)}")
+    if width % heads or (width // heads) % 2:
+        raise UserError(f"width {width} over {heads} heads: wanted an even width for every head")
+    if kind == "sincos" and width % 8:
+        raise UserError(f"width {width} with model.rope='sincos': wanted a multiple of 8")
+
+
+def _frequencies(count: int) -> jax.Array:
+    """Return 10000^(-i/count), shaped (1, 1, count)."""
+    return jnp.asarray(10000.0 ** -(np.arange(count) / count), jnp.float32)[None, None]
+
+
+def _positions(ids_BN: jax.Array, grid: Grid) -> tuple[jax.Array, ...]:
+    _, rows, columns = grid
+    parts = (ids_BN // (rows * columns), ids_BN // columns % rows, ids_BN % columns)
+    return tuple(p.astype(jnp.float32) for p in parts)

@@ -1,0 +1,169 @@
+"""V-JEPA 2: predict the features of hidden tokens that an EMA of the encoder sees in full.
+
+Architecture and loss of facebookresearch/vjepa2 (src/models, app/vjepa/train.py). Differences: the
+context encoder and the predictor take the grid from the input, so frames need not be square; RoPE
+tables are float32; one mask token serves every mask (see Predictor).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wmjax.errors import UserError
+from wmjax.models import layers, rope
+from wmjax.models.base import BaseWorldModel, InputSpec, Metrics, Params, merge
+from wmjax.models.encoder import Encoder, resolve_size
+from wmjax.models.predictor import Predictor
+from wmjax.types import WorldModelInput, WorldModelOutput
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+TARGET_EPS = 1e-5  # of the layer norm on the targets, unlike the model's own
+
+
+def create(
+    rngs: nnx.Rngs,
+    *,
+    size: str = "large",
+    width: int = 0,
+    depth: int = 0,
+    heads: int = 0,
+    mlp_ratio: float = 0.0,
+    patch: int = 16,
+    tubelet: int = 2,
+    rope: str = "tiled",
+    predictor_width: int = 384,
+    predictor_depth: int = 12,
+    predictor_heads: int = 12,
+    num_mask_tokens: int = 10,
+    mask_index: int = 1,
+    loss_exp: float = 1.0,
+    dtype: str = "bfloat16",
+    remat: str = "none",
+    scan: bool = True,
+    attention: str = "auto",
+) -> "VJEPA2":
+    """Build the model; width, depth, heads and mlp_ratio of 0 are as the size says."""
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype={dtype!r}: wanted one of {', '.join(DTYPES)}")
+    common: dict[str, Any] = {
+        "rope_kind": rope,
+        "dtype": jnp.dtype(DTYPES[dtype]),
+        "remat": remat,
+        "scan": scan,
+        "attention": attention,
+    }
+    encoder_size = resolve_size(size, width, depth, heads, mlp_ratio)
+    return VJEPA2(
+        encoder=Encoder(rngs, **encoder_size, patch=patch, tubelet=tubelet, **common),
+        predictor=Predictor(
+            rngs,
+            encoder_width=encoder_size["width"],
+            width=predictor_width,
+            depth=predictor_depth,
+            heads=predictor_heads,
+            num_mask_tokens=num_mask_tokens,
+            mask_index=mask_index,
+            **common,
+        ),
+        loss_exp=loss_exp,
+    )
+
+
+class VJEPA2(BaseWorldModel):
+    def __init__(self, encoder: Encoder, predictor: Predictor, loss_exp: float):
+        self.encoder = encoder
+        self.predictor = predictor
+        self.loss_exp = loss_exp
+
+    def input_spec(self, frames: int, height: int, width: int) -> InputSpec:
+        return self.encoder.input_spec(frames, height, width)
+
+    def target_params(self, params: Params) -> Params:
+        return params["encoder"]
+
+    def encode(self, video_BTHWC: jax.Array, ids_BN: jax.Array | None = None) -> jax.Array:
+        """Return float32 features of the tokens with these ids, of all in order for None."""
+        return self.encoder(video_BTHWC, ids_BN)
+
+    def predict(
+        self,
+        context_BKD: jax.Array,
+        context_ids_BK: jax.Array,
+        target_ids_BM: jax.Array,
+        grid: rope.Grid,
+    ) -> jax.Array:
+        """Return float32 features predicted for the target tokens from encoded context."""
+        prediction_BMD = self.predictor(context_BKD, context_ids_BK, target_ids_BM, grid)
+        return prediction_BMD.astype(jnp.float32)
+
+    def __call__(self, target: Params, batch: WorldModelInput) -> WorldModelOutput:
+        """Predict every mask's targets; the loss is as in `loss`.
+
+        target: the EMA encoder's parameters.
+        """
+        losses, prediction, wanted = self._masks(target, batch)
+        return WorldModelOutput(sum(losses) / len(losses), tuple(prediction), tuple(wanted))
+
+    def loss(
+        self, target: Params, batch: WorldModelInput, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        del key  # nothing is drawn
+        losses, prediction, wanted = self._masks(target, batch)
+        rows_there = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
+        metrics = {f"loss/mask_{i}": loss for i, loss in enumerate(losses)}
+        # Features that no longer differ from token to token have collapsed; targets are layer
+        # normed, so theirs is 1 when tokens share nothing.
+        for name, features in (("prediction", prediction), ("target", wanted)):
+            spread = [_mean_there(jnp.std(f, axis=1).mean(axis=-1), rows_there) for f in features]
+            metrics[f"token_std/{name}"] = sum(spread) / len(spread)
+        return sum(losses) / len(losses), metrics
+
+    def _masks(self, target: Params, batch: WorldModelInput):
+        """Return loss, prediction and wanted features, each a list with one entry a mask."""
+        B, V, *clip = batch.observation.video_BVTHWC.shape
+        video = jnp.asarray(batch.observation.video_BVTHWC).reshape(B * V, *clip)
+        rows_there = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
+        grid = self.input_spec(*clip[:3]).grid
+
+        target_encoder = merge(nnx.graphdef(self.encoder), target)
+        full_BND = layers.layer_norm(target_encoder(video), TARGET_EPS)
+        full_BND = jax.lax.stop_gradient(full_BND)
+
+        losses, predictions, wanted = [], [], []
+        for context_ids, target_ids in zip(
+            batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True
+        ):
+            # An instant's views share its masks.
+            context_ids, target_ids = (jnp.repeat(i, V, axis=0) for i in (context_ids, target_ids))
+            context_BKD = self.encoder(video, context_ids)
+            z_BMD = self.predict(context_BKD, context_ids, target_ids, grid)
+            h_BMD = jnp.take_along_axis(full_BND, target_ids[:, :, None], axis=1)
+            error_B = jnp.mean(jnp.abs(z_BMD - h_BMD) ** self.loss_exp, axis=(1, 2))
+            losses.append(_mean_there(error_B, rows_there) / self.loss_exp)
+            predictions.append(z_BMD)
+            wanted.append(h_BMD)
+        return losses, predictions, wanted
+
+    def flops(self, batch: WorldModelInput) -> int:
+        B, V, *clip, _ = batch.observation.video_BVTHWC.shape
+        encoder, predictor = self.encoder, self.predictor
+        patch = encoder.patch_embed.kernel.size
+        embed = predictor.embed.kernel.size
+        tokens = self.input_spec(*clip).tokens
+        total = layers.flops(encoder.blocks, tokens) + 2 * tokens * patch
+        for context_ids, target_ids in zip(
+            batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True
+        ):
+            K, M = context_ids.shape[1], target_ids.shape[1]
+            context = layers.flops(encoder.blocks, K) + 2 * K * patch
+            prediction = layers.flops(predictor.blocks, K + M) + 2 * (K + M) * embed
+            total += 3 * (context + prediction)  # a backward pass is two forward ones
+        return B * V * total
+
+
+def _mean_there(value_B: jax.Array, rows_there_B: jax.Array) -> jax.Array:
+    """Average over the rows whose view is there."""
+    weight_B = rows_there_B.astype(jnp.float32)
+    return jnp.sum(value_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1.0)
