@@ -11,6 +11,7 @@ import pytest
 from wmjax import optim, sharding, train
 from wmjax.errors import UserError
 from wmjax.masking import Masks
+from wmjax.metrics import fetch
 
 
 def prepare(devices, *overrides):
@@ -28,7 +29,7 @@ def losses(devices, *overrides, count=5):
     state, out = steps.init(), []
     for _ in range(count):
         state, metrics = steps.train(state, next(batches))
-        out.append(float(metrics["loss"].compute()))
+        out.append(fetch(metrics)["loss"])
     batches.close()
     return out
 

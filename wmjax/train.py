@@ -28,8 +28,6 @@ from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch
 from wmjax.step import Steps, TrainState, build
 
-SPLITS = ("train", "validation")
-
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train until config.train.num_steps, going on from the newest checkpoint in workdir.
@@ -42,7 +40,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         make_deterministic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size)
-    sources = {split: make_source(config, split) for split in SPLITS}
+    splits = ("train", "validation") if config.train.eval_every else ("train",)
+    sources = {split: make_source(config, split) for split in splits}
     masks = Masks(config.mask.to_dict(), token_grid(config))
     steps = make_steps(config, mesh)
     num_steps = config.train.num_steps
@@ -86,14 +85,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 mean.add(metrics)
                 jax.block_until_ready(previous)
                 previous = metrics
-                reporter.flush()
+                reporter.flush(throughput)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     reporter.say(f"first step done after {time.perf_counter() - begun:.1f} s")
                     throughput.restart(step)
                 if last or step % config.train.log_every == 0:
-                    reporter.later(step, mean.take(), throughput.rates(step))
+                    reporter.later(step, mean.take())
                 if due(step, config.train.eval_every, last):
+                    reporter.flush(throughput)
                     with throughput.paused():
                         held_out = make_pipeline(config, sources, masks, mesh, "validation")
                         row = validate(steps, state, held_out, config.eval.batches)
@@ -103,7 +103,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                         save(step)
                 if stop.received:
                     break
-            reporter.flush()
+            reporter.flush(throughput)
         finally:
             stop.restore()
             batches.close()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from wmjax.data.transforms import centre_box, crop_and_scale, random_box
+from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
 from wmjax.masking import Masks
 
 _CROP, _MASK = 0, 1  # purposes that a random stream is keyed by
@@ -23,8 +23,6 @@ class Source(Protocol):
     A sample is a dict: frames_VT (views x frames, each an av.VideoFrame or HWC uint8 array),
     state_TS, action_TPA, episode, start.
     """
-
-    frame_size: tuple[int, int]  # native height and width of the first camera
 
     def describe(self) -> str: ...
 
@@ -60,7 +58,7 @@ class Pipeline:
 
         batch_size: clips in the global batch; sharding: of its first axis over the mesh.
         crop_scale: area of the random crop as a share of the frame; None: the largest centred one.
-        prefetch: clips decoded ahead; 0: two batches.
+        prefetch: clips decoded ahead, at least one a thread; 0: two batches.
         """
         import jax
 
@@ -69,7 +67,7 @@ class Pipeline:
 
         def load(position: int, index: int) -> dict[str, Any]:
             sample = source[index]
-            size, out_aspect = source.frame_size, width / height
+            size, out_aspect = frame_size(sample["frames_VT"][0][0]), width / height
             if crop_scale is None:
                 box = centre_box(*size, out_aspect)
             else:
@@ -102,7 +100,8 @@ class Pipeline:
 
         stream = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat()
         stream = stream.map_with_index(load).slice(slice(process, None, processes))
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch or 2 * local)
+        ahead = max(prefetch or 2 * local, threads)
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         batches = stream.to_iter_dataset(reading).batch(local, drop_remainder=True).map(place)
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
         self._batch_size = batch_size

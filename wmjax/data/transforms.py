@@ -57,6 +57,13 @@ def centre_box(height: int, width: int, out_aspect: float = 1.0) -> Box:
     return Box((height - h) // 2 / height, (width - w) // 2 / width, h / height, w / width)
 
 
+def frame_size(frame: av.VideoFrame | np.ndarray) -> tuple[int, int]:
+    """Return height and width."""
+    if isinstance(frame, np.ndarray):
+        return frame.shape[0], frame.shape[1]
+    return frame.height, frame.width
+
+
 def crop_and_scale(
     frames: Sequence[av.VideoFrame | np.ndarray], box: Box, height: int, width: int
 ) -> np.ndarray:
