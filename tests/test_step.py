@@ -12,6 +12,8 @@ from wmjax import optim, sharding, train
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 
+pytestmark = pytest.mark.optax
+
 
 def prepare(devices, *overrides):
     """Return (config, mesh, steps, batches) of a micro run on the first `devices` devices."""
