@@ -43,6 +43,7 @@ class Row:
 
 
 def read_info(root: Path) -> dict:
+    """Read meta/info.json and check what the reader relies on."""
     if not root.is_dir():
         raise UserError(f"data.root={str(root)!r}: no such folder")
     path = root / "meta" / "info.json"
@@ -57,7 +58,7 @@ def read_info(root: Path) -> dict:
         )
     features = info.get("features")
     if not isinstance(features, dict) or not all(
-        isinstance(f, dict) and "dtype" in f and isinstance(f.get("shape"), list)
+        isinstance(f, dict) and isinstance(f.get("dtype"), str) and isinstance(f.get("shape"), list)
         for f in features.values()
     ):
         raise UserError(f"{path}: features: wanted each feature's dtype and shape")
@@ -124,8 +125,8 @@ def _rows_v30(root: Path, info: dict, cameras: tuple[str, ...]) -> list[Row]:
     paths = sorted(folder.glob("*/*.parquet"))
     if not paths:
         raise UserError(f"{folder}: no parquet files in it")
-    table = pa.concat_tables([_read_columns(path, names) for path in paths])
-    entries = table.sort_by("episode_index").to_pylist()
+    entries = [entry for path in paths for entry in _read_columns(path, names).to_pylist()]
+    entries.sort(key=lambda entry: entry["episode_index"])
 
     @functools.cache
     def locate(kind: str, chunk: int, file: int, **key: str) -> Path:

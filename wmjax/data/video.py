@@ -69,32 +69,31 @@ class _Video:
 
     def __init__(self, path: Path, fps: float):
         self._path = path
+        self._at: int | None = None
+        self._decoded: Iterator[av.VideoFrame] = iter(())
+        self._keys: list[int] | None = None
         try:
             self._container = av.open(str(path))
+            if not self._container.streams.video:
+                raise UserError(f"{path}: has no video stream")
+            stream = self._stream = self._container.streams.video[0]
+            # One thread a file: the callers are the threads. dav1d goes by thread_count alone.
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            self._clock = stream.time_base or Fraction(1)
+            self._start = stream.start_time or 0
+            self._tick = 1 / (Fraction(fps).limit_denominator(1001) * self._clock)
+            if hasattr(stream, "index_entries"):
+                self._read_index()
+            else:  # PyAV 15, which lerobot pins, does not show the index: read the whole file.
+                packets = [packet for packet in self._container.demux(stream) if packet.size]
+                self.count = len(packets)
+                self._keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
         except av.FFmpegError as error:
             raise UserError(
                 f"{path}: not readable as video ({error.strerror}); a file cut short has lost its "
                 "index (moov atom): fetch it again"
             ) from None
-        if not self._container.streams.video:
-            raise UserError(f"{path}: has no video stream")
-        stream = self._container.streams.video[0]
-        # One thread a file: the callers are the threads. dav1d goes by thread_count alone.
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
-        self._stream = stream
-        self._clock = stream.time_base or Fraction(1)
-        self._start = stream.start_time or 0
-        self._tick = 1 / (Fraction(fps).limit_denominator(1001) * self._clock)
-        self._at: int | None = None
-        self._decoded: Iterator[av.VideoFrame] = iter(())
-        self._keys: list[int] | None = None
-        if hasattr(stream, "index_entries"):
-            self._read_index()
-        else:  # PyAV 15, which lerobot pins, does not show the index: read the whole file.
-            packets = [packet for packet in self._container.demux(stream) if packet.size]
-            self.count = len(packets)
-            self._keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
 
     def _read_index(self) -> None:
         index = self._stream.index_entries
