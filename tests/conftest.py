@@ -3,24 +3,13 @@
 import os
 from pathlib import Path
 
-import pytest
-
 # jax reads these when it is imported, and child processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Compiled programs are kept between runs in this checkout, so on this machine.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
-
-@pytest.fixture(autouse=True)
-def _strict_dtypes(request):
-    """Refuse implicit mixtures of dtypes, but for tests marked `optax`, whose Adam has one."""
-    import jax
-
-    optax = request.node.get_closest_marker("optax")
-    with jax.numpy_dtype_promotion("standard" if optax else "strict"):
-        yield

@@ -13,8 +13,6 @@ from wmjax import sharding, train
 from wmjax.checkpoint import Checkpoints
 from wmjax.errors import UserError
 
-pytestmark = pytest.mark.optax
-
 
 def final_hash(workdir, step, *overrides):
     """SHA-256 over every array of a checkpoint, in the order of their names."""

@@ -13,8 +13,6 @@ from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.metrics import fetch
 
-pytestmark = pytest.mark.optax
-
 
 def prepare(devices, *overrides):
     """Return (config, mesh, steps, batches) of a micro run on the first `devices` devices."""

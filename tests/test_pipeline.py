@@ -1,0 +1,141 @@
+"""The stream of batches: keyed by position, exact after a jump, the same for any process count."""
+
+import jax
+import micro
+import numpy as np
+import pytest
+from shared_data import SHARED, needs_shared
+
+from wmjax import sharding, train
+from wmjax.masking import Masks
+
+
+def stream(*overrides, split="train", position=0):
+    config = micro.config("data.threads=4", *overrides)
+    masks = Masks(config.mask.to_dict(), train.token_grid(config))
+    sources = {split: train.make_source(config, split)}
+    return train.make_pipeline(config, sources, masks, sharding.make_mesh(), split, position)
+
+
+def take(count, *overrides, **kwargs):
+    batches = stream(*overrides, **kwargs)
+    try:
+        return [jax.device_get(next(batches)) for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def equal(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def pusht(*overrides):
+    root = micro.ROOT / "tests" / "data" / "pusht_sim_v3"
+    return ("data.source=lerobot", f"data.root={root}", "data.crop_scale=(0.3,1.0)", *overrides)
+
+
+def test_a_batch_has_the_documented_shapes_and_types():
+    (batch,) = take(1, *pusht("data.fps=4"))
+    seen = batch.observation
+    assert seen.video_BVTHWC.shape == (8, 1, 4, 32, 32, 3)
+    assert seen.video_BVTHWC.dtype == np.uint8
+    assert seen.view_mask_BV.all()
+    assert seen.state_BTS.shape == (8, 4, 2)
+    assert batch.action_BTPA.shape == (8, 4, 3, 2)
+    assert [ids.shape for ids in batch.target.context_ids_BK] == [(8, 2), (8, 8)]
+    assert [ids.shape for ids in batch.target.target_ids_BM] == [(8, 22), (8, 16)]
+
+
+def test_a_jump_to_a_position_gives_what_reading_on_would_have():
+    straight = take(5, *pusht())
+    equal(straight[3:], take(2, *pusht(), position=3 * 8))
+    batches = stream(*pusht())
+    next(batches)
+    next(batches)
+    assert batches.position == 16
+    batches.close()
+
+
+def test_threads_and_prefetch_change_nothing():
+    equal(
+        take(3, *pusht("data.threads=1", "data.prefetch=1")),
+        take(3, *pusht("data.threads=8", "data.prefetch=40")),
+    )
+
+
+def test_every_window_is_seen_once_an_epoch_and_epochs_differ():
+    overrides = pusht("data.batch_size=8", "data.val_share=0.0")
+    windows = len(train.make_source(micro.config(*overrides), "train"))
+    assert windows % 8  # so that a batch straddles the epochs
+    ids = np.concatenate([b.sample_ids_B for b in take(-(-2 * windows // 8), *overrides)])
+    first, second = ids[:windows], ids[windows : 2 * windows]
+    assert sorted(first) == sorted(second) == list(range(windows))
+    assert list(first) != list(second)
+
+
+def test_a_window_seen_again_gets_another_crop_and_mask():
+    batches = take(100, *pusht())
+    seen = {}
+    for batch in batches:
+        for row, window in enumerate(batch.sample_ids_B):
+            seen.setdefault(int(window), []).append((batch, row))
+    again = next(rows for rows in seen.values() if len(rows) > 1)
+    (a, i), (b, j) = again[:2]
+    assert np.any(a.observation.video_BVTHWC[i] != b.observation.video_BVTHWC[j])
+    assert np.any(a.target.target_ids_BM[1][i] != b.target.target_ids_BM[1][j])
+    np.testing.assert_array_equal(a.action_BTPA[i], b.action_BTPA[j])
+
+
+def test_held_out_clips_are_centred_and_of_other_episodes():
+    config = micro.config(*pusht())
+    episodes = {
+        split: {source[i]["episode"] for i in range(len(source))}
+        for split, source in ((s, train.make_source(config, s)) for s in ("train", "validation"))
+    }
+    assert not episodes["train"] & episodes["validation"]
+    (batch,) = take(1, *pusht("data.image_size=96"), split="validation")
+    source = train.make_source(config, "validation")
+    frames = source[int(batch.sample_ids_B[0])]["frames_VT"][0]
+    native = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+    np.testing.assert_array_equal(batch.observation.video_BVTHWC[0, 0], native)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_same_stream_between_them(monkeypatch, processes):
+    whole = take(3, *pusht())
+    parts = []
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, x: x)
+        parts.append(take(3, *pusht()))
+    for step, batch in enumerate(whole):
+        ids = np.concatenate([part[step].sample_ids_B for part in parts])
+        assert sorted(ids) == sorted(batch.sample_ids_B)
+        video = np.concatenate([part[step].observation.video_BVTHWC for part in parts])
+        order, wanted = (
+            np.argsort(ids, kind="stable"),
+            np.argsort(batch.sample_ids_B, kind="stable"),
+        )
+        np.testing.assert_array_equal(video[order], batch.observation.video_BVTHWC[wanted])
+
+
+@needs_shared
+def test_one_recording_in_two_versions_gives_the_same_batches():
+    versions = [
+        take(2, "data.source=lerobot", f"data.root={SHARED / name}", "data.crop_scale=(0.3,1.0)")
+        for name in ("g1_subset_v21", "g1_subset_v30")
+    ]
+    equal(*versions)
+
+
+@needs_shared
+def test_two_cameras_share_crop_and_masks_and_show_different_pictures():
+    root = f"data.root={SHARED / 'aloha_sim_twocam_v3'}"
+    (batch,) = take(1, "data.source=lerobot", root, "data.cameras=top,left_wrist")
+    assert batch.observation.video_BVTHWC.shape[:2] == (8, 2)
+    assert np.any(batch.observation.video_BVTHWC[:, 0] != batch.observation.video_BVTHWC[:, 1])
+    (one,) = take(1, "data.source=lerobot", root, "data.cameras=left_wrist")
+    np.testing.assert_array_equal(
+        batch.observation.video_BVTHWC[:, 1], one.observation.video_BVTHWC[:, 0]
+    )
