@@ -215,9 +215,9 @@ def _locate(root: Path, template: str, fields: Mapping[str, int | str]) -> Path:
         path = (root / template.format(**fields)).resolve()
     except ValueError as error:
         raise UserError(f"{where}: {error}; wanted: {', '.join(fields)}") from None
-    # In the Hub's cache, the files of a snapshot are links to ../../blobs.
-    home = root.parents[1] if root.parent.name == "snapshots" else root
-    if not path.is_relative_to(home):
+    # In the Hub's cache, the files of a snapshot are links into ../../blobs.
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.is_relative_to(home) for home in homes):
         raise UserError(f"{where}: leads to {path}, outside the dataset's folder")
     if not path.is_file():
         raise UserError(f"{path}: no such file; wanted for {fields}")

@@ -21,7 +21,7 @@ def stride_for(recording_fps: float, fps: float) -> int:
         raise UserError(
             f"data.fps={fps:g}: wanted above 0 and at most the recording's {recording_fps:g}"
         )
-    # Fractions, because in floats 0.3 / 0.1 is a little under 3 and 0.7 / 0.1 could be above 7.
+    # In floats 9.9 / 3.3 is a little above 3, and the stride would be 4.
     recorded, asked = (Fraction(x).limit_denominator(1001) for x in (recording_fps, fps))
     if not asked:
         raise UserError(f"data.fps={fps:g}: wanted at least one frame in 1001 seconds")
