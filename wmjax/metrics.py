@@ -115,13 +115,13 @@ class Reporter:
         self._tensorboard = self._wandb = None
         if not self._active:
             return
-        self._file = _open_jsonl(workdir / "metrics.jsonl", start)
         if tensorboard:
             self._tensorboard = _import("tensorboardX", "tensorboard").SummaryWriter(
                 str(workdir / "tensorboard")
             )
         if wandb:
             self._wandb = _start_wandb(workdir, wandb_project, config)
+        self._file = _open_jsonl(workdir / "metrics.jsonl", start)
         self._bar = tqdm(
             total=num_steps,
             initial=start,

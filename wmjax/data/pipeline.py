@@ -2,7 +2,7 @@
 
 A Grain graph, read top to bottom in `Pipeline`. All randomness is keyed by (seed, purpose,
 position in the endless stream), so epochs differ, resumes do not, and no two processes draw the
-same crop. No jax on import: it is loaded where batches are placed.
+same crop. jax is loaded only where batches are placed.
 """
 
 from collections.abc import Iterator

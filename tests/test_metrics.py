@@ -1,0 +1,84 @@
+"""What a run tells: means of what was seen, honest rates, rows in every sink that was asked for."""
+
+import json
+import struct
+import sys
+
+import jax.numpy as jnp
+import micro
+import pytest
+from clu import metrics as clu_metrics
+from tensorboardX.proto.event_pb2 import Event
+
+from wmjax import metrics, train
+from wmjax.errors import UserError
+
+
+def one(**values):
+    return {
+        name: clu_metrics.Average.from_model_output(jnp.full((1,), value))
+        for name, value in values.items()
+    }
+
+
+def test_means_are_over_what_was_added_since_the_last_take():
+    mean = metrics.Mean()
+    mean.add(one(loss=9.0))
+    mean.take()
+    mean.add(one(loss=1.0))
+    mean.add(one(loss=2.0))
+    mean.add(one(loss=6.0))
+    assert metrics.fetch(mean.take()) == {"loss": 3.0}
+
+
+def test_rates_count_steps_waits_and_leave_out_pauses(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    throughput = metrics.Throughput(batch_size=8, num_steps=100)
+    throughput.restart(10)
+    with throughput.waiting():
+        clock[0] += 1
+    clock[0] += 3
+    with throughput.paused():
+        clock[0] += 50
+    row = throughput.rates(12)
+    assert row == {"examples_per_s": 4.0, "step_ms": 2000.0, "data_wait": 0.25, "eta_s": 176.0}
+    clock[0] += 1
+    assert throughput.rates(13)["data_wait"] == 0.0
+
+
+def tensorboard_scalars(folder):
+    """Read (step, name, value) from the event files, record by record."""
+    found = []
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(tmp_path, capsys):
+    train.train(micro.config("log.tensorboard=True", "train.eval_every=2"), tmp_path)
+    rows = micro.rows(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    validation = {row["step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
+    assert sorted(validation) == [2, 4]
+    found = tensorboard_scalars(tmp_path / "tensorboard")
+    for tag, wanted in (("loss", losses), ("validation/loss", validation)):
+        got = {step: value for step, name, value in found if name == tag}
+        assert got == pytest.approx(wanted)
+    said = capsys.readouterr().out
+    assert f"loss {losses[4]:.4f}" in said
+    assert "step 4/4" in said
+    assert json.loads((tmp_path / "config.json").read_text())["log"]["tensorboard"] is True
+
+
+@pytest.mark.parametrize(("key", "module"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
+def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, key, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"log\.{key}=True.*wmjax\[{key}\]"):
+        train.train(micro.config(f"log.{key}=True"), tmp_path)
