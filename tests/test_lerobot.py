@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from shared_data import PUSHT, SHARED, needs_shared
 
+from wmjax.data import video as video_files
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.transforms import FULL_BOX, Box, crop_and_scale
 from wmjax.errors import UserError
@@ -328,6 +329,37 @@ def test_b_frames_and_long_groups_of_pictures(tmp_path, frames, fps):
         assert np.array_equal(clip["action_TPA"][:, 0, 0], steps_T)
         grey_T = [frame.to_ndarray(format="rgb24").mean() for frame in clip["frames_VT"][0]]
         assert np.abs(grey_T - 4 * steps_T).max() < 2
+
+
+def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
+    path = next(write_v21(tmp_path / "set", lengths=[60]).rglob("*.mp4"))
+    video = video_files._Video(path, 30)
+    seeks = []
+
+    class Counted:
+        def __init__(self, container):
+            self.decode, self._seek = container.decode, container.seek
+
+        def seek(self, *args, **kwargs):
+            seeks.append(args)
+            self._seek(*args, **kwargs)
+
+    video._container = Counted(video._container)
+    # Key frames are 0, 12, 24, ...: to 3 and 11 it decodes on, to 13 and 40 it seeks, and back.
+    for number, total in [(0, 1), (3, 1), (11, 1), (13, 2), (14, 2), (40, 3), (38, 4), (38, 5)]:
+        assert video.frame(number).pts == 512 * number
+        assert len(seeks) == total
+
+
+def test_more_files_than_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_files, "KEEP", 2)
+    root = write_v21(tmp_path / "set", lengths=[9, 9, 9, 9])
+    source = LeRobotSource(root, frames=2, fps=30)
+    clips = [source[i] for i in [0, 8, 16, 24] * 3]
+    assert len(source._videos._local.videos) == 2
+    # Frames outlive the file that they came from.
+    for clip, again in zip(clips[:4], clips[4:8], strict=True):
+        assert digest(clip) == digest(again)
 
 
 # --- damaged and misdescribed datasets ---
