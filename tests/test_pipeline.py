@@ -13,8 +13,8 @@ from wmjax.masking import Masks
 def stream(*overrides, split="train", position=0):
     config = micro.config("data.threads=4", *overrides)
     masks = Masks(config.mask.to_dict(), train.token_grid(config))
-    sources = {split: train.make_source(config, split)}
-    return train.make_pipeline(config, sources, masks, sharding.make_mesh(), split, position)
+    source = train.make_source(config, split)
+    return train.make_pipeline(config, source, masks, sharding.make_mesh(), split, position)
 
 
 def take(count, *overrides, **kwargs):

@@ -19,8 +19,8 @@ def prepare(devices, *overrides):
     config = micro.config(*overrides)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
     masks = Masks(config.mask.to_dict(), train.token_grid(config))
-    sources = {"train": train.make_source(config, "train")}
-    batches = train.make_pipeline(config, sources, masks, mesh, "train")
+    source = train.make_source(config, "train")
+    batches = train.make_pipeline(config, source, masks, mesh, "train")
     return config, mesh, train.make_steps(config, mesh), batches
 
 

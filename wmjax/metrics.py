@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -164,7 +165,10 @@ class Reporter:
             self._wandb.log(row, step=step)
         self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {_line(row)}")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file is None:
             return
         self._bar.close()
@@ -226,6 +230,6 @@ def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:
     """Start the run, or go on with the one whose id the workdir holds."""
     wandb = _import("wandb", "wandb")
     id_file = workdir / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex
     id_file.write_text(run_id)
     return wandb.init(project=project, id=run_id, resume="allow", config=config, dir=str(workdir))

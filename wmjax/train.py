@@ -4,10 +4,12 @@ Order of a step: take a batch, dispatch the step, write the report that fell due
 validate, save. The loop itself never waits for the device but to stay one step ahead of it.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,79 +61,85 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         write_config(config, workdir)
         say(summary(config, workdir, mesh, sources, masks, state))
 
-        throughput = Throughput(config.data.batch_size, num_steps)
+        def stream(split: str, position: int = 0) -> Pipeline:
+            return make_pipeline(config, sources[split], masks, mesh, split, position)
+
         reporter = Reporter(
             workdir, num_steps=num_steps, start=start, config=configs.plain(config), **config.log
         )
-        batches = make_pipeline(config, sources, masks, mesh, "train", position)
-        stop, mean, previous = StopSignal(), Mean(), None
-
-        def save(step: int) -> None:
-            data, meta = {"position": batches.position}, {"config": configs.plain(config)}
-            checkpoints.save(step, state, data, meta)
-
-        try:
-            begun = time.perf_counter()
-            for step in range(start + 1, num_steps + 1):
-                last = step == num_steps
-                try:
-                    with throughput.waiting():
-                        batch = next(batches)
-                except UserError:
-                    if step > start + 1:
-                        save(step - 1)
-                    raise
-                state, metrics = steps.train(state, batch)
-                mean.add(metrics)
-                jax.block_until_ready(previous)
-                previous = metrics
-                reporter.flush(throughput)
-                if step == start + 1:
-                    jax.block_until_ready(metrics)
-                    reporter.say(f"first step done after {time.perf_counter() - begun:.1f} s")
-                    throughput.restart(step)
-                if last or step % config.train.log_every == 0:
-                    reporter.later(step, mean.take())
-                if due(step, config.train.eval_every, last):
-                    reporter.flush(throughput)
-                    with throughput.paused():
-                        held_out = make_pipeline(config, sources, masks, mesh, "validation")
-                        row = validate(steps, state, held_out, config.eval.batches)
-                        reporter.write(step, row)
-                if stop.received or due(step, config.checkpoint.every, last):
-                    with throughput.paused():
-                        save(step)
-                if stop.received:
-                    break
-            reporter.flush(throughput)
-        finally:
-            stop.restore()
-            batches.close()
-            reporter.close()
+        with reporter, StopSignal() as stop:
+            step = loop(config, steps, state, stream, position, checkpoints, reporter, start, stop)
     if stop.received:
-        say(
-            f"{signal.Signals(stop.received).name}: saved step {step} in {workdir}; the same "
-            f"command goes on from there"
-        )
+        say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
         return 128 + stop.received
     say(f"done: step {step}, checkpoints and metrics.jsonl in {workdir}")
     return 0
 
 
-def validate(steps: Steps, state: TrainState, batches: Pipeline, count: int) -> Row:
-    """Return the mean metrics over the first `count` held-out batches, the same ones every time."""
+def loop(
+    config: ml_collections.ConfigDict,
+    steps: Steps,
+    state: TrainState,
+    stream: Callable[..., Pipeline],
+    position: int,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    start: int,
+    stop: "StopSignal",
+) -> int:
+    """Run the steps after `start` and return the last one, saved."""
+    settings, num_steps = config.train, config.train.num_steps
+    throughput = Throughput(config.data.batch_size, num_steps)
+    mean, previous = Mean(), None
+    meta = {"config": configs.plain(config)}
+    begun = time.perf_counter()
+    with contextlib.closing(stream("train", position)) as batches:
+        for step in range(start + 1, num_steps + 1):
+            try:
+                with throughput.waiting():
+                    batch = next(batches)
+            except UserError:
+                if step > start + 1:  # what was trained before the data failed is kept
+                    checkpoints.save(step - 1, state, {"position": batches.position}, meta)
+                raise
+            state, metrics = steps.train(state, batch)
+            mean.add(metrics)
+            jax.block_until_ready(previous)
+            previous = metrics
+            reporter.advance()
+            reporter.flush(throughput)
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                reporter.say(f"first step done after {time.perf_counter() - begun:.1f} s")
+                throughput.restart(step)
+
+            last = stop.received or step == num_steps
+            if last or step % settings.log_every == 0:
+                reporter.later(step, mean.take())
+            validating = settings.eval_every and (last or step % settings.eval_every == 0)
+            saving = last or step % config.checkpoint.every == 0
+            if validating or saving:
+                jax.block_until_ready(metrics)  # its time is the step's, not the pause's
+                reporter.flush(throughput)
+                with throughput.paused():
+                    if validating and not stop.received:
+                        with contextlib.closing(stream("validation")) as held_out:
+                            reporter.write(step, validate(steps, state, held_out, config))
+                    if saving:
+                        checkpoints.save(step, state, {"position": batches.position}, meta)
+            if last:
+                break
+    return step
+
+
+def validate(
+    steps: Steps, state: TrainState, batches: Pipeline, config: ml_collections.ConfigDict
+) -> Row:
+    """Return the mean metrics over the first eval.batches held-out batches, always the same."""
     mean = Mean()
-    try:
-        for _ in range(count):
-            mean.add(steps.validate(state, next(batches)))
-        return {f"validation/{name}": value for name, value in fetch(mean.take()).items()}
-    finally:
-        batches.close()
-
-
-def due(step: int, every: int, last: bool) -> bool:
-    """Say whether something done every `every` steps (0: never) and at the last is due."""
-    return bool(every) and (last or step % every == 0)
+    for _ in range(config.eval.batches):
+        mean.add(steps.validate(state, next(batches)))
+    return {f"validation/{name}": value for name, value in fetch(mean.take()).items()}
 
 
 def token_grid(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
@@ -170,7 +178,7 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
 
 def make_pipeline(
     config: ml_collections.ConfigDict,
-    sources: dict[str, Source],
+    source: Source,
     masks: Masks,
     mesh: jax.sharding.Mesh,
     split: str,
@@ -179,7 +187,7 @@ def make_pipeline(
     """Stream a split from `position`; held-out clips are cropped to the centre, not at random."""
     data = config.data
     return Pipeline(
-        sources[split],
+        source,
         masks,
         height=data.image_size,
         width=configs.width(config),
@@ -288,14 +296,21 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = 0
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.received).name
+
+    def __enter__(self) -> "StopSignal":
         self._old = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        say(f"{signal.Signals(number).name} received: saving after this step")
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        say(f"{self.name}: saving after this step")
