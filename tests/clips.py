@@ -8,7 +8,9 @@ from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 def batch_of(video_BVTHWC, masks, view_mask_BV=None):
     """Return a batch of these clips; masks is [(context_ids_BK, target_ids_BM), ...]."""
     B, V, T = video_BVTHWC.shape[:3]
-    context_ids, target_ids = (tuple(np.asarray(i, np.int32) for i in m) for m in zip(*masks))
+    context_ids, target_ids = (
+        tuple(np.asarray(ids, np.int32) for ids in side) for side in zip(*masks, strict=True)
+    )
     if view_mask_BV is None:
         view_mask_BV = np.ones((B, V), bool)
     return WorldModelInput(

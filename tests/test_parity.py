@@ -151,4 +151,4 @@ def test_loss_is_that_of_the_golden_features(golden, model, exponent):
     batch = batch_of(golden["wide/video"][:, None], [(golden["wide/context_ids"], target_ids)])
     target = model.target_params(base.split(model)[1])
     loss, _ = model.loss(target, batch, jax.random.key(0))
-    assert loss == pytest.approx((error**exponent).mean() / exponent, rel=1e-6)
+    assert float(loss) == pytest.approx((error**exponent).mean() / exponent, rel=1e-6)
