@@ -257,7 +257,8 @@ def test_flops_are_those_xla_counts():
 
 
 def test_initial_weights():
-    params = base.split(create(width=96, depth=3, heads=3))[1]["encoder"]
+    init = jit(lambda: base.split(create(width=96, depth=3, heads=3))[1]["encoder"])
+    params = init()
     blocks = params["blocks"]
     kernels = [blocks["attention"]["qkv"], blocks["mlp"]["fc1"], params["patch_embed"]]
     for kernel in (k["kernel"] for k in kernels):

@@ -100,43 +100,38 @@ def model(golden):
     return base.merge(graphdef, jax.tree.map(jnp.asarray, params))
 
 
-def assert_near(ours, golden, name):
-    wanted = golden[name]
-    assert ours.shape == wanted.shape, name
-    assert np.abs(ours - wanted).max() <= 1e-5 * np.abs(wanted).max(), name
-
-
-def check_blocks(part, x, ids, grid, golden, name):
-    """Compare the output of every block of a stack, run one after the other."""
+def run_blocks(part, x, ids, grid, name):
+    """Run a stack block by block; return every block's output by name."""
     graphdef, params = nnx.split(part.blocks)
     table = rope.table(ids, grid, part.width // part.heads, part.rope_kind)
+    found = {}
     for layer in range(len(params["norm1"]["scale"])):
         one_layer = jax.tree.map(operator.itemgetter(layer), params)
-        x = nnx.merge(graphdef, one_layer)(x, table)
-        assert_near(x, golden, f"{name}/block_{layer}")
+        x = found[f"{name}/block_{layer}"] = nnx.merge(graphdef, one_layer)(x, table)
+    return found
 
 
 @pytest.mark.parametrize("clip", ["square", "wide"])
 def test_every_activation_is_as_in_transformers(golden, model, clip):
-    video = jnp.asarray(golden[f"{clip}/video"])
-    context_ids = jnp.asarray(golden[f"{clip}/context_ids"], jnp.int32)
-    target_ids = jnp.asarray(golden[f"{clip}/target_ids"], jnp.int32)
-    grid = model.input_spec(*video.shape[1:4]).grid
-    encoder, predictor = model.encoder, model.predictor
+    def activations(video, context_ids, target_ids):
+        grid = model.input_spec(*video.shape[1:4]).grid
+        found = {}
+        for name, ids in (("full", None), ("context", context_ids)):
+            x = found[f"{name}/embed"] = model.encoder.patch_embed(video, ids)
+            positions = rope.all_ids(grid) if ids is None else ids
+            found |= run_blocks(model.encoder, x, positions, grid, name)
+            found[f"{name}/norm"] = model.encode(video, ids)
+        ids = jnp.concatenate([context_ids, target_ids], axis=1)
+        x = jnp.asarray(golden[f"{clip}/predictor/embed"])
+        found |= run_blocks(model.predictor, x, ids, grid, "predictor")
+        prediction = model.predict(found["context/norm"], context_ids, target_ids, grid)
+        return found | {"predictor/output": prediction}
 
-    for name, ids in (("full", None), ("context", context_ids)):
-        embedded = encoder.patch_embed(video, ids)
-        assert_near(embedded, golden, f"{clip}/{name}/embed")
-        positions = rope.all_ids(grid) if ids is None else ids
-        check_blocks(encoder, embedded, positions, grid, golden, f"{clip}/{name}")
-        assert_near(model.encode(video, ids), golden, f"{clip}/{name}/norm")
-
-    ids = jnp.concatenate([context_ids, target_ids], axis=1)
-    embedded = jnp.asarray(golden[f"{clip}/predictor/embed"])
-    check_blocks(predictor, embedded, ids, grid, golden, f"{clip}/predictor")
-    context = jnp.asarray(golden[f"{clip}/context/norm"])
-    prediction = model.predict(context, context_ids, target_ids, grid)
-    assert_near(prediction, golden, f"{clip}/predictor/output")
+    ids = (golden[f"{clip}/{name}_ids"].astype(np.int32) for name in ("context", "target"))
+    for name, ours in jax.jit(activations)(golden[f"{clip}/video"], *ids).items():
+        wanted = golden[f"{clip}/{name}"]
+        assert ours.shape == wanted.shape, name
+        assert np.abs(ours - wanted).max() <= 1e-5 * np.abs(wanted).max(), name
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
