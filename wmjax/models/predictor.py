@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wmjax.errors import UserError
 from wmjax.models import rope
 from wmjax.models.layers import Block, LayerNorm, Linear, check_remat, run
 
@@ -33,6 +34,8 @@ class Predictor(nnx.Module):
     ):
         rope.check(rope_kind, width, heads)
         check_remat(remat)
+        if not 0 <= mask_index < num_mask_tokens:
+            raise UserError(f"model.mask_index={mask_index}: wanted below {num_mask_tokens}")
         self.embed = Linear(rngs, (encoder_width, width), ("embed", "predictor_embed"), dtype)
         self.mask_tokens = nnx.Param(
             jnp.zeros((num_mask_tokens, 1, 1, width)), axes=(None, None, None, "predictor_embed")

@@ -1,0 +1,31 @@
+"""Batches as the pipeline would deliver them, made from given or random arrays."""
+
+import numpy as np
+
+from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+
+
+def batch_of(video_BVTHWC, masks, view_mask_BV=None):
+    """Return a batch of these clips; masks is [(context_ids_BK, target_ids_BM), ...]."""
+    B, V, T = video_BVTHWC.shape[:3]
+    context_ids, target_ids = (
+        tuple(np.asarray(ids, np.int32) for ids in side) for side in zip(*masks, strict=True)
+    )
+    if view_mask_BV is None:
+        view_mask_BV = np.ones((B, V), bool)
+    return WorldModelInput(
+        VideoObservation(video_BVTHWC, np.asarray(view_mask_BV), np.zeros((B, T, 1), np.float32)),
+        VideoTarget(context_ids, target_ids),
+        np.zeros((B, T, 1, 1), np.float32),
+        np.arange(B, dtype=np.int32),
+    )
+
+
+def random_batch(seed, shape_BVTHWC, tokens, budgets, view_mask_BV=None):
+    """Return noise with random masks of these (K, M) budgets."""
+    rng = np.random.default_rng(seed)
+    masks = []
+    for kept, hidden in budgets:
+        ids = np.stack([rng.permutation(tokens) for _ in range(shape_BVTHWC[0])])
+        masks.append((np.sort(ids[:, :kept]), np.sort(ids[:, kept : kept + hidden])))
+    return batch_of(rng.integers(0, 256, shape_BVTHWC, np.uint8), masks, view_mask_BV)

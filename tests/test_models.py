@@ -1,0 +1,341 @@
+"""V-JEPA 2 as the step uses it: loss, gradients, token dropping, variants, sizes, errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clips import batch_of, random_batch
+from flax import nnx
+
+from wmjax.errors import UserError
+from wmjax.models import base, encoder, layers
+
+TINY = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "patch": 8,
+    "predictor_width": 24,
+    "predictor_depth": 2,
+    "predictor_heads": 2,
+    "dtype": "float32",
+}
+CLIP = (4, 16, 24, 3)  # not square: a grid of 2 x 2 x 3
+TOKENS = 12
+BUDGETS = ((4, 6), (3, 9))
+# Compiling is nearly all the time these tests take.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+
+def create(**cfg):
+    return base.create("vjepa2", nnx.Rngs(0), **(TINY | cfg))
+
+
+@functools.cache
+def shaken_params():
+    """Return parameters larger than at the start, where features hardly differ and biases are 0."""
+    _, shapes, _ = base.split(nnx.eval_shape(create))
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(centre + 0.1 * rng.normal(size=shape.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def model_with(params, **cfg):
+    return base.merge(base.split(nnx.eval_shape(lambda: create(**cfg)))[0], params)
+
+
+@functools.cache
+def loss_and_gradients(**cfg):
+    """Return a jitted (params, target, batch) -> ((loss, metrics), gradients of both)."""
+    graphdef = base.split(nnx.eval_shape(lambda: create(**cfg)))[0]
+
+    def loss(params, target, batch):
+        return base.merge(graphdef, params).loss(target, batch, jax.random.key(0))
+
+    return jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def batch(seed=0, masks=2):
+    there = ((True, True), (False, True))
+    return random_batch(seed, (2, 2, *CLIP), TOKENS, BUDGETS[:masks], there)
+
+
+def run_loss(batch, **cfg):
+    params = shaken_params()
+    return loss_and_gradients(**cfg)(params, params["encoder"], batch)
+
+
+def paths(tree):
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# Loss and gradients
+
+
+def test_gradient_reaches_all_but_the_target_and_the_other_mask_tokens():
+    _, (gradients, to_target) = run_loss(batch())
+    mask_tokens = np.abs(gradients["predictor"]["mask_tokens"]).max(axis=(1, 2, 3))
+    assert np.flatnonzero(mask_tokens).tolist() == [1]
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+    assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(to_target))
+
+
+def test_metrics_are_float32_scalars_and_two_batches_compile_once():
+    (loss, metrics), _ = run_loss(batch())
+    run_loss(batch(seed=1))
+    assert loss_and_gradients()._cache_size() == 1
+    assert set(metrics) == {
+        *("loss/mask_0", "loss/mask_1"),
+        *("token_std/prediction", "token_std/target"),
+    }
+    assert all(m.shape == () and m.dtype == jnp.float32 for m in (loss, *metrics.values()))
+    mean = (float(metrics["loss/mask_0"]) + float(metrics["loss/mask_1"])) / 2
+    assert float(loss) == pytest.approx(mean, rel=1e-6)
+
+
+def test_missing_views_count_for_nothing_and_views_share_their_instants_masks():
+    whole = batch()
+    (loss, metrics), _ = run_loss(whole)
+    noise = whole.observation.video_BVTHWC.copy()
+    noise[1, 0] = 0
+    masks = list(zip(whole.target.context_ids_BK, whole.target.target_ids_BM, strict=True))
+    (same, same_metrics), _ = run_loss(batch_of(noise, masks, whole.observation.view_mask_BV))
+    assert (same, same_metrics) == (loss, metrics)
+
+    params = shaken_params()
+    forward = jit(model_with(params))
+    alone = []  # each view that is there, as an instant of its own
+    for instant, view in ((0, 0), (0, 1), (1, 1)):
+        video = whole.observation.video_BVTHWC[instant : instant + 1, view : view + 1]
+        one = batch_of(video, [(c[[instant]], t[[instant]]) for c, t in masks])
+        alone.append(forward(params["encoder"], one).loss)
+    assert float(loss) == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "variant", [{"remat": "full"}, {"remat": "dots", "scan": False}, {"scan": False}], ids=str
+)
+def test_scan_and_remat_change_nothing(variant):
+    (loss, _), (gradients, _) = run_loss(batch(masks=1))
+    (other, _), (other_gradients, _) = run_loss(batch(masks=1), **variant)
+    assert float(other) == pytest.approx(float(loss), rel=1e-6)
+    others = paths(other_gradients)
+    for name, g in paths(gradients).items():
+        np.testing.assert_allclose(others[name], g, atol=1e-5 * np.abs(g).max(), err_msg=name)
+
+
+def test_bfloat16_is_near_float32_and_its_gradients_are_float32():
+    (loss, _), (gradients, _) = run_loss(batch(masks=1))
+    (other, _), (other_gradients, _) = run_loss(batch(masks=1), dtype="bfloat16")
+    assert float(other) == pytest.approx(float(loss), rel=0.01)
+    others = paths(other_gradients)
+    for name, g in paths(gradients).items():
+        assert others[name].dtype == jnp.float32, name
+        assert np.linalg.norm(others[name] - g) <= 0.06 * np.linalg.norm(g), name
+
+
+# Tokens
+
+
+def test_context_depends_on_the_kept_tokens_alone():
+    model = model_with(shaken_params())
+    video = batch().observation.video_BVTHWC[:1, 0]
+    ids = jnp.asarray([[0, 4, 11]], jnp.int32)
+    changed = 255 - video
+    for cell in ids[0]:
+        t, h, w = np.unravel_index(cell, (2, 2, 3))
+        where = np.s_[:, 2 * t : 2 * t + 2, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8]
+        changed[where] = video[where]
+    encode = jit(model.encode)
+    np.testing.assert_array_equal(encode(video, ids), encode(changed, ids))
+    assert np.abs(encode(video, ids) - encode(255 - video, ids)).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["tiled", "sincos"])
+def test_permuted_ids_give_permuted_features(kind):
+    model = model_with(shaken_params(), rope=kind)
+    video = batch().observation.video_BVTHWC[:, 0]
+    order = np.random.default_rng(1).permutation(TOKENS)
+    ids = jnp.asarray([order, order], jnp.int32)
+    features = jit(model.encode)(video)
+    np.testing.assert_allclose(jit(model.encode)(video, ids), features[:, order], atol=2e-5)
+    context, target, (a, b) = ids[:, :5], ids[:, 5:], (np.arange(5)[::-1], np.arange(7)[::-1])
+    kept = features[:, order[:5]]
+    predict = jit(functools.partial(model.predict, grid=(2, 2, 3)))
+    prediction = predict(kept, context, target)
+    reverse = predict(kept[:, a], context[:, a], target[:, b])
+    np.testing.assert_allclose(reverse, prediction[:, b], atol=2e-5)
+    assert jnp.std(prediction, axis=1).min() > 1e-4  # it knows where its targets are
+
+
+def test_sincos_tells_apart_patches_that_look_alike():
+    """Rotation alone cannot: attention over equal values gives that value."""
+    grey = np.full((1, *CLIP), 128, np.uint8)
+    spread = {
+        kind: jnp.std(jit(model_with(shaken_params(), rope=kind).encode)(grey), axis=1).max()
+        for kind in ("interleaved", "sincos")
+    }
+    assert spread["interleaved"] < 1e-5
+    assert spread["sincos"] > 0.1
+
+
+def test_bytes_are_normalised_and_floats_taken_as_they_are():
+    model = model_with(shaken_params())
+    video = batch().observation.video_BVTHWC[:, 0]
+    pixels = (video / np.float32(255) - np.float32([0.485, 0.456, 0.406])) / np.float32(
+        [0.229, 0.224, 0.225]
+    )
+    encode = jit(model.encode)
+    np.testing.assert_allclose(encode(video), encode(pixels), atol=1e-5)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "encoder_count", "predictor_count"),
+    [
+        ("base", 86_236_416, None),
+        ("large", 303_885_312, 22_086_016),
+        ("huge", 631_648_000, None),
+        ("giant", 1_012_173_952, None),
+        ("gigantic", 1_843_923_840, None),
+    ],
+)
+def test_parameter_counts_are_the_references(size, encoder_count, predictor_count):
+    model = nnx.eval_shape(lambda: base.create("vjepa2", nnx.Rngs(0), size=size))
+    _, params, axes = base.split(model)
+    count = {k: sum(p.size for p in jax.tree.leaves(v)) for k, v in params.items()}
+    assert count["encoder"] == encoder_count
+    assert predictor_count in (None, count["predictor"])
+    ranks = jax.tree.map(len, axes, is_leaf=lambda a: isinstance(a, tuple))
+    assert ranks == jax.tree.map(jnp.ndim, params)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+def test_small_sizes_are_usual_vits():
+    assert encoder.resolve_size("tiny", 0, 0, 0, 0.0) == {
+        **{"width": 192, "depth": 12, "heads": 3, "hidden": 768}
+    }
+    assert encoder.resolve_size("small", 0, 6, 0, 2.0) == {
+        **{"width": 384, "depth": 6, "heads": 6, "hidden": 768}
+    }
+
+
+def test_flops_of_a_large_step():
+    """85.4 TFLOP were counted for a step that embeds every patch before dropping tokens."""
+    model = nnx.eval_shape(lambda: base.create("vjepa2", nnx.Rngs(0), size="large"))
+    masks = [(np.zeros((24, k)), np.zeros((24, m))) for k, m in ((504, 992), (128, 1408))]
+    shapes = batch_of(np.broadcast_to(np.uint8(0), (24, 1, 16, 256, 256, 3)), masks)
+    assert model.flops(shapes) == pytest.approx(85.4e12, rel=0.01)
+
+
+def test_flops_are_those_xla_counts():
+    """Of a forward pass: unrolled, and wide enough that the products are nearly everything."""
+    model = nnx.eval_shape(lambda: create(width=256, heads=2, scan=False))
+    blocks = model.encoder.blocks
+    graphdef, params = nnx.split(blocks)
+
+    def forward(params, x):
+        return layers.run(nnx.merge(graphdef, params), x, None, scan=False, remat="none")
+
+    x = jax.ShapeDtypeStruct((1, 64, 256), jnp.float32)
+    counted = jax.jit(forward).lower(params, x).compile().cost_analysis()["flops"]
+    assert layers.flops(blocks, 64) == pytest.approx(counted, rel=0.05)
+
+
+def test_initial_weights():
+    init = jit(lambda: base.split(create(width=96, depth=3, heads=3))[1]["encoder"])
+    params = init()
+    blocks = params["blocks"]
+    kernels = [blocks["attention"]["qkv"], blocks["mlp"]["fc1"], params["patch_embed"]]
+    for kernel in (k["kernel"] for k in kernels):
+        assert np.std(kernel) == pytest.approx(0.02, rel=0.03)
+    for scaled in (blocks["attention"]["proj"], blocks["mlp"]["fc2"]):
+        wanted = 0.02 / np.sqrt(2 * np.arange(1, 4))
+        np.testing.assert_allclose(np.std(scaled["kernel"], axis=(1, 2)), wanted, rtol=0.05)
+    for name, leaf in paths(params).items():
+        if "bias" in name or "scale" in name:
+            np.testing.assert_array_equal(leaf, 1.0 if "scale" in name else 0.0)
+    first, second, _ = blocks["mlp"]["fc1"]["kernel"]
+    assert np.abs(first - second).max() > 0.01  # layers are drawn apart
+
+
+def test_target_follows_the_encoder_and_everything_is_trained():
+    model = nnx.eval_shape(create)
+    _, params, _ = base.split(model)
+    assert model.target_params(params) is params["encoder"]
+    assert model.trainable(("predictor", "mask_tokens"))
+
+
+def test_input_spec_is_the_token_grid():
+    spec = nnx.eval_shape(create).input_spec(*CLIP[:3])
+    assert (spec.grid, spec.tokens) == ((2, 2, 3), TOKENS)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("cfg", "says"),
+    [
+        ({"size": "enormous"}, "model.size='enormous'.*tiny, small"),
+        ({"rope": "spiral"}, "model.rope='spiral'.*tiled"),
+        ({"remat": "some"}, "model.remat='some'.*none, dots, full"),
+        ({"dtype": "float8"}, "model.dtype='float8'.*bfloat16"),
+        ({"attention": "flash"}, "model.attention='flash'.*cudnn"),
+        ({"attention": "cudnn"}, "model.attention='cudnn' on cpu"),
+        ({"heads": 5}, "width 32 over 5 heads"),
+        ({"predictor_width": 26, "predictor_heads": 2}, "width 26 over 2 heads"),
+        ({"predictor_width": 28, "rope": "sincos"}, "multiple of 8"),
+        ({"mask_index": 10}, "model.mask_index=10"),
+    ],
+)
+def test_a_bad_value_is_named(cfg, says):
+    with pytest.raises(UserError, match=says):
+        nnx.eval_shape(lambda: create(**cfg))
+
+
+def test_an_unknown_model_is_answered_with_those_there_are():
+    for name in ("vjepa9", "layers", "base"):
+        with pytest.raises(UserError, match=f"model.name='{name}'.*there are: vjepa2"):
+            base.create(name, nnx.Rngs(0))
+
+
+def test_clips_must_divide():
+    model = nnx.eval_shape(create)
+    for size, says in (
+        ((5, 16, 24), "frames of the clips=5.*tubelet=2"),
+        ((4, 16, 20), "width of the clips=20.*patch=8"),
+        ((0, 16, 24), "frames of the clips=0"),
+    ):
+        with pytest.raises(UserError, match=says):
+            model.input_spec(*size)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "head_dim", "chosen"),
+    [
+        ("gpu", jnp.bfloat16, 64, "cudnn"),
+        ("gpu", jnp.bfloat16, 136, "xla"),
+        ("gpu", jnp.bfloat16, 26, "xla"),
+        ("gpu", jnp.float32, 64, "xla"),
+        ("tpu", jnp.bfloat16, 64, "xla"),
+        ("cpu", jnp.bfloat16, 64, "xla"),
+    ],
+)
+def test_auto_attention(monkeypatch, backend, dtype, head_dim, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert layers.choose_attention("auto", jnp.dtype(dtype), head_dim) == chosen
