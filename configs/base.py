@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "predictor_heads": 12,
                 "loss_exp": 1.0,  # mean |prediction - target|^loss_exp / loss_exp
                 "dtype": "bfloat16",  # of the products; parameters stay float32
-                "remat": "none",  # what the backward pass recomputes: none, dots, full
+                "remat": "dots",  # recomputed backward: none, all but products (dots), full
                 "scan": True,  # one compiled block run over the depth; False: unrolled
                 "attention": "auto",  # auto, xla, cudnn
             },

@@ -14,12 +14,13 @@ from wmjax.config import get_config as get_base
 def get_config() -> ml_collections.ConfigDict:
     config = get_base("base")
     config.model.update(size="tiny", width=288, depth=4, heads=6, patch=8)
-    config.model.update(predictor_width=144, predictor_depth=2, predictor_heads=6, dtype="float32")
+    config.model.update(predictor_width=144, predictor_depth=2, predictor_heads=6)
+    config.model.update(dtype="float32", remat="none")
     config.data.update(
-        source="synthetic", frames=8, fps=10.0, image_size=64, batch_size=4, threads=2
+        source="synthetic", frames=8, fps=10.0, image_size=48, batch_size=4, threads=2
     )
     config.data.update(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0))
-    config.optim.update(learning_rate=1e-3, schedule_steps=100, warmup=0.1, ema=0.99)
+    config.optim.update(learning_rate=5e-4, schedule_steps=100, warmup=0.1, ema=0.99)
     config.train.update(num_steps=100, log_every=10, eval_every=50)
     config.eval.batches = 4
     config.checkpoint.every = 50

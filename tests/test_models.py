@@ -297,8 +297,11 @@ def test_input_spec_is_the_token_grid():
         ({"dtype": "float8"}, "model.dtype='float8'.*bfloat16"),
         ({"attention": "flash"}, "model.attention='flash'.*cudnn"),
         ({"attention": "cudnn"}, "model.attention='cudnn' on cpu"),
-        ({"heads": 5}, "width 32 over 5 heads"),
-        ({"predictor_width": 26, "predictor_heads": 2}, "width 26 over 2 heads"),
+        ({"heads": 5}, r"model\.heads=5: model\.width=32"),
+        (
+            {"predictor_width": 26, "predictor_heads": 2},
+            r"model\.predictor_heads=2: model\.predictor_width=26",
+        ),
         ({"predictor_width": 28, "rope": "sincos"}, "multiple of 8"),
         ({"mask_index": 10}, "model.mask_index=10"),
     ],

@@ -34,9 +34,14 @@ def losses(devices, *overrides, count=5):
     return out
 
 
+@pytest.fixture(scope="module")
+def losses_of_one_device():
+    return losses(1)
+
+
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
-def test_eight_devices_agree_with_one(fsdp):
-    np.testing.assert_allclose(losses(8, f"mesh.fsdp={fsdp}"), losses(1), rtol=1e-5)
+def test_eight_devices_agree_with_one(fsdp, losses_of_one_device):
+    np.testing.assert_allclose(losses(8, f"mesh.fsdp={fsdp}"), losses_of_one_device, rtol=1e-5)
 
 
 def test_the_state_is_split_from_birth_and_stays_split():

@@ -32,7 +32,7 @@ class Predictor(nnx.Module):
         num_mask_tokens: int,
         mask_index: int,
     ):
-        rope.check(rope_kind, width, heads)
+        rope.check(rope_kind, width, heads, "model.predictor_")
         check_remat(remat)
         if not 0 <= mask_index < num_mask_tokens:
             raise UserError(f"model.mask_index={mask_index}: wanted below {num_mask_tokens}")

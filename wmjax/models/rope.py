@@ -69,14 +69,16 @@ def sincos(ids_BN: jax.Array, grid: Grid, width: int) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def check(kind: str, width: int, heads: int) -> None:
-    """Refuse widths that the position encoding cannot divide."""
+def check(kind: str, width: int, heads: int, prefix: str = "model.") -> None:
+    """Refuse widths that heads or the position encoding cannot divide; prefix: of their keys."""
     if kind not in KINDS:
         raise UserError(f"model.rope={kind!r}: unknown kind; there are: {', '.join(KINDS)}")
     if width % heads or (width // heads) % 2:
-        raise UserError(f"width {width} over {heads} heads: wanted an even width for every head")
+        raise UserError(
+            f"{prefix}heads={heads}: {prefix}width={width} has no even share for every head"
+        )
     if kind == "sincos" and width % 8:
-        raise UserError(f"width {width} with model.rope='sincos': wanted a multiple of 8")
+        raise UserError(f"{prefix}width={width} with model.rope='sincos': wanted a multiple of 8")
 
 
 def _frequencies(count: int) -> jax.Array:
