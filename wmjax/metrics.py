@@ -150,7 +150,7 @@ class Reporter:
         if self._kept is not None:
             step, means = self._kept
             self._kept = None
-            self.write(step, fetch(means) | throughput.rates(step))
+            self.write(step, fetch(means) | throughput.rates(step) | _memory())
 
     def write(self, step: int, row: Row) -> None:
         """Write one report to every sink."""
@@ -177,6 +177,12 @@ class Reporter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _memory() -> Row:
+    """Return the most memory that the first local device has held, where it counts it."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {"peak_gb": peak / 1e9} if peak else {}
 
 
 # Name in a row, how the console shows it. Other names go to the files only.

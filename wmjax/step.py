@@ -58,15 +58,12 @@ def build(
     of logical axes of the parameters. ema: momentum m in target = m target + (1 - m) params.
     """
 
-    def create() -> base.BaseWorldModel:
-        return base.create(rngs=nnx.Rngs(jax.random.key(seed)), **model)
-
-    shapes = nnx.eval_shape(create)
+    shapes = base.abstract(**model)
     graph, _, axes = base.split(shapes)
     optimizer = make_optimizer(axes)
 
     def init() -> TrainState:
-        params = base.split(create())[1]
+        params = base.split(base.create(rngs=nnx.Rngs(jax.random.key(seed)), **model))[1]
         target = jax.tree.map(jnp.copy, shapes.target_params(params))
         return TrainState(jnp.zeros((), jnp.int32), params, target, optimizer.init(params))
 

@@ -28,6 +28,7 @@ from wmjax.data.windows import stride_for
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch
+from wmjax.models import base
 from wmjax.step import Steps, TrainState, build
 
 
@@ -143,13 +144,9 @@ def validate(
 
 
 def token_grid(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
-    """Tokens of a clip in time, down and across."""
-    data, model = config.data, config.model
-    return (
-        data.frames // model.tubelet,
-        data.image_size // model.patch,
-        configs.width(config) // model.patch,
-    )
+    """Tokens of a clip in time, down and across, as the model cuts it."""
+    model = base.abstract(**config.model)
+    return model.input_spec(config.data.frames, config.data.image_size, configs.width(config)).grid
 
 
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:

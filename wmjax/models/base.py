@@ -6,8 +6,7 @@ A model is a file `models/NAME.py` with `create(rngs, **cfg) -> BaseWorldModel`,
 The step holds parameters as a plain nested dict, because `jax.jit` dispatches plain dicts several
 times faster than NNX states:
 
-    model = nnx.eval_shape(lambda: create(name, nnx.Rngs(0), **cfg))    # shapes only
-    graphdef, shapes, axes = split(model)
+    graphdef, shapes, axes = split(abstract(name, **cfg))
     init = lambda key: split(create(name, nnx.Rngs(key), **cfg))[1]     # jit with out_shardings
     loss = lambda params: merge(graphdef, params).loss(target_params, batch, key)
 """
@@ -80,10 +79,6 @@ class BaseWorldModel(nnx.Module):
         """Pick the part of the trained parameters that the EMA target follows."""
         raise NotImplementedError
 
-    def trainable(self, path: tuple[str, ...]) -> bool:
-        """Tell whether the parameter at this path of the nested dict is trained."""
-        return True
-
     def flops(self, batch: WorldModelInput) -> int:
         """Count the floating-point operations a train step needs on a batch of these shapes.
 
@@ -101,6 +96,11 @@ def create(name: str, rngs: nnx.Rngs, **cfg: Any) -> BaseWorldModel:
         known = ", ".join(f for f, m in modules if hasattr(m, "create"))
         raise UserError(f"model.name={name!r}: unknown model; there are: {known}")
     return module.create(rngs, **cfg)  # type: ignore[union-attr]
+
+
+def abstract(name: str, **cfg: Any) -> BaseWorldModel:
+    """Build the model without its numbers: every parameter a shape and a dtype."""
+    return nnx.eval_shape(lambda: create(name, nnx.Rngs(0), **cfg))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params, dict[str, Any]]:
