@@ -157,7 +157,7 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             frames=data.frames,
             height=data.image_size,
             width=configs.width(config),
-            stride=stride_for(FPS, data.fps),
+            stride=data.stride or stride_for(FPS, data.fps),
             seed=config.seed,
             split=split,
         )
@@ -166,6 +166,9 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
         cameras=data.cameras,
         frames=data.frames,
         fps=data.fps,
+        stride=data.stride,
+        ends=data.ends,
+        clips_per_episode=data.clips_per_episode,
         split=split,
         val_share=data.val_share,
         state_key=data.state,
