@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
+from wmjax.data.stats import summarize
 from wmjax.data.video import VideoFiles
 from wmjax.data.windows import Windows, split_episodes, stride_for
 from wmjax.errors import UserError
@@ -83,6 +84,9 @@ class LeRobotSource:
         widths = {state_key: self.state_size, action_key: self.action_size}
         self.episodes, tables = read_tables(wanted, widths)
         self._states, self._actions = tables[state_key], tables[action_key]
+        files = {row.index: row.table for row in wanted}
+        for name, values in tables.items():
+            _refuse_odd_numbers(name, values, self.episodes, files)
         self._videos = VideoFiles(self._recorded_fps)
 
     def __len__(self) -> int:
@@ -128,6 +132,27 @@ class LeRobotSource:
             "episode": episode.index,
             "start": start,
         }
+
+    def statistics(self) -> list[dict]:
+        """Summarise state and action over the rows that clips of this split come from.
+
+        From the tables, which are open anyway: the metadata's statistics would count the held-out
+        episodes in, and may be of another version of the data.
+        """
+        rows = np.concatenate(
+            [
+                np.arange(episode.first_row, episode.first_row + episode.length)
+                for episode, fits in zip(self.episodes, self._windows.fits, strict=True)
+                if fits
+            ]
+        )
+        return [
+            {
+                "name": self.root.name,
+                "state": summarize(self._states[rows]),
+                "action": summarize(self._actions[rows]),
+            }
+        ]
 
     def _read_video(self, episode: Episode, camera: str, steps_T: np.ndarray) -> list:
         path, first = episode.videos[camera]
@@ -195,6 +220,20 @@ def _picture(feature: dict) -> str:
     info = feature.get("info") or feature.get("video_info") or {}
     shape = "x".join(str(n) for n in feature["shape"])
     return f"{shape}, {info.get('video.codec', 'unknown codec')}"
+
+
+def _refuse_odd_numbers(
+    name: str, values: np.ndarray, episodes: tuple[Episode, ...], files: dict[int, Path]
+) -> None:
+    """Raise UserError for the first value that is not a finite float32."""
+    if np.isfinite(values).all():
+        return
+    row, column = np.argwhere(~np.isfinite(values))[0]
+    owner = next(e for e in episodes if 0 <= row - e.first_row < e.length)
+    raise UserError(
+        f"{files[owner.index]}: episode {owner.index}: {name}[{column}] is {values[row, column]} "
+        f"at frame {row - owner.first_row}; wanted finite numbers"
+    )
 
 
 def _width(root: Path, features: dict, option: str, key: str) -> int:

@@ -25,7 +25,8 @@ class Source(Protocol):
     everything was recorded state_mask_TS and action_mask_TPA.
 
     A source may also say how many clips one pass over it draws and which: `draws`, and
-    `draw(number, rng) -> index`. Without these a pass takes every clip once.
+    `draw(number, rng) -> index`; without these a pass takes every clip once. And `statistics()`,
+    with name, state and action of each dataset in it.
     """
 
     def describe(self) -> str: ...

@@ -51,7 +51,8 @@ class Windows:
     ends: 'drop' keeps the starts whose clip lies in the episode; 'repeat' every start, and the
     clip's frames past the end are the last one again. per_episode: clips that one pass over the
     data draws from an episode; 0, or more than there are: every one. Holds two numbers an episode,
-    never a table of all windows. `too_short` counts the episodes that cannot hold a clip.
+    never a table of all windows. `fits` tells which episodes hold a clip, `too_short` counts the
+    others.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class Windows:
                 f"the longest of {len(lengths)} episodes has {longest}"
             )
         starts = np.maximum(lengths - span + 1, 0)
-        self.too_short = int((starts == 0).sum())
+        self.fits = starts > 0
+        self.too_short = int((~self.fits).sum())
         self._ends = np.cumsum(starts)
         self._draw_ends = np.cumsum(np.minimum(starts, per_episode or starts))
 
