@@ -41,7 +41,9 @@ def test_a_batch_has_the_documented_shapes_and_types():
     assert seen.video_BVTHWC.dtype == np.uint8
     assert seen.view_mask_BV.all()
     assert seen.state_BTS.shape == (8, 4, 2)
-    assert batch.action_BTPA.shape == (8, 4, 3, 2)
+    assert batch.action_BTPA.shape == batch.action_mask_BTPA.shape == (8, 4, 3, 2)
+    assert seen.state_mask_BTS.shape == (8, 4, 2)
+    assert seen.state_mask_BTS.all()
     assert [ids.shape for ids in batch.target.context_ids_BK] == [(8, 2), (8, 8)]
     assert [ids.shape for ids in batch.target.target_ids_BM] == [(8, 22), (8, 16)]
 
@@ -139,3 +141,49 @@ def test_two_cameras_share_crop_and_masks_and_show_different_pictures():
     np.testing.assert_array_equal(
         batch.observation.video_BVTHWC[:, 1], one.observation.video_BVTHWC[:, 0]
     )
+
+
+def test_clips_past_the_end_come_marked():
+    batches = take(3, *pusht("data.fps=4", "data.ends=repeat"))
+    masks = [(b.observation.state_mask_BTS[..., 0], b.action_mask_BTPA[..., 0]) for b in batches]
+    state_BT, action_BTP = (np.concatenate(side) for side in zip(*masks, strict=True))
+    assert state_BT[:, 0].all()
+    assert not state_BT.all()
+    np.testing.assert_array_equal(action_BTP[:, :, 0], state_BT)
+    # Once past the end, past it for good.
+    assert (np.diff(action_BTP.reshape(len(action_BTP), -1).astype(int), axis=1) <= 0).all()
+
+
+def test_a_few_clips_an_episode_are_drawn_anew_each_pass():
+    overrides = pusht("data.clips_per_episode=2", "data.val_share=0.0", "data.batch_size=16")
+    source = train.make_source(micro.config(*overrides), "train")
+    assert source.draws == 2 * 5
+    batches = take(5, *overrides)
+    ids = np.concatenate([b.sample_ids_B for b in batches])
+    passes = [[source._windows[int(i)] for i in ids[p : p + 10]] for p in range(0, 80, 10)]
+    for drawn in passes:
+        assert sorted(episode for episode, _ in drawn) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert len({frozenset(drawn) for drawn in passes}) == len(passes)
+    equal(batches[3:], take(2, *overrides, position=3 * 16))
+
+
+def test_a_missing_view_is_filler_and_masked():
+    config = micro.config(*pusht())
+    source = train.make_source(config, "train")
+
+    class OneViewMissing:
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            sample = source[index]
+            return sample | {"frames_VT": [[], *sample["frames_VT"]]}
+
+    masks = Masks(config.mask.to_dict(), train.token_grid(config))
+    batches = train.make_pipeline(config, OneViewMissing(), masks, sharding.make_mesh(), "train")
+    seen = jax.device_get(next(batches)).observation
+    batches.close()
+    assert seen.view_mask_BV.tolist() == [[False, True]] * 8
+    assert not seen.video_BVTHWC[:, 0].any()
+    (whole,) = take(1, *pusht())
+    np.testing.assert_array_equal(seen.video_BVTHWC[:, 1:], whole.observation.video_BVTHWC)

@@ -102,12 +102,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     if data.source == "lerobot" and not data.root:
         raise UserError("data.root is empty: give the dataset's folder with --config.data.root=DIR")
     _choice(config, "data.source", ("lerobot", "synthetic"))
+    _choice(config, "data.ends", ("drop", "repeat"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
     _choice(config, "model.attention", ("auto", "xla", "cudnn"))
     positive = {
         "data.batch_size": data.batch_size,
-        "data.fps": data.fps,
+        "data.fps": 1 if data.stride else data.fps,  # stride takes its place
         "data.threads": data.threads,
         "optim.schedule_steps": optim.schedule_steps,
         "train.num_steps": config.train.num_steps,
@@ -121,6 +122,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         if value <= 0:
             raise UserError(f"{key}={value}: wanted a number above 0")
     for key, value in {
+        "data.stride": data.stride,
+        "data.clips_per_episode": data.clips_per_episode,
         "train.eval_every": config.train.eval_every,
         "optim.learning_rate": optim.learning_rate,
         "optim.weight_decay": optim.weight_decay,

@@ -69,7 +69,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             workdir, num_steps=num_steps, start=start, config=configs.plain(config), **config.log
         )
         with reporter, StopSignal() as stop:
-            step = loop(config, steps, state, stream, position, checkpoints, reporter, start, stop)
+            meta: dict[str, Any] = {
+                "config": configs.plain(config),
+                "statistics": getattr(sources["train"], "statistics", list)(),
+            }
+            step = loop(
+                config, steps, state, stream, position, checkpoints, meta, reporter, start, stop
+            )
     if stop.received:
         say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
         return 128 + stop.received
@@ -84,15 +90,15 @@ def loop(
     stream: Callable[..., Pipeline],
     position: int,
     checkpoints: Checkpoints,
+    meta: dict[str, Any],
     reporter: Reporter,
     start: int,
     stop: "StopSignal",
 ) -> int:
-    """Run the steps after `start` and return the last one, saved."""
+    """Run the steps after `start` and return the last one, saved with `meta`."""
     settings, num_steps = config.train, config.train.num_steps
     throughput = Throughput(config.data.batch_size, num_steps)
     mean, previous = Mean(), None
-    meta = {"config": configs.plain(config)}
     begun = time.perf_counter()
     with contextlib.closing(stream("train", position)) as batches:
         for step in range(start + 1, num_steps + 1):
@@ -157,7 +163,7 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             frames=data.frames,
             height=data.image_size,
             width=configs.width(config),
-            stride=stride_for(FPS, data.fps),
+            stride=data.stride or stride_for(FPS, data.fps),
             seed=config.seed,
             split=split,
         )
@@ -166,6 +172,9 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
         cameras=data.cameras,
         frames=data.frames,
         fps=data.fps,
+        stride=data.stride,
+        ends=data.ends,
+        clips_per_episode=data.clips_per_episode,
         split=split,
         val_share=data.val_share,
         state_key=data.state,

@@ -14,14 +14,19 @@ import numpy as np
 from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
 from wmjax.masking import Masks
 
-_CROP, _MASK = 0, 1  # purposes that a random stream is keyed by
+_CROP, _MASK, _DRAW = 0, 1, 2  # purposes that a random stream is keyed by
 
 
 class Source(Protocol):
     """Clips of one recording, generated or read.
 
-    A sample is a dict: frames_VT (views x frames, each an av.VideoFrame or HWC uint8 array),
-    state_TS, action_TPA, episode, start.
+    A sample is a dict: frames_VT (views x frames, each an av.VideoFrame or HWC uint8 array; no
+    frames where the view is missing), state_TS, action_TPA, episode, start, and where not
+    everything was recorded state_mask_TS and action_mask_TPA.
+
+    A source may also say how many clips one pass over it draws and which: `draws`, and
+    `draw(number, rng) -> index`; without these a pass takes every clip once. And `statistics()`,
+    with name, state and action of each dataset in it.
     """
 
     def describe(self) -> str: ...
@@ -65,21 +70,32 @@ class Pipeline:
         process, processes = jax.process_index(), jax.process_count()
         local = batch_size // processes
 
-        def load(position: int, index: int) -> dict[str, Any]:
+        def load(position: int, number: int) -> dict[str, Any]:
+            index = number
+            if hasattr(source, "draw"):
+                index = source.draw(number, np.random.default_rng((seed, _DRAW, position)))
             sample = source[index]
-            size, out_aspect = frame_size(sample["frames_VT"][0][0]), width / height
+            size = next(frame_size(frames[0]) for frames in sample["frames_VT"] if frames)
+            out_aspect = width / height
             if crop_scale is None:
                 box = centre_box(*size, out_aspect)
             else:
                 crop_rng = np.random.default_rng((seed, _CROP, position))
                 box = random_box(crop_rng, *size, crop_scale, crop_aspect, out_aspect)
             context, target = masks.draw(np.random.default_rng((seed, _MASK, position)))
-            views = [crop_and_scale(frames, box, height, width) for frames in sample["frames_VT"]]
+            state_TS, action_TPA = sample["state_TS"], sample["action_TPA"]
+            missing_THWC = np.zeros((len(state_TS), height, width, 3), np.uint8)
+            views = [
+                crop_and_scale(frames, box, height, width) if frames else missing_THWC
+                for frames in sample["frames_VT"]
+            ]
             return {
                 "video": np.stack(views),
-                "view_mask": np.ones(len(views), bool),
-                "state": sample["state_TS"],
-                "action": sample["action_TPA"],
+                "view_mask": np.array([bool(frames) for frames in sample["frames_VT"]]),
+                "state": state_TS,
+                "state_mask": sample.get("state_mask_TS", np.ones_like(state_TS, bool)),
+                "action": action_TPA,
+                "action_mask": sample.get("action_mask_TPA", np.ones_like(action_TPA, bool)),
                 "context": context,
                 "target": target,
                 "sample_id": np.int32(index),
@@ -89,16 +105,20 @@ class Pipeline:
             from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
             arrays = WorldModelInput(
-                VideoObservation(batch["video"], batch["view_mask"], batch["state"]),
+                VideoObservation(
+                    batch["video"], batch["view_mask"], batch["state"], batch["state_mask"]
+                ),
                 VideoTarget(batch["context"], batch["target"]),
                 batch["action"],
+                batch["action_mask"],
                 batch["sample_id"],
             )
             return jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(sharding, x), arrays
             )
 
-        stream = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat()
+        draws = getattr(source, "draws", len(source))
+        stream = grain.MapDataset.source(range(draws)).seed(seed).shuffle().repeat()
         stream = stream.map_with_index(load).slice(slice(process, None, processes))
         ahead = max(prefetch or 2 * local, threads)
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
