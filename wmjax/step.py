@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from wmjax import sharding
 from wmjax.models import base
-from wmjax.types import Array, WorldModelInput
+from wmjax.types import Array, WorldModelInput, WorldModelOutput
 
 Metrics = dict[str, clu_metrics.Average]
+Measure = Callable[[WorldModelOutput, WorldModelInput], dict[str, Array]]
 
 
 @struct.dataclass
@@ -49,6 +50,8 @@ def build(
     schedule: optax.Schedule,
     *,
     ema: float,
+    in_training: Measure,
+    in_validation: Measure,
     mesh: Mesh,
     seed: int,
 ) -> Steps:
@@ -56,6 +59,7 @@ def build(
 
     model: `name` and the keyword arguments of that model's create. make_optimizer takes the tree
     of logical axes of the parameters. ema: momentum m in target = m target + (1 - m) params.
+    in_training, in_validation: what of a model's output is logged, float32 scalars.
     """
 
     shapes = base.abstract(**model)
@@ -70,17 +74,17 @@ def build(
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: Any) -> tuple[jax.Array, WorldModelOutput]:
             return base.merge(graph, params).loss(state.target, batch, key)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         followed = base.merge(graph, params).target_params(params)
         target = jax.tree.map(
             lambda old, new: ema * old + (1.0 - ema) * new, state.target, followed
         )
-        metrics |= {
+        metrics = in_training(output, batch) | {
             "loss": loss,
             "learning_rate": schedule(state.step),
             "gradient_norm": optax.tree.norm(grads),
@@ -88,10 +92,12 @@ def build(
         return TrainState(state.step + 1, params, target, opt_state), _averages(metrics)
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
-        loss, metrics = base.merge(graph, state.params).loss(
-            state.target, batch, jax.random.key(seed)
-        )
-        return _averages(metrics | {"loss": loss})
+        model = base.merge(graph, state.params)
+        loss, output = model.loss(state.target, batch, jax.random.key(seed))
+        followed = model.target_params(state.params)
+        apart = optax.tree.norm(optax.tree.sub(state.target, followed)) / optax.tree.norm(followed)
+        figures = in_validation(output, batch)
+        return _averages(figures | {"loss": loss, "health/target_distance": apart})
 
     abstract = _with_shardings(
         jax.eval_shape(init), axes, shapes.target_params(axes), optimizer, mesh
