@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
@@ -107,7 +106,9 @@ def test_mean_token_predicted_is_relative_one_and_errors_land_in_their_tubelet()
 
 
 def test_a_tubelet_without_targets_has_no_error():
-    figures = prediction.in_validation(output_of(normal(2, 6, 5)), batch_for(all_ids(2)[:, 6:]), GRID)
+    figures = prediction.in_validation(
+        output_of(normal(2, 6, 5)), batch_for(all_ids(2)[:, 6:]), GRID
+    )
     row = prediction.finish({name: float(value) for name, value in figures.items()})
     assert "by_time/1" in row
     assert "by_time/0" not in row
@@ -187,7 +188,6 @@ def test_a_healthy_run_is_silent_for_2000_steps(tmp_path, capsys):
     healthy(tmp_path, 2000, capsys)
 
 
-def test_no_gradient_reaches_the_health_figures_leaves():
-    """A batch without two clips at one place gives finite figures."""
+def test_a_batch_without_two_clips_of_one_place_gives_finite_figures():
     figures = health.in_validation(output_of(normal(1, TOKENS, 4)), batch_for(all_ids(1)), TOKENS)
-    assert all(bool(jnp.isfinite(value)) for value in jax.tree.leaves(figures))
+    assert all(jnp.isfinite(value) for value in figures.values())

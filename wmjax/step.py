@@ -19,7 +19,7 @@ from wmjax.models import base
 from wmjax.types import Array, WorldModelInput, WorldModelOutput
 
 Metrics = dict[str, clu_metrics.Average]
-Measure = Callable[[WorldModelOutput, WorldModelInput], dict[str, Array]]
+Measure = Callable[[WorldModelOutput, WorldModelInput], dict[str, jax.Array]]
 
 
 @struct.dataclass

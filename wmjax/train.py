@@ -34,7 +34,7 @@ from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch
 from wmjax.models import base
 from wmjax.step import Steps, TrainState, build
-from wmjax.types import Array, WorldModelInput, WorldModelOutput
+from wmjax.types import WorldModelInput, WorldModelOutput
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -332,10 +332,10 @@ def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> St
 
     names, grid = list(config.mask), token_grid(config)
 
-    def in_training(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, Array]:
+    def in_training(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, jax.Array]:
         return prediction.in_training(output, names) | health.in_training(output, batch)
 
-    def in_validation(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, Array]:
+    def in_validation(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, jax.Array]:
         return (
             prediction.in_training(output, names)
             | prediction.in_validation(output, batch, grid)

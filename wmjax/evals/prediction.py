@@ -5,19 +5,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from wmjax.types import Array, WorldModelInput, WorldModelOutput
+from wmjax.types import WorldModelInput, WorldModelOutput
 
 Row = dict[str, float]
 
 
-def in_training(output: WorldModelOutput, names: Sequence[str]) -> dict[str, Array]:
+def in_training(output: WorldModelOutput, names: Sequence[str]) -> dict[str, jax.Array]:
     """Return the loss of every mask under its name."""
-    return {f"loss/{name}": loss for name, loss in zip(names, output.losses, strict=True)}
+    losses = map(jnp.asarray, output.losses)
+    return {f"loss/{name}": loss for name, loss in zip(names, losses, strict=True)}
 
 
 def in_validation(
     output: WorldModelOutput, batch: WorldModelInput, grid: tuple[int, int, int]
-) -> dict[str, Array]:
+) -> dict[str, jax.Array]:
     """Return L1 errors as shares of the mean, so that batches may be averaged; see `finish`.
 
     l1: of the prediction; l1_mean_token: of the mean of the mask's target tokens in this batch as
