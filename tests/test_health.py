@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
 from clips import batch_of
 
-from wmjax import train
+from wmjax import sharding, train
 from wmjax.evals import health, prediction
 from wmjax.models import layers, vjepa2
 from wmjax.types import WorldModelOutput
@@ -143,13 +144,22 @@ class Collapsing(vjepa2.VJEPA2):
         return layers.layer_norm(self.encoder(video_BTHWC), vjepa2.TARGET_EPS)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Eight fake devices take turns on a CPU; one is faster."""
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+
+
 def run(workdir, *overrides):
     config = micro.config("train.log_every=20", "checkpoint.every=100000", *overrides)
     assert train.train(config, workdir) == 0
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_collapsed_on_purpose_is_told_within_200_steps(tmp_path, monkeypatch, capsys):
+def test_a_run_collapsed_on_purpose_is_told_within_200_steps(
+    one_device, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(vjepa2, "VJEPA2", Collapsing)
     rows = run(tmp_path, "train.num_steps=200", "optim.ema=0.0")
     said = capsys.readouterr().out
@@ -169,7 +179,7 @@ def healthy(workdir, steps, capsys):
     return validation
 
 
-def test_a_healthy_run_is_silent_and_its_report_is_whole(tmp_path, capsys):
+def test_a_healthy_run_is_silent_and_its_report_is_whole(one_device, tmp_path, capsys):
     row = healthy(tmp_path, 100, capsys)[-1]
     wanted = {"loss/short", "loss/long", "relative", "by_time/0", "by_time/1"} | {
         f"health/{side}_{figure}"
@@ -184,7 +194,7 @@ def test_a_healthy_run_is_silent_and_its_report_is_whole(tmp_path, capsys):
 
 
 @pytest.mark.campaign
-def test_a_healthy_run_is_silent_for_2000_steps(tmp_path, capsys):
+def test_a_healthy_run_is_silent_for_2000_steps(one_device, tmp_path, capsys):
     healthy(tmp_path, 2000, capsys)
 
 

@@ -109,7 +109,7 @@ def clip_share(features: Features, batch: WorldModelInput, tokens: int) -> jax.A
         within += jnp.sum(apart_RM * weight_RM * unbiased_P[place_RM])
         from_all_RM = jnp.sum(jnp.square(f - mean_D[None, None]), axis=-1)
         total += jnp.sum(from_all_RM * weight_RM * several_P[place_RM])
-    return within / jnp.maximum(total, 1e-30)
+    return jnp.minimum(within / jnp.maximum(total, 1e-30), 1.0)
 
 
 # Of the targets only: the predictions of a healthy model stay near their mean for its first

@@ -78,18 +78,19 @@ class Probe:
         if not self._baselines:  # they do not change: computed once
             targets["random"] = self._random()
         truth = {}
-        for split, clips in self._clips.items():
+        for split in self._clips:
             for name, weights in targets.items():
-                features[name][split], pixels, ids = self._run(weights, split, clips)
+                features[name][split], pixels, ids = self.read(weights, split)
             features["pixels"][split] = pixels
             truth[split] = self._truth(split, ids, features["trained"][split].shape[1])
         if not self._baselines:
             self._baselines = {n: fit_all(features[n], truth) for n in ("random", "pixels")}
         return {"trained": fit_all(features["trained"], truth), **self._baselines}
 
-    def _run(self, target: Any, split: str, clips: int) -> tuple[np.ndarray, ...]:
+    def read(self, target: Any, split: str) -> tuple[np.ndarray, ...]:
         """Return features, pixels (each clips x tubelets x numbers) and sample ids."""
         parts: list[tuple[np.ndarray, ...]] = []
+        clips = self._clips[split]
         batches: Iterator[WorldModelInput] = self._open(split)
         try:
             while sum(len(part[-1]) for part in parts) < clips:

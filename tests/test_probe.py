@@ -1,0 +1,160 @@
+"""The linear probe: finds a known map, finds nothing in noise, and makes the same table anywhere."""
+
+import json
+
+import jax
+import micro
+import numpy as np
+import pytest
+from shared_data import PUSHT, SHARED, needs_shared
+
+from wmjax import config as configs
+from wmjax import main, sharding, train
+from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.synthetic import SyntheticSource
+from wmjax.errors import UserError
+from wmjax.evals import probe
+from wmjax.masking import Masks
+
+PROBING = ("eval.probe_every=4", "eval.probe_clips=16", "train.eval_every=4", "eval.batches=1")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def fit(label, clips=60, tubelets=4, width=20):
+    """Probe `label(features)` of random features, the half of the clips held out."""
+    x = normal(clips, tubelets, width).astype(np.float32)
+    y, half = label(x), clips // 2
+    features = {"train": x[:half], "validation": x[half:]}
+    episodes = np.arange(half) // 2
+    truth = {"train": (episodes, {"y": y[:half]}), "validation": (episodes, {"y": y[half:]})}
+    return probe.fit_all(features, truth)["y"]
+
+
+def test_a_known_linear_map_is_recovered_in_any_units():
+    score = fit(lambda x: 1000 + 500 * x @ normal(20, 3, seed=1))
+    assert min(score["r2_each"]) > 0.999
+
+
+def test_wider_features_than_samples_are_no_trouble():
+    score = fit(lambda x: x[..., :2] @ normal(2, 1, seed=1), width=400, clips=200)
+    assert score["r2"] > 0.3
+
+
+def test_labels_that_have_nothing_to_do_with_the_features_give_about_nothing():
+    score = fit(lambda x: normal(*x.shape[:2], 3, seed=2))
+    assert score["ridge"] >= 100  # chosen so that the fit stays near the mean
+    assert abs(score["r2"]) < 0.1
+
+
+def test_a_number_that_never_varies_is_left_out():
+    score = fit(lambda x: np.concatenate([x[..., :1], np.full_like(x[..., :1], 7)], axis=-1))
+    assert score["r2_each"][1] is None
+    assert score["r2"] == score["r2_each"][0] > 0.999
+
+
+def test_the_ridge_is_chosen_on_episodes_that_were_not_fitted():
+    """Features that name the episode say nothing of others; R2 would be 1 if clips were mixed."""
+    episodes = np.repeat(np.arange(30), 4)
+    names = np.eye(30, dtype=np.float32)[episodes][:, None]
+    y = normal(30, 1)[episodes][:, None]
+    shuffled = {"train": names, "validation": np.zeros_like(names)}
+    truth = {"train": (episodes, {"y": y}), "validation": (episodes, {"y": y})}
+    assert probe.fit_all(shuffled, truth)["y"]["ridge"] == probe.RIDGES[-1]
+
+
+def test_the_table_has_its_three_rows_on_the_console_and_in_json(tmp_path, capsys):
+    assert train.train(micro.config(*PROBING), tmp_path) == 0
+    said = capsys.readouterr().out
+    (line,) = map(json.loads, (tmp_path / "evals.jsonl").read_text().splitlines())
+    assert line["step"] == 4
+    assert list(line["probe"]) == ["trained", "random", "pixels"]
+    for name, scores in line["probe"].items():
+        assert f"  {name} " in said
+        assert len(scores["state"]["r2_each"]) == 6
+    (row,) = (row for row in micro.rows(tmp_path) if "probe/state/trained" in row)
+    assert row["probe/state/trained"] == line["probe"]["trained"]["state"]["r2"]
+
+    flags = (*micro.OVERRIDES, *PROBING)
+    assert (
+        main.run(
+            ["--mode=eval", "--config=debug_world_model", f"--workdir={tmp_path}"]
+            + [f"--config.{flag}" for flag in flags]
+        )
+        == 0
+    )
+    again = json.loads((tmp_path / "evals.jsonl").read_text().splitlines()[-1])
+    assert again["step"] == 4
+    assert again["probe"] == line["probe"]
+    validation = next(row for row in micro.rows(tmp_path) if "validation/loss" in row)
+    assert again["validation/loss"] == validation["validation/loss"]
+
+
+def test_an_untrained_model_is_evaluated_as_what_it_is(tmp_path, capsys):
+    assert train.evaluate(micro.config(*PROBING), tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "no checkpoint; this is the untrained model" in said
+    table = json.loads((tmp_path / "evals.jsonl").read_text())["probe"]
+    assert table["trained"] == table["random"]
+
+
+def test_eight_devices_read_the_same_features_as_one():
+    read = []
+    for devices, fsdp in ((1, 1), (8, 8)):
+        config = micro.config(f"mesh.fsdp={fsdp}")
+        mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
+        source = train.make_source(config, "validation")
+        masks = Masks(config.mask.to_dict(), train.token_grid(config))
+        steps = train.make_steps(config, mesh)
+        measure = probe.Probe(
+            *(config.model.to_dict(), steps.abstract.target, mesh),
+            seed=config.seed,
+            clips=16,
+            open_clips=lambda split, rest=(source, masks, mesh): train.make_pipeline(
+                config,  # noqa: B023
+                *rest,
+                split,
+            ),
+            labels={"validation": source.labels},
+        )
+        read.append(measure.read(steps.init().target, "validation"))
+    for one, eight in zip(*read, strict=True):
+        np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_of_generated_clips_are_their_states():
+    source = SyntheticSource(frames=4, height=32, width=32, stride=2, seed=0, split="validation")
+    episode, labels = source.labels(3)
+    clip = source[3]
+    assert episode == clip["episode"]
+    np.testing.assert_array_equal(labels["state"].astype(np.float32), clip["state_TS"])
+
+
+def test_labels_of_a_recording_are_those_of_its_clips():
+    source = LeRobotSource(PUSHT, frames=4, fps=5, labels="auto", ends="repeat")
+    last = len(source) - 1
+    for index in (0, last):
+        episode, labels = source.labels(index)
+        clip = source[index]
+        assert episode == clip["episode"]
+        assert list(labels) == ["observation.state"]
+        np.testing.assert_array_equal(labels["observation.state"], clip["state_TS"])
+
+
+@needs_shared
+def test_the_state_of_the_environment_is_a_label_where_there_is_one():
+    source = LeRobotSource(SHARED / "pusht_explore_v3", frames=4, fps=5, labels="auto")
+    _, labels = source.labels(0)
+    shapes = {name: values.shape for name, values in labels.items()}
+    assert shapes == {"observation.state": (4, 2), "observation.environment_state": (4, 3)}
+
+
+def test_an_unknown_label_is_named():
+    with pytest.raises(UserError, match=r"eval\.labels='speed'.*observation\.state"):
+        LeRobotSource(PUSHT, frames=4, fps=5, labels="speed")
+    with pytest.raises(UserError, match=r"eval\.labels='speed'"):
+        configs.check(micro.config("eval.labels=speed"))
+    with pytest.raises(UserError, match=r"eval\.probe_clips=3"):
+        configs.check(micro.config("eval.probe_clips=3"))
