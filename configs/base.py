@@ -48,6 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
             "data": {
                 "source": "lerobot",  # lerobot, or synthetic: generated moving shapes
                 "root": "",  # folder of a LeRobot dataset (the one that holds meta/)
+                "mixture": "",  # several, in place of root: DIR:WEIGHT,DIR:WEIGHT
+                "members": {},  # what differs in one of them: {folder's name: {"cameras": "top"}}
                 "cameras": "all",  # all: views of a clip; each: clips of their own; or a,b
                 "state": "observation.state",  # feature that becomes state_BTS
                 "action": "action",  # feature that becomes action_BTPA

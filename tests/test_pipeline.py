@@ -7,6 +7,7 @@ import pytest
 from shared_data import SHARED, needs_shared
 
 from wmjax import sharding, train
+from wmjax.data.source import Source
 from wmjax.masking import Masks
 
 
@@ -171,7 +172,7 @@ def test_a_missing_view_is_filler_and_masked():
     config = micro.config(*pusht())
     source = train.make_source(config, "train")
 
-    class OneViewMissing:
+    class OneViewMissing(Source):
         def __len__(self):
             return len(source)
 

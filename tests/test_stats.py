@@ -5,15 +5,12 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import micro
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from shared_data import PUSHT, SHARED, needs_shared
 
-from wmjax import sharding, train
-from wmjax.checkpoint import Checkpoints
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.stats import summarize
 from wmjax.errors import UserError
@@ -78,15 +75,6 @@ def test_only_what_is_trained_on_counts():
     (found,) = source.statistics()
     assert found["action"] == summarize(np.array(table["action"].to_pylist(), np.float32)[kept])
     assert found["action"]["count"] == 3 * 80
-
-
-def test_a_checkpoint_keeps_the_statistics(tmp_path):
-    config = micro.config("data.source=lerobot", f"data.root={PUSHT}", "train.num_steps=1")
-    train.train(config, tmp_path)
-    steps = train.make_steps(config, sharding.make_mesh())
-    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
-        meta = checkpoints.restore(1, steps.abstract).meta
-    assert meta["statistics"] == train.make_source(config, "train").statistics()
 
 
 def test_values_normalised_by_their_dataset_have_mean_0_and_std_1():

@@ -22,7 +22,9 @@ from wmjax import config as configs
 from wmjax import optim, sharding
 from wmjax.checkpoint import Checkpoints
 from wmjax.data.lerobot import LeRobotSource
-from wmjax.data.pipeline import Pipeline, Source
+from wmjax.data.mixture import Mixture
+from wmjax.data.pipeline import Pipeline
+from wmjax.data.source import Source
 from wmjax.data.synthetic import FPS, SyntheticSource
 from wmjax.data.windows import stride_for
 from wmjax.errors import UserError
@@ -71,7 +73,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         with reporter, StopSignal() as stop:
             meta: dict[str, Any] = {
                 "config": configs.plain(config),
-                "statistics": getattr(sources["train"], "statistics", list)(),
+                "statistics": sources["train"].statistics(),
             }
             step = loop(
                 config, steps, state, stream, position, checkpoints, meta, reporter, start, stop
@@ -122,7 +124,7 @@ def loop(
 
             last = stop.received or step == num_steps
             if last or step % settings.log_every == 0:
-                reporter.later(step, mean.take())
+                reporter.later(step, mean.take(), batches.report())
             validating = settings.eval_every and (last or step % settings.eval_every == 0)
             saving = last or step % config.checkpoint.every == 0
             if validating or saving:
@@ -167,8 +169,22 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             seed=config.seed,
             split=split,
         )
+    if not data.mixture:
+        return open_dataset(data, data.root, split)
+    sources = {}
+    for name, (root, _) in (members := configs.mixture(config)).items():
+        settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
+        try:
+            sources[name] = open_dataset(settings, root, split)
+        except UserError as error:
+            raise UserError(f"{error}\nin data.mixture: {name}") from None
+    return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
+
+
+def open_dataset(data: ml_collections.ConfigDict, root: str, split: str) -> LeRobotSource:
+    """Open one LeRobot dataset as the `data` group says."""
     return LeRobotSource(
-        data.root,
+        root,
         cameras=data.cameras,
         frames=data.frames,
         fps=data.fps,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
+from wmjax.data.source import Source
 from wmjax.data.stats import summarize
 from wmjax.data.video import VideoFiles
 from wmjax.data.windows import Windows, split_episodes, stride_for
@@ -20,7 +21,7 @@ from wmjax.errors import UserError
 UNREAD = {"image": "images in the tables", "depth": "depth"}
 
 
-class LeRobotSource:
+class LeRobotSource(Source):
     """Clips of a LeRobot dataset, one for every episode and start: `len`, `[i]`.
 
     cameras: 'all' video features as views of one clip, 'each' as a clip of its own, or names

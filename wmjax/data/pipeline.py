@@ -6,34 +6,17 @@ same crop. jax is loaded only where batches are placed.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 
+from wmjax.data.source import Source
 from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
 from wmjax.masking import Masks
 
 _CROP, _MASK, _DRAW = 0, 1, 2  # purposes that a random stream is keyed by
-
-
-class Source(Protocol):
-    """Clips of one recording, generated or read.
-
-    A sample is a dict: frames_VT (views x frames, each an av.VideoFrame or HWC uint8 array; no
-    frames where the view is missing), state_TS, action_TPA, episode, start, and where not
-    everything was recorded state_mask_TS and action_mask_TPA.
-
-    A source may also say how many clips one pass over it draws and which: `draws`, and
-    `draw(number, rng) -> index`; without these a pass takes every clip once. And `statistics()`,
-    with name, state and action of each dataset in it.
-    """
-
-    def describe(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+_MIX = 64  # clips within which a mixture is shuffled, each dataset having its share of them
 
 
 class Pipeline:
@@ -71,9 +54,8 @@ class Pipeline:
         local = batch_size // processes
 
         def load(position: int, number: int) -> dict[str, Any]:
-            index = number
-            if hasattr(source, "draw"):
-                index = source.draw(number, np.random.default_rng((seed, _DRAW, position)))
+            index = source.draw(number, np.random.default_rng((seed, _DRAW, position)))
+            part, index_in_part = source.locate(index)
             sample = source[index]
             size = next(frame_size(frames[0]) for frames in sample["frames_VT"] if frames)
             out_aspect = width / height
@@ -98,10 +80,11 @@ class Pipeline:
                 "action_mask": sample.get("action_mask_TPA", np.ones_like(action_TPA, bool)),
                 "context": context,
                 "target": target,
-                "sample_id": np.int32(index),
+                "dataset_id": np.int32(part),
+                "sample_id": np.int32(index_in_part),
             }
 
-        def place(batch: dict[str, Any]) -> Any:
+        def place(batch: dict[str, Any]) -> tuple[Any, np.ndarray]:
             from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
             arrays = WorldModelInput(
@@ -111,15 +94,15 @@ class Pipeline:
                 VideoTarget(batch["context"], batch["target"]),
                 batch["action"],
                 batch["action_mask"],
+                batch["dataset_id"],
                 batch["sample_id"],
             )
-            return jax.tree.map(
+            placed = jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(sharding, x), arrays
             )
+            return placed, np.bincount(batch["dataset_id"], minlength=len(source.parts))
 
-        draws = getattr(source, "draws", len(source))
-        stream = grain.MapDataset.source(range(draws)).seed(seed).shuffle().repeat()
-        stream = stream.map_with_index(load).slice(slice(process, None, processes))
+        stream = _order(source, seed).map_with_index(load).slice(slice(process, None, processes))
         ahead = max(prefetch or 2 * local, threads)
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         batches = stream.to_iter_dataset(reading).batch(local, drop_remainder=True).map(place)
@@ -129,12 +112,27 @@ class Pipeline:
         if position:
             self._iterator.set_state({"next_index": position // processes})
         self._processes = processes
+        self._names = [part.name for part in source.parts]
+        self._drawn = np.zeros(len(self._names), int)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        return next(self._iterator)
+        batch, drawn = next(self._iterator)
+        self._drawn += drawn
+        return batch
+
+    def report(self) -> dict[str, float]:
+        """Return the share of each dataset of a mixture in the batches since the last report.
+
+        Counted on the host, over the clips of this process.
+        """
+        drawn, self._drawn = self._drawn, np.zeros_like(self._drawn)
+        if len(drawn) == 1 or not drawn.sum():
+            return {}
+        shares = (drawn / drawn.sum()).tolist()
+        return {f"mixture/{n}": share for n, share in zip(self._names, shares, strict=True)}
 
     @property
     def position(self) -> int:
@@ -144,3 +142,18 @@ class Pipeline:
     def close(self) -> None:
         """Stop the reading threads."""
         self._iterator.close()
+
+
+def _order(source: Source, seed: int) -> grain.MapDataset:
+    """Stream the numbers of the draws without end: each dataset shuffled anew every pass, mixed."""
+    streams = [
+        grain.MapDataset.source(part.draws).seed(seed + i).shuffle().repeat()
+        for i, part in enumerate(source.parts)
+    ]
+    if len(streams) == 1:
+        return streams[0]
+    # Grain takes weights in hundredths of the least: 0.7 to 0.3 is 233 to 100.
+    mixed = grain.MapDataset.mix(streams, [part.weight for part in source.parts])
+    # Mixed by a fixed pattern, in which every second clip, say, may be of one dataset: processes
+    # take every n-th clip, and each is to see, and decode, of all.
+    return grain.experimental.WindowShuffleMapDataset(mixed, window_size=_MIX, seed=seed)
