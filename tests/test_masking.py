@@ -1,11 +1,14 @@
 """Masks: exact budgets, no bias in time or space, and errors with the numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from wmjax.data.synthetic import SyntheticSource
 from wmjax.errors import UserError
-from wmjax.masking import Budget, DoesNotFit, Masks
-from wmjax.masking.multi_block import cover, multi_block
+from wmjax.masking import STRATEGIES, Budget, DoesNotFit, Masks
+from wmjax.masking.blocks import cover, multi_block
 
 SHORT = {
     "strategy": "multi_block",
@@ -19,6 +22,34 @@ LONG = SHORT | {"blocks": 2, "scale": 0.7, "context": 16 / 256, "target": 176 / 
 GRID = (8, 16, 16)
 SMALL = {"a": {"strategy": "multi_block", "blocks": 2, "context": 0.5, "target": 0.2}}
 DRAWS = 10_000
+
+HALF = {"context": 0.25, "target": 0.5}
+KINDS = {
+    "multi_block": SHORT,
+    "multi_block, time 0.5": SHORT | {"time": 0.5, "context": 0.4, "target": 0.15},
+    "multi_block, cell 4": SHORT | {"cell": 4},
+    "block": {"strategy": "block", "context": 0.3, "target": 0.3},
+    "block, cell 2": {"strategy": "block", "time": 0.7, "cell": 2, "context": 0.3, "target": 0.3},
+    "random": {"strategy": "random", **HALF},
+    "random, cell 4": {"strategy": "random", "cell": 4, **HALF},
+    "spatial": {"strategy": "spatial", **HALF},
+    "spatial, cell 4": {"strategy": "spatial", "cell": 4, **HALF},
+    "temporal": {"strategy": "temporal", **HALF},
+    "temporal, 6 tubelets": {"strategy": "temporal", "tubelets": 6, **HALF},
+    "temporal, run": {"strategy": "temporal", "place": "run", **HALF},
+    "temporal, random": {"strategy": "temporal", "place": "random", **HALF},
+}
+EVEN = [kind for kind in KINDS if kind.startswith(("random", "spatial", "temporal, random"))]
+
+
+def drawn_grids(kind, draws=1000, grid=GRID):
+    """Draw one mask many times: bool_DTHW of its context, and of its target."""
+    masks = Masks({kind: KINDS[kind]}, grid)
+    out = np.zeros((2, draws, np.prod(grid)), bool)
+    for i in range(draws):
+        for role, (ids_K,) in enumerate(masks.draw(np.random.default_rng((7, i)))):
+            out[role, i, ids_K] = True
+    return out.reshape(2, draws, *grid)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +89,18 @@ def asymmetry(counts_DHW, axis):
         (SMALL, (2, 4, 4), {"a": (16, 6)}),
         (SMALL, (4, 3, 5), {"a": (32, 12)}),
         (SMALL, (4, 5, 3), {"a": (32, 12)}),
+        *(
+            ({kind: spec}, GRID, {kind: (512, 1024)})
+            for kind, spec in KINDS.items()
+            if spec.items() >= HALF.items()
+        ),
+        *(({kind: KINDS[kind]}, GRID, {kind: (616, 616)}) for kind in ("block", "block, cell 2")),
+        (
+            {kind: KINDS[kind] for kind in ("random, cell 4", "spatial", "temporal", "block")},
+            (6, 8, 12),
+            {"random, cell 4": (144, 288), "spatial": (144, 288), "temporal": (144, 288)}
+            | {"block": (174, 174)},
+        ),
     ],
 )
 def test_every_draw_has_the_exact_sizes_sorted_and_disjoint(specs, grid, sizes):
@@ -75,8 +118,9 @@ def test_every_draw_has_the_exact_sizes_sorted_and_disjoint(specs, grid, sizes):
             assert np.intersect1d(context_K, target_M).size == 0
 
 
-def test_the_same_key_draws_the_same_masks():
-    masks = Masks({"short": SHORT, "long": LONG}, GRID)
+@pytest.mark.parametrize("specs", [{"short": SHORT, "long": LONG}, KINDS])
+def test_the_same_key_draws_the_same_masks(specs):
+    masks = Masks(specs, GRID)
 
     def draw(*key):
         return np.concatenate(
@@ -101,13 +145,106 @@ def test_cells_are_seen_and_hidden_symmetrically(drawn):
             assert asymmetry(counts_DHW, axis) < 5
 
 
+@pytest.mark.parametrize("kind", EVEN)
+def test_every_token_is_seen_and_hidden_with_the_same_chance(kind):
+    draws = 1000
+    for chosen_DTHW, share in zip(drawn_grids(kind, draws), (0.25, 0.5), strict=True):
+        error = np.sqrt(share * (1 - share) / draws)
+        # Chance passes 5.5 errors in one of 4e-8 x 2048 tokens x 2 roles: once in 6,000 seeds.
+        assert np.abs(chosen_DTHW.mean(axis=0) - share).max() < 5.5 * error
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - EVEN))
+def test_masks_have_no_side_of_the_frame_that_they_prefer(kind):
+    for chosen_DTHW in drawn_grids(kind):
+        assert asymmetry(chosen_DTHW.sum(axis=1), 1) < 5
+        assert asymmetry(chosen_DTHW.sum(axis=1), 2) < 5
+        if not kind.startswith("temporal") or "run" in kind:
+            assert asymmetry(chosen_DTHW.sum(axis=2), 1) < 5  # no preferred time
+
+
+def test_hidden_tubes_and_tubelets_hold_no_context():
+    context_DTHW, target_DTHW = drawn_grids("spatial", draws=50)
+    assert (target_DTHW == target_DTHW[:, :1]).all()
+    for kind, hidden in {"spatial": 128, "spatial, cell 4": 128}.items():
+        context_DTHW, target_DTHW = drawn_grids(kind, draws=50)
+        tubes_DHW = target_DTHW.any(axis=1)
+        assert not (context_DTHW.any(axis=1) & tubes_DHW).any()
+        assert (tubes_DHW.sum(axis=(1, 2)) == hidden).all()
+    for place, wanted in {"": [4, 5, 6, 7], ", 6 tubelets": [2, 3, 4, 5, 6, 7]}.items():
+        context_DTHW, target_DTHW = drawn_grids(f"temporal{place}", draws=50)
+        times_DT = target_DTHW.any(axis=(2, 3))
+        assert (times_DT == np.isin(np.arange(8), wanted)).all()
+        assert (context_DTHW.any(axis=(2, 3)) == ~times_DT).all()
+    for place, longest_gap in {"run": 1, "random": 5}.items():
+        times_DT = drawn_grids(f"temporal, {place}")[1].any(axis=(2, 3))
+        assert (times_DT.sum(axis=1) == 4).all()
+        assert max(np.diff(np.flatnonzero(times_T)).max() for times_T in times_DT) == longest_gap
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "cell" in kind])
+def test_a_cell_is_hidden_whole(kind):
+    cell = KINDS[kind]["cell"]
+    for seen, hidden in zip(*drawn_grids(kind, draws=50), strict=True):
+        for ids_THW in (seen, hidden):
+            T, H, W = ids_THW.shape
+            cells = ids_THW.reshape(T, H // cell, cell, W // cell, cell).any(axis=(2, 4))
+            ids_THW |= cells.repeat(cell, axis=1).repeat(cell, axis=2)
+        assert not (seen & hidden).any()
+
+
+def test_a_page_of_pictures_shows_every_strategy():
+    """Look at tests/output/masks.png: context as it is, target red, what is neither dark."""
+    pytest.importorskip("matplotlib", reason="pictures of the masks need matplotlib (extra: dev)")
+    path = Path(__file__).parent / "output" / "masks.png"
+    path.parent.mkdir(exist_ok=True)
+    picture(KINDS | {"multi_block, long": LONG}).savefig(path)
+    print(f"every masking strategy: {path}")
+    assert path.stat().st_size > 100_000
+    assert {spec["strategy"] for spec in KINDS.values()} == STRATEGIES.keys()
+
+
+def picture(specs):
+    """Draw one mask of every spec over the tubelets of a generated clip, a row a spec."""
+    from matplotlib.figure import Figure
+
+    patch = 8
+    size = GRID[1] * patch
+    source = SyntheticSource(
+        frames=GRID[0], height=size, width=size, stride=2, seed=0, split="train"
+    )
+    video_THWC = np.stack(source[3]["frames_VT"][0]) / 255
+    figure = Figure(figsize=(1.25 * GRID[0] + 2.2, 1.3 * len(specs) + 0.6), dpi=100)
+    axes = figure.subplots(len(specs), GRID[0], squeeze=False)
+    masks = Masks(specs, GRID)
+    drawn = zip(*masks.draw(np.random.default_rng(1)), strict=True)
+    for row, (name, ids, (K, M)) in enumerate(zip(specs, drawn, masks.sizes.values(), strict=True)):
+        role_N = np.full(np.prod(GRID), 2)
+        for role, ids_K in enumerate(ids):
+            role_N[ids_K] = role
+        role_THW1 = role_N.reshape(GRID).repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
+        red = 0.35 * video_THWC + 0.65 * np.array([0.95, 0.1, 0.15])
+        shown_THWC = np.where(role_THW1 == 0, video_THWC, red)
+        shown_THWC = np.where(role_THW1 == 2, 0.15 * video_THWC, shown_THWC)
+        for axis, frame_HWC in zip(axes[row], shown_THWC, strict=True):
+            axis.imshow(frame_HWC)
+            axis.set(xticks=[], yticks=[])
+        label = f"{name.replace(', ', chr(10))}\n{K} context\n{M} target"
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+    for tubelet, axis in enumerate(axes[0]):
+        axis.set_title(f"tubelet {tubelet}", fontsize=9)
+    figure.suptitle("context: as it is; target: red; neither: dark")
+    figure.subplots_adjust(0.15, 0.01, 0.99, 0.95, 0.03, 0.06)
+    return figure
+
+
 def test_the_statistics_reject_the_truncation_of_the_reference():
     """Cutting the sorted ids to the shortest of a batch keeps the early tubelets."""
     rng = np.random.default_rng(0)
     context_T, target_T = np.zeros((2, GRID[0]), np.int64)
     rows_DHW = []
     for _ in range(100):
-        pools = [np.broadcast_to(cover(GRID, rng, 8, 0.15, (0.75, 1.5)), GRID) for _ in range(24)]
+        pools = [cover(GRID, rng, 8, 0.15, 1.0, (0.75, 1.5)) for _ in range(24)]
         for tally_T, ids_of_pools in (
             (context_T, [np.flatnonzero(~pool) for pool in pools]),
             (target_T, [np.flatnonzero(pool) for pool in pools]),
@@ -135,6 +272,8 @@ def test_the_statistics_reject_the_truncation_of_the_reference():
         ({"blocks": 0}, ["mask.m.blocks=0"]),
         ({"scale": 1.5}, ["mask.m.scale=1.5"]),
         ({"aspect": (1.5, 0.75)}, ["mask.m.aspect=(1.5, 0.75)"]),
+        ({"time": 0}, ["mask.m.time=0"]),
+        ({"cell": 3}, ["mask.m.cell=3", "divisor", "16 x 16"]),
         (
             {"target": 0.8},
             ["mask.m: 504 context and 1640 target of 2048", "0 of 500 draws", "offer"],
@@ -148,6 +287,39 @@ def test_a_wrong_spec_is_named_with_its_numbers(change, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        (
+            "random",
+            {"context": 0.6},
+            ["1232 context and 1024 target of 2048", "offer 1024 context"],
+        ),
+        ("spatial, cell 4", {"target": 0.52, "context": 0.47}, ["0 of 500", "offer 896 context"]),
+        ("temporal", {"target": 0.9, "context": 0.1}, ["offer 0 context and 2048 target"]),
+        (
+            "temporal",
+            {"tubelets": 3},
+            ["512 context and 1024 target", "offer 1280 context and 768"],
+        ),
+        ("temporal", {"tubelets": 8}, ["mask.m.tubelets=8", "0 to 7"]),
+        ("temporal", {"place": "past"}, ["mask.m.place='past'", "future, run, random"]),
+        ("temporal", {"cell": 2}, ["mask.m.cell: unknown option", "place, tubelets"]),
+        ("block", {"target": 0.5}, ["offer 1", "options of block"]),
+    ],
+)
+def test_every_strategy_refuses_what_it_cannot_hold(kind, change, words):
+    with pytest.raises(UserError) as error:
+        Masks({"m": KINDS[kind] | change}, GRID)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_no_mask_at_all_is_refused():
+    with pytest.raises(UserError, match="mask is empty"):
+        Masks({}, GRID)
+
+
 def test_the_search_for_a_fitting_pool_ends():
-    with pytest.raises(DoesNotFit, match="504 context and 2000 target tokens in 50 draws"):
+    with pytest.raises(DoesNotFit, match="504 context and 2000 target tokens"):
         multi_block(GRID, Budget(504, 2000, max_draws=50), np.random.default_rng(0))

@@ -1,7 +1,7 @@
 """Which tokens the encoder sees and which it predicts: fixed budgets, so that a run compiles once.
 
 A strategy is a function (grid, budget, rng, **options) -> (context_ids_K, target_ids_M), int32,
-sorted, unique and disjoint; a further one is one file and one line in STRATEGIES. NumPy only:
+sorted, unique and disjoint; a further one is a function and one entry in STRATEGIES. NumPy only:
 jax, models and data are not imported here.
 """
 
@@ -14,13 +14,20 @@ from typing import Any
 import numpy as np
 
 from wmjax.errors import UserError
+from wmjax.masking.blocks import block, multi_block
 from wmjax.masking.budget import Budget, DoesNotFit, Grid
-from wmjax.masking.multi_block import multi_block
+from wmjax.masking.parts import random, spatial, temporal
 
 __all__ = ["STRATEGIES", "Budget", "DoesNotFit", "Grid", "Masks"]
 
 Strategy = Callable[..., tuple[np.ndarray, np.ndarray]]
-STRATEGIES: dict[str, Strategy] = {"multi_block": multi_block}
+STRATEGIES: dict[str, Strategy] = {
+    "multi_block": multi_block,
+    "block": block,
+    "random": random,
+    "spatial": spatial,
+    "temporal": temporal,
+}
 
 _TRIAL_DRAWS = 500
 _TRIAL_FITS = 5  # of the trial draws: below 1 % a step would wait on its masks
@@ -35,6 +42,8 @@ class Masks:
     """
 
     def __init__(self, specs: Mapping[str, Mapping[str, Any]], grid: Grid):
+        if not specs:
+            raise UserError("mask is empty: wanted at least one group with a strategy")
         self.grid = grid
         self._masks = {name: _prepare(name, spec, grid) for name, spec in specs.items()}
 
@@ -115,7 +124,7 @@ def _try_out(
         f"mask.{name}: {budget.context} context and {budget.target} target of "
         f"{math.prod(grid)} tokens fit {fits} of {_TRIAL_DRAWS} draws; wanted 1 % or more.\n"
         f"The other draws offer {context:.0f} context and {target:.0f} target tokens (median): "
-        "lower the shares or change the blocks."
+        f"lower the shares or change the options of {strategy.__name__}."
     )
 
 

@@ -1,0 +1,19 @@
+"""V-JEPA 2 ViT-B/16 (768 wide, predictor 384) on a LeRobot recording: 100,000 steps on one GPU.
+
+    python -m wmjax.main --config=configs/vjepa2_world_model.py --config.data.root=DIR
+
+The middle size: a quarter of ViT-L's time a clip, so 48 clips a step. Learning rate and EMA as
+reasoned in vjepa2_aloha: 5.25e-4 * sqrt(48 / 3072) = 6.6e-5, and 0.998 for 100,000 steps.
+"""
+
+import ml_collections
+
+from wmjax.config import get_config as get_base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = get_base("base")
+    config.model.size = "base"
+    config.data.batch_size = 48
+    config.optim.update(learning_rate=6.6e-5, start_learning_rate=1e-6, ema=0.998)
+    return config

@@ -1,0 +1,37 @@
+"""Every shipped configuration builds at its full size in the abstract, and trains when shrunk."""
+
+import jax
+import micro
+import pytest
+
+import wmjax
+from wmjax import config as configs
+from wmjax import sharding, train
+from wmjax.masking import Masks
+
+PARAMETERS = {  # encoder and predictor with ten mask tokens, from the reference's table of sizes
+    "debug_world_model": 4_694_256,
+    "vjepa2_aloha": 303_885_312 + 22_086_016,
+    "vjepa2_libero": 303_885_312 + 22_086_016,
+    "vjepa2_low_mem": 303_885_312 + 22_086_016,
+    "vjepa2_world_model": 86_236_416 + 21_889_152,
+}
+
+
+@pytest.mark.parametrize("name", wmjax.list_configs())
+def test_it_builds_at_full_size_without_a_number_in_memory(name):
+    config = wmjax.get_config(name)
+    state = train.make_steps(config, sharding.make_mesh()).abstract
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name]
+    assert all(k and m for k, m in Masks(config.mask, train.token_grid(config)).sizes.values())
+
+
+@pytest.mark.parametrize("name", wmjax.list_configs())
+def test_it_trains_two_steps_at_a_reduced_size(name, tmp_path):
+    shrunk = [
+        *(o for o in micro.OVERRIDES if not o.startswith(("train.num_steps", "optim"))),
+        *("train.num_steps=2", "data.source=synthetic", "data.fps=10", "model.patch=8"),
+        "model.dtype=float32",
+    ]
+    assert train.train(configs.load(name, shrunk), tmp_path) == 0
+    assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2]
