@@ -66,6 +66,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "val_share": 0.05,  # share of the episodes held out (at least one)
                 "threads": 16,  # that decode, in this process
                 "prefetch": 0,  # clips decoded ahead; 0: two batches
+                "on_error": "raise",  # a clip that cannot be read; skip: another in its place
+                "max_skip_share": 0.05,  # of the clips, 400 at least; beyond it the run stops
             },
             "optim": {
                 "learning_rate": 5.25e-4,

@@ -104,6 +104,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_mixture(config)
     _choice(config, "data.source", ("lerobot", "synthetic"))
     _choice(config, "data.ends", ("drop", "repeat"))
+    _choice(config, "data.on_error", ("raise", "skip"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
     _choice(config, "model.attention", ("auto", "xla", "cudnn"))
@@ -135,6 +136,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "optim.ema": optim.ema,
         "optim.warmup": optim.warmup,
         "data.val_share": data.val_share,
+        "data.max_skip_share": data.max_skip_share,
     }
     for key, value in shares.items():
         if not 0 <= value <= 1:

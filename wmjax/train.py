@@ -220,6 +220,8 @@ def make_pipeline(
         crop_aspect=data.crop_aspect,
         threads=data.threads,
         prefetch=data.prefetch,
+        on_error=data.on_error,
+        max_skip_share=data.max_skip_share,
         position=position,
     )
 

@@ -11,11 +11,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from wmjax.data.reader import Reader
 from wmjax.data.source import Source
 from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
 from wmjax.masking import Masks
 
-_CROP, _MASK, _DRAW = 0, 1, 2  # purposes that a random stream is keyed by
+_CROP, _MASK = 0, 1  # purposes that a random stream is keyed by
 _MIX = 64  # clips within which a mixture is shuffled, each dataset having its share of them
 
 
@@ -40,6 +41,8 @@ class Pipeline:
         crop_aspect: tuple[float, float] = (1.0, 1.0),
         threads: int = 2,
         prefetch: int = 0,
+        on_error: str = "raise",
+        max_skip_share: float = 0.0,
         position: int = 0,
     ) -> None:
         """Build the graph and start reading at `position`.
@@ -47,16 +50,17 @@ class Pipeline:
         batch_size: clips in the global batch; sharding: of its first axis over the mesh.
         crop_scale: area of the random crop as a share of the frame; None: the largest centred one.
         prefetch: clips decoded ahead, at least one a thread; 0: two batches.
+        on_error, max_skip_share: what a clip that cannot be read comes to, as in Reader.
         """
         import jax
 
         process, processes = jax.process_index(), jax.process_count()
         local = batch_size // processes
+        reader = Reader(source, seed=seed, on_error=on_error, max_skip_share=max_skip_share)
 
         def load(position: int, number: int) -> dict[str, Any]:
-            index = source.draw(number, np.random.default_rng((seed, _DRAW, position)))
+            index, sample, skipped = reader.read(position, number)
             part, index_in_part = source.locate(index)
-            sample = source[index]
             size = next(frame_size(frames[0]) for frames in sample["frames_VT"] if frames)
             out_aspect = width / height
             if crop_scale is None:
@@ -82,9 +86,10 @@ class Pipeline:
                 "target": target,
                 "dataset_id": np.int32(part),
                 "sample_id": np.int32(index_in_part),
+                "skipped": skipped,
             }
 
-        def place(batch: dict[str, Any]) -> tuple[Any, np.ndarray]:
+        def place(batch: dict[str, Any]) -> tuple[Any, np.ndarray, int]:
             from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
             arrays = WorldModelInput(
@@ -100,7 +105,8 @@ class Pipeline:
             placed = jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(sharding, x), arrays
             )
-            return placed, np.bincount(batch["dataset_id"], minlength=len(source.parts))
+            drawn = np.bincount(batch["dataset_id"], minlength=len(source.parts))
+            return placed, drawn, int(batch["skipped"].sum())
 
         stream = _order(source, seed).map_with_index(load).slice(slice(process, None, processes))
         ahead = max(prefetch or 2 * local, threads)
@@ -113,26 +119,32 @@ class Pipeline:
             self._iterator.set_state({"next_index": position // processes})
         self._processes = processes
         self._names = [part.name for part in source.parts]
-        self._drawn = np.zeros(len(self._names), int)
+        self._drawn, self._skipped = np.zeros(len(self._names), int), 0
+        self._reader, self._reports_skips = reader, on_error == "skip"
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        batch, drawn = next(self._iterator)
+        self._reader.check()  # before the position moves on
+        batch, drawn, skipped = next(self._iterator)
+        self._reader.count(int(drawn.sum()), skipped)
         self._drawn += drawn
+        self._skipped += skipped
         return batch
 
     def report(self) -> dict[str, float]:
-        """Return the share of each dataset of a mixture in the batches since the last report.
+        """Tell of the clips since the last report: shares of a mixture's datasets, clips skipped.
 
         Counted on the host, over the clips of this process.
         """
         drawn, self._drawn = self._drawn, np.zeros_like(self._drawn)
-        if len(drawn) == 1 or not drawn.sum():
-            return {}
-        shares = (drawn / drawn.sum()).tolist()
-        return {f"mixture/{n}": share for n, share in zip(self._names, shares, strict=True)}
+        skipped, self._skipped = self._skipped, 0
+        row: dict[str, float] = {"data_skipped": skipped} if self._reports_skips else {}
+        if len(drawn) > 1:
+            shares = (drawn / max(drawn.sum(), 1)).tolist()
+            row |= {f"mixture/{n}": share for n, share in zip(self._names, shares, strict=True)}
+        return row
 
     @property
     def position(self) -> int:
