@@ -112,7 +112,7 @@ def test_a_jump_threads_and_processes_change_nothing_in_a_mixture(monkeypatch):
 
 @needs_shared
 def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, monkeypatch):
-    config = micro.config(*real("train.num_steps=8", "train.log_every=4"))
+    config = micro.config(*real("train.num_steps=8", "train.log_every=4", "data.on_error=skip"))
     steps = train.make_steps(config, sharding.make_mesh())
     monkeypatch.setattr(train, "make_steps", lambda *_: steps)
     train.train(config, tmp_path)
@@ -122,6 +122,7 @@ def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, 
     np.testing.assert_allclose(np.sum(shares, axis=1), 1)
     np.testing.assert_allclose(np.mean(shares, axis=0), [0.5, 0.3, 0.2], atol=1 / 64)
     assert shares[0] != shares[1]  # each of its own interval
+    assert [row["data_skipped"] for row in micro.rows(tmp_path)] == [0, 0]
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         restored = checkpoints.restore(8, steps.abstract)
     assert restored.data == {"position": 64}

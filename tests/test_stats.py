@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from shared_data import PUSHT, SHARED, needs_shared
+from test_lerobot import write_v21
 
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.stats import summarize
@@ -75,6 +76,15 @@ def test_only_what_is_trained_on_counts():
     (found,) = source.statistics()
     assert found["action"] == summarize(np.array(table["action"].to_pylist(), np.float32)[kept])
     assert found["action"]["count"] == 3 * 80
+
+
+def test_episodes_too_short_for_a_clip_do_not_count(tmp_path):
+    root = write_v21(tmp_path / "set", lengths=[20, 5, 12])  # the state is frame + 100 * episode
+    (found,) = LeRobotSource(root, frames=10, fps=30).statistics()
+    states = np.array([*range(20), *range(200, 212)], np.float32)
+    assert found["state"] == summarize(states[:, None])
+    (found,) = LeRobotSource(root, frames=10, fps=30, ends="repeat").statistics()
+    assert found["state"]["count"] == 37
 
 
 def test_values_normalised_by_their_dataset_have_mean_0_and_std_1():
