@@ -108,11 +108,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
     _choice(config, "model.attention", ("auto", "xla", "cudnn"))
+    _choice(config, "optim.schedule", ("constant", "cosine", "linear"))
     positive = {
         "data.batch_size": data.batch_size,
         "data.fps": 1 if data.stride else data.fps,  # stride takes its place
         "data.threads": data.threads,
         "optim.schedule_steps": optim.schedule_steps,
+        "optim.accumulate": optim.accumulate,
         "train.num_steps": config.train.num_steps,
         "train.log_every": config.train.log_every,
         "checkpoint.every": config.checkpoint.every,
@@ -128,19 +130,33 @@ def check(config: ml_collections.ConfigDict) -> None:
         "data.clips_per_episode": data.clips_per_episode,
         "train.eval_every": config.train.eval_every,
         "optim.learning_rate": optim.learning_rate,
+        "optim.final_learning_rate": optim.final_learning_rate,
         "optim.weight_decay": optim.weight_decay,
+        "optim.clip_norm": optim.clip_norm,
     }.items():
         if value < 0:
             raise UserError(f"{key}={value}: wanted 0 or above")
     shares = {
         "optim.ema": optim.ema,
+        "optim.final_ema": max(optim.final_ema, 0),  # below 0: as optim.ema
         "optim.warmup": optim.warmup,
+        "optim.cooldown": optim.cooldown,
         "data.val_share": data.val_share,
         "data.max_skip_share": data.max_skip_share,
     }
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"{key}={value}: wanted a share between 0 and 1")
+    if optim.cooldown and optim.schedule != "constant":
+        raise UserError(
+            f"optim.cooldown={optim.cooldown}: goes with optim.schedule=constant, "
+            f"found {optim.schedule}, which falls all the way; wanted 0"
+        )
+    if optim.warmup + optim.cooldown > 1:
+        raise UserError(
+            f"optim.warmup={optim.warmup}, optim.cooldown={optim.cooldown}: wanted shares of "
+            "optim.schedule_steps that add up to 1 at most"
+        )
 
 
 # Keys of the data group in which the datasets of a mixture may differ.

@@ -48,14 +48,17 @@ def build(
     make_optimizer: Callable[[Any], optax.GradientTransformation],
     schedule: optax.Schedule,
     *,
-    ema: float,
+    ema: optax.Schedule,
     mesh: Mesh,
     seed: int,
+    accumulate: int = 1,
 ) -> Steps:
     """Build the jitted steps of a run.
 
     model: `name` and the keyword arguments of that model's create. make_optimizer takes the tree
-    of logical axes of the parameters. ema: momentum m in target = m target + (1 - m) params.
+    of logical axes of the parameters. schedule: of the learning rate, to log it. ema: of the
+    momentum m in target = m target + (1 - m) params. accumulate: microbatches that a batch is
+    worked through in, one after another, for one update.
     """
 
     shapes = base.abstract(**model)
@@ -68,30 +71,29 @@ def build(
         return TrainState(jnp.zeros((), jnp.int32), params, target, optimizer.init(params))
 
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
+        def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any]:
+            def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+                return base.merge(graph, params).loss(state.target, batch, key)
+
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            return grads, metrics | {"loss": loss}
+
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return base.merge(graph, params).loss(state.target, batch, key)
-
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, metrics = in_microbatches(gradients, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         followed = base.merge(graph, params).target_params(params)
-        target = jax.tree.map(
-            lambda old, new: ema * old + (1.0 - ema) * new, state.target, followed
-        )
-        metrics |= {
-            "loss": loss,
-            "learning_rate": schedule(state.step),
-            "gradient_norm": optax.tree.norm(grads),
-        }
+        m = ema(state.step)
+        target = jax.tree.map(lambda old, new: m * old + (1.0 - m) * new, state.target, followed)
+        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, target, opt_state), _averages(metrics)
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
-        loss, metrics = base.merge(graph, state.params).loss(
-            state.target, batch, jax.random.key(seed)
-        )
-        return _averages(metrics | {"loss": loss})
+        def loss(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
+            loss, metrics = base.merge(graph, state.params).loss(state.target, batch, key)
+            return metrics | {"loss": loss}
+
+        return _averages(in_microbatches(loss, batch, jax.random.key(seed), accumulate))
 
     abstract = _with_shardings(
         jax.eval_shape(init), axes, shapes.target_params(axes), optimizer, mesh
@@ -110,6 +112,31 @@ def build(
         validate=jax.jit(validate_step, in_shardings=inputs, out_shardings=everywhere),
         abstract=abstract,
     )
+
+
+def in_microbatches(
+    fn: Callable[[WorldModelInput, jax.Array], Any],
+    batch: WorldModelInput,
+    key: jax.Array,
+    count: int,
+) -> Any:
+    """Return fn(batch, key), a tree of means over the views that are there, in `count` parts.
+
+    A part has every count-th instant, so each device splits the rows that it holds already.
+    """
+    if count == 1:
+        return fn(batch, key)
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    there = jnp.sum(parts.observation.view_mask_BV, axis=(1, 2), dtype=jnp.float32)
+    weights = there / jnp.maximum(jnp.sum(there), 1.0)
+
+    def add(total: Any, part: tuple[jax.Array, jax.Array, WorldModelInput]) -> tuple[Any, None]:
+        weight, key, batch = part
+        return jax.tree.map(lambda sum, new: sum + weight * new, total, fn(batch, key)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first, key))
+    return jax.lax.scan(add, zeros, (weights, jax.random.split(key, count), parts))[0]
 
 
 def _averages(metrics: dict[str, jax.Array]) -> Metrics:

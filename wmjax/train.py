@@ -44,7 +44,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     if config.train.deterministic:
         make_deterministic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding.check_batch(mesh, config.data.batch_size)
+    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     sources = {split: make_source(config, split) for split in splits}
     masks = Masks(config.mask.to_dict(), token_grid(config))
@@ -229,28 +229,37 @@ def make_pipeline(
 def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Steps:
     """Build the jitted functions of the run."""
     settings = config.optim
-    schedule = optim.warmup_constant(
-        settings.learning_rate,
-        settings.start_learning_rate,
-        settings.warmup,
-        settings.schedule_steps,
+    learning_rate = optim.learning_rate(
+        settings.schedule,
+        peak=settings.learning_rate,
+        start=settings.start_learning_rate,
+        final=settings.final_learning_rate,
+        warmup=settings.warmup,
+        cooldown=settings.cooldown,
+        steps=settings.schedule_steps,
     )
+
+    def ends(key: str) -> tuple[float, float]:
+        final = settings[f"final_{key}"]
+        return settings[key], settings[key] if final < 0 else final
 
     def make_optimizer(axes: Any) -> Any:
         return optim.adamw(
-            schedule,
+            learning_rate,
+            optim.cosine(*ends("weight_decay"), settings.schedule_steps),
             axes=axes,
-            weight_decay=settings.weight_decay,
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
+            clip_norm=settings.clip_norm,
         )
 
     return build(
         config.model.to_dict(),
         make_optimizer,
-        schedule,
-        ema=settings.ema,
+        learning_rate,
+        ema=optim.linear(*ends("ema"), settings.schedule_steps),
+        accumulate=settings.accumulate,
         mesh=mesh,
         seed=config.seed,
     )
