@@ -11,6 +11,7 @@ from wmjax import config as configs
 from wmjax import sharding, train
 from wmjax.checkpoint import Checkpoints
 from wmjax.data.mixture import Mixture
+from wmjax.data.pipeline import _order
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.errors import UserError
 
@@ -67,6 +68,15 @@ def test_parts_and_draws_cover_each_source(two):
     assert [mixed.locate(mixed.draw(n, rng)) for n in (0, 39, 40, 46)] == [
         (0, 0), (0, 39), (1, 0), (1, 6),
     ]  # fmt: skip
+
+
+def test_each_dataset_is_gone_through_evenly_at_its_own_pace(two):
+    order = _order(Mixture(two, {"wide": 3, "narrow": 1}), seed=0)
+    drawn = np.array([order[position] for position in range(64 * 7)])
+    counts = np.bincount(drawn, minlength=47)
+    assert set(counts[:40]) == {8, 9}  # 336 draws of 40
+    assert set(counts[40:]) == {16}  # 112 draws of 7
+    assert list(drawn[:64]) != list(drawn[64:128])
 
 
 @needs_shared
