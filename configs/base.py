@@ -54,11 +54,16 @@ def get_config() -> ml_collections.ConfigDict:
             "data": {
                 "source": "lerobot",  # lerobot, or synthetic: generated moving shapes
                 "root": "",  # folder of a LeRobot dataset (the one that holds meta/)
-                "cameras": "all",  # all, or names separated by commas
+                "mixture": "",  # several, in place of root: DIR:WEIGHT,DIR:WEIGHT
+                "members": {},  # what differs in one of them: {folder's name: {"cameras": "top"}}
+                "cameras": "all",  # all: views of a clip; each: clips of their own; or a,b
                 "state": "observation.state",  # feature that becomes state_BTS
                 "action": "action",  # feature that becomes action_BTPA
                 "frames": 16,  # of a clip
                 "fps": 4.0,  # wanted; the stride is rounded so that no clip is faster
+                "stride": 0,  # recorded frames from one sampled to the next; 0: as fps asks
+                "ends": "drop",  # starts whose clip leaves the episode; repeat: the last frame
+                "clips_per_episode": 0,  # drawn in one pass, at random; 0: every start once
                 "image_size": 256,  # height of the training clips in pixels
                 "image_width": 0,  # 0: square
                 "batch_size": 24,  # instants a step, over all devices
@@ -67,6 +72,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "val_share": 0.05,  # share of the episodes held out (at least one)
                 "threads": 16,  # that decode, in this process
                 "prefetch": 0,  # clips decoded ahead; 0: two batches
+                "on_error": "raise",  # a clip that cannot be read; skip: another in its place
+                "max_skip_share": 0.05,  # of the clips, 400 at least; beyond it the run stops
             },
             "optim": {
                 "schedule": "constant",  # after the warm-up: constant, cosine, linear

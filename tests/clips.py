@@ -11,12 +11,17 @@ def batch_of(video_BVTHWC, masks, view_mask_BV=None):
     context_ids, target_ids = (
         tuple(np.asarray(ids, np.int32) for ids in side) for side in zip(*masks, strict=True)
     )
+
+    def numbers(shape):
+        return np.zeros(shape, np.float32), np.ones(shape, bool)
+
     if view_mask_BV is None:
         view_mask_BV = np.ones((B, V), bool)
     return WorldModelInput(
-        VideoObservation(video_BVTHWC, np.asarray(view_mask_BV), np.zeros((B, T, 1), np.float32)),
+        VideoObservation(video_BVTHWC, np.asarray(view_mask_BV), *numbers((B, T, 1))),
         VideoTarget(context_ids, target_ids),
-        np.zeros((B, T, 1, 1), np.float32),
+        *numbers((B, T, 1, 1)),
+        np.zeros(B, np.int32),
         np.arange(B, dtype=np.int32),
     )
 

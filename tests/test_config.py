@@ -94,6 +94,8 @@ def test_a_wrong_override_says_what_is_wanted(override, parts):
         ("optim.clip_norm=-1", ["optim.clip_norm=-1"]),
         ("train.log_every=0", ["train.log_every=0"]),
         ("data.fps=-1", ["data.fps=-1"]),
+        ("data.ends=loop", ["data.ends='loop'", "drop, repeat"]),
+        ("data.stride=-1", ["data.stride=-1"]),
     ],
 )
 def test_values_that_contradict_are_refused_before_anything_is_loaded(override, parts):

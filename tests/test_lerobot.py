@@ -223,6 +223,57 @@ def test_cameras_by_full_name_last_part_or_all():
         cameras(f"top,{top}")
 
 
+@needs_shared
+def test_each_camera_is_a_clip_of_its_own():
+    def two(cameras):
+        return LeRobotSource(SHARED / "aloha_sim_twocam_v3", cameras=cameras, frames=2, fps=4)
+
+    each, together = two("each"), two("all")
+    windows = len(together)
+    assert (each.views, together.views, len(each)) == (1, 2, 2 * windows)
+    assert f"{2 * windows} windows, each camera a clip" in each.describe()
+    for i in (0, windows - 1):
+        views = together[i]["frames_VT"]
+        for camera in range(2):
+            clip = each[camera * windows + i]
+            (frames,) = clip["frames_VT"]
+            assert [f.pts for f in frames] == [f.pts for f in views[camera]]
+            np.testing.assert_array_equal(frames[0].to_ndarray(), views[camera][0].to_ndarray())
+            np.testing.assert_array_equal(clip["state_TS"], together[i]["state_TS"])
+    # Every clip is drawn once a pass, whichever camera shows it.
+    drawn = {each.draw(i, np.random.default_rng(i)) for i in range(each.draws)}
+    assert drawn == set(range(2 * windows))
+
+
+def test_past_the_end_the_last_frame_stands_in_and_is_marked():
+    source = open_pusht(ends="repeat")
+    assert len(source) == 5 * 80
+    for start, steps in ((70, [70, 73, 76, 79]), (75, [75, 78, 79, 79]), (79, [79] * 4)):
+        clip = source[80 + start]
+        assert [f.pts // 1024 for f in clip["frames_VT"][0]] == [80 + step for step in steps]
+        rows = source.episodes[1].first_row + np.array(steps)
+        np.testing.assert_array_equal(clip["state_TS"], source._states[rows])
+        unclamped_T = start + 3 * np.arange(4)
+        assert clip["state_mask_TS"].tolist() == [[step < 80] * 2 for step in unclamped_T]
+        assert clip["action_mask_TPA"].tolist() == [
+            [[step + p < 80] * 2 for p in range(3)] for step in unclamped_T
+        ]
+        last = source._actions[source.episodes[1].first_row + 79]
+        assert (clip["action_TPA"][~clip["action_mask_TPA"][:, :, 0]] == last).all()
+    # Pixels of repeated frames are equal, and a clip that fits is the one that drop gives.
+    video_THWC = crop_and_scale(source[75]["frames_VT"][0], Box(0.0, 0.0, 0.9, 0.9), 64, 64)
+    np.testing.assert_array_equal(video_THWC[2], video_THWC[3])
+    assert np.any(video_THWC[0] != video_THWC[2])
+    assert digest(source[80]) == digest(open_pusht()[71])
+
+
+def test_a_stride_takes_the_place_of_fps():
+    source = open_pusht(stride=5)
+    assert (source.stride, source.fps_effective) == (5, 2)
+    assert source[0]["action_TPA"].shape == (4, 5, 2)
+    check(r"data\.frames=4: .* 91 .*has 80\n.*data\.stride=30", open_pusht, stride=30)
+
+
 # --- where episodes lie in files ---
 
 

@@ -81,3 +81,31 @@ def test_windows_say_how_long_a_clip_is():
         Windows([80, 60], 16, 8)
     with pytest.raises(UserError, match=r"data\.frames=0"):
         Windows([80], 0, 8)
+
+
+def test_repeated_ends_give_every_start():
+    windows = Windows([3, 0, 5], 4, 10, ends="repeat")
+    every = [(0, 0), (0, 1), (0, 2), *((2, start) for start in range(5))]
+    assert [windows[i] for i in range(len(windows))] == every
+
+
+def test_draws_of_an_episode_come_from_equal_parts_of_its_starts():
+    rng = np.random.default_rng(0)
+    windows = Windows([10, 2, 0, 35], 2, 1, per_episode=3)
+    starts = {0: 9, 1: 1, 3: 34}
+    assert windows.draws == 3 + 1 + 3
+    seen = {}
+    for _ in range(500):
+        drawn = [windows[windows.draw(i, rng)] for i in range(windows.draws)]
+        assert [episode for episode, _ in drawn] == [0, 0, 0, 1, 3, 3, 3]
+        assert drawn == sorted(set(drawn))
+        for episode, start in drawn:
+            seen.setdefault(episode, set()).add(start)
+    assert seen == {episode: set(range(count)) for episode, count in starts.items()}
+
+
+@pytest.mark.parametrize("per_episode", [0, 100])
+def test_without_a_limit_a_pass_is_every_window_in_order(per_episode):
+    windows = Windows([7, 1, 4], 3, 1, per_episode=per_episode)
+    rng = np.random.default_rng(0)
+    assert [windows.draw(i, rng) for i in range(windows.draws)] == list(range(len(windows)))

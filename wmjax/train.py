@@ -22,7 +22,9 @@ from wmjax import config as configs
 from wmjax import optim, sharding
 from wmjax.checkpoint import Checkpoints
 from wmjax.data.lerobot import LeRobotSource
-from wmjax.data.pipeline import Pipeline, Source
+from wmjax.data.mixture import Mixture
+from wmjax.data.pipeline import Pipeline
+from wmjax.data.source import Source
 from wmjax.data.synthetic import FPS, SyntheticSource
 from wmjax.data.windows import stride_for
 from wmjax.errors import UserError
@@ -69,7 +71,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             workdir, num_steps=num_steps, start=start, config=configs.plain(config), **config.log
         )
         with reporter, StopSignal() as stop:
-            step = loop(config, steps, state, stream, position, checkpoints, reporter, start, stop)
+            meta: dict[str, Any] = {
+                "config": configs.plain(config),
+                "statistics": sources["train"].statistics(),
+            }
+            step = loop(
+                config, steps, state, stream, position, checkpoints, meta, reporter, start, stop
+            )
     if stop.received:
         say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
         return 128 + stop.received
@@ -84,15 +92,15 @@ def loop(
     stream: Callable[..., Pipeline],
     position: int,
     checkpoints: Checkpoints,
+    meta: dict[str, Any],
     reporter: Reporter,
     start: int,
     stop: "StopSignal",
 ) -> int:
-    """Run the steps after `start` and return the last one, saved."""
+    """Run the steps after `start` and return the last one, saved with `meta`."""
     settings, num_steps = config.train, config.train.num_steps
     throughput = Throughput(config.data.batch_size, num_steps)
     mean, previous = Mean(), None
-    meta = {"config": configs.plain(config)}
     begun = time.perf_counter()
     with contextlib.closing(stream("train", position)) as batches:
         for step in range(start + 1, num_steps + 1):
@@ -116,7 +124,7 @@ def loop(
 
             last = stop.received or step == num_steps
             if last or step % settings.log_every == 0:
-                reporter.later(step, mean.take())
+                reporter.later(step, mean.take(), batches.report())
             validating = settings.eval_every and (last or step % settings.eval_every == 0)
             saving = last or step % config.checkpoint.every == 0
             if validating or saving:
@@ -157,15 +165,32 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             frames=data.frames,
             height=data.image_size,
             width=configs.width(config),
-            stride=stride_for(FPS, data.fps),
+            stride=data.stride or stride_for(FPS, data.fps),
             seed=config.seed,
             split=split,
         )
+    if not data.mixture:
+        return open_dataset(data, data.root, split)
+    sources = {}
+    for name, (root, _) in (members := configs.mixture(config)).items():
+        settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
+        try:
+            sources[name] = open_dataset(settings, root, split)
+        except UserError as error:
+            raise UserError(f"{error}\nin data.mixture: {name}") from None
+    return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
+
+
+def open_dataset(data: ml_collections.ConfigDict, root: str, split: str) -> LeRobotSource:
+    """Open one LeRobot dataset as the `data` group says."""
     return LeRobotSource(
-        data.root,
+        root,
         cameras=data.cameras,
         frames=data.frames,
         fps=data.fps,
+        stride=data.stride,
+        ends=data.ends,
+        clips_per_episode=data.clips_per_episode,
         split=split,
         val_share=data.val_share,
         state_key=data.state,
@@ -195,6 +220,8 @@ def make_pipeline(
         crop_aspect=data.crop_aspect,
         threads=data.threads,
         prefetch=data.prefetch,
+        on_error=data.on_error,
+        max_skip_share=data.max_skip_share,
         position=position,
     )
 

@@ -11,20 +11,24 @@ from pathlib import Path
 import numpy as np
 
 from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
+from wmjax.data.source import Source
+from wmjax.data.stats import summarize
 from wmjax.data.video import VideoFiles
 from wmjax.data.windows import Windows, split_episodes, stride_for
-from wmjax.errors import UserError
+from wmjax.errors import ClipError, UserError
 
 # Features that show something, but are not read: said, never dropped in silence.
 UNREAD = {"image": "images in the tables", "depth": "depth"}
 
 
-class LeRobotSource:
+class LeRobotSource(Source):
     """Clips of a LeRobot dataset, one for every episode and start: `len`, `[i]`.
 
-    cameras: 'all' video features, or names separated by commas: full ones or their last part
-    ('top' for 'observation.images.top'). Everything is opened or looked for at once, except the
-    videos, of which only the existence is checked. UserError names what is missing or odd.
+    cameras: 'all' video features as views of one clip, 'each' as a clip of its own, or names
+    separated by commas: full ones or their last part ('top' for 'observation.images.top').
+    stride: recorded frames between sampled ones; 0: as fps asks. ends, clips_per_episode: as in
+    Windows. Everything is opened or looked for at once, except the videos, of which only the
+    existence is checked. UserError names what is missing or odd.
     """
 
     def __init__(
@@ -34,6 +38,9 @@ class LeRobotSource:
         cameras: str = "all",
         frames: int,
         fps: float,
+        stride: int = 0,
+        ends: str = "drop",
+        clips_per_episode: int = 0,
         split: str = "train",
         val_share: float = 0.0,
         state_key: str = "observation.state",
@@ -42,9 +49,11 @@ class LeRobotSource:
         self._info = read_info(Path(root).expanduser())
         self.root = Path(root).expanduser().resolve()
         self._recorded_fps = self._info["fps"]
-        self.stride = stride_for(self._recorded_fps, fps)
+        self.stride = stride or stride_for(self._recorded_fps, fps)
         self.fps_effective = self._recorded_fps / self.stride
         self.cameras = _choose_cameras(self.root, self._info["features"], cameras)
+        self._each = cameras == "each"
+        self.views = 1 if self._each else len(self.cameras)
         self.state_size = _width(self.root, self._info["features"], "state_key", state_key)
         self.action_size = _width(self.root, self._info["features"], "action_key", action_key)
 
@@ -61,39 +70,90 @@ class LeRobotSource:
         self._frames = frames
         wanted = [rows[i] for i in parts[split]]
         try:
-            self._windows = Windows([row.length for row in wanted], frames, self.stride)
+            self._windows = Windows(
+                [row.length for row in wanted],
+                frames,
+                self.stride,
+                ends=ends,
+                per_episode=clips_per_episode,
+            )
         except UserError as error:
             raise UserError(
                 f"{error}\n{self.root}: {split} episodes, recorded at {self._recorded_fps:g} "
-                f"frames a second, data.fps={fps:g}"
+                f"frames a second, " + (f"data.stride={stride}" if stride else f"data.fps={fps:g}")
             ) from None
         widths = {state_key: self.state_size, action_key: self.action_size}
         self.episodes, tables = read_tables(wanted, widths)
         self._states, self._actions = tables[state_key], tables[action_key]
+        files = {row.index: row.table for row in wanted}
+        for name, values in tables.items():
+            _refuse_odd_numbers(name, values, self.episodes, files)
         self._videos = VideoFiles(self._recorded_fps)
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self._windows) * len(self.cameras) // self.views
+
+    @property
+    def draws(self) -> int:
+        """Clips of one pass over the data."""
+        return self._windows.draws * len(self.cameras) // self.views
+
+    def draw(self, number: int, rng: np.random.Generator) -> int:
+        """Return the clip that draw `number` of a pass gives."""
+        camera, number = divmod(number, self._windows.draws)
+        return camera * len(self._windows) + self._windows.draw(number, rng)
 
     def __getitem__(self, index: int) -> dict:
-        """Return clip `index`.
+        """Return clip `index`; with cameras='each', all clips of one camera follow one another.
 
         frames_VT: lists of av.VideoFrame as decoded, by camera. state_TS: float32, at the sampled
-        frames. action_TPA: float32, [t, p] is recorded p frames after sampled frame t; past the
-        end of the episode its last action stands in. episode: its number in the dataset; start:
-        the clip's first frame in it.
+        frames. action_TPA: float32, [t, p] is recorded p frames after sampled frame t. Past the
+        end of the episode the last frame, state and action stand in, and state_mask_TS and
+        action_mask_TPA are False. episode: its number in the dataset; start: the clip's first
+        frame in it.
         """
-        position, start = self._windows[index]
+        camera, window = divmod(index, len(self._windows))
+        cameras = self.cameras[camera : camera + 1] if self._each else self.cameras
+        position, start = self._windows[window]
         episode = self.episodes[position]
         steps_T = start + self.stride * np.arange(self._frames)
-        steps_TP = np.minimum(steps_T[:, None] + np.arange(self.stride), episode.length - 1)
+        steps_TP = steps_T[:, None] + np.arange(self.stride)
+        there_T, there_TP = steps_T < episode.length, steps_TP < episode.length
+        last = episode.length - 1
+        state_TS = self._states[episode.first_row + np.minimum(steps_T, last)]
+        action_TPA = self._actions[episode.first_row + np.minimum(steps_TP, last)]
+        steps = np.unique(np.minimum(steps_T, last))  # a frame that stands in is decoded once
+        read = (self._read_video(episode, name, steps) for name in cameras)
         return {
-            "frames_VT": [self._read_video(episode, name, steps_T) for name in self.cameras],
-            "state_TS": self._states[episode.first_row + steps_T],
-            "action_TPA": self._actions[episode.first_row + steps_TP],
+            "frames_VT": [[*frames, *frames[-1:] * (self._frames - len(steps))] for frames in read],
+            "state_TS": state_TS,
+            "state_mask_TS": np.broadcast_to(there_T[:, None], state_TS.shape),
+            "action_TPA": action_TPA,
+            "action_mask_TPA": np.broadcast_to(there_TP[:, :, None], action_TPA.shape),
             "episode": episode.index,
             "start": start,
         }
+
+    def statistics(self) -> list[dict]:
+        """Summarise state and action over the rows that clips of this split come from.
+
+        From the tables, which are open anyway: the metadata's statistics would count the held-out
+        episodes in, and may be of another version of the data.
+        """
+        rows = np.concatenate(
+            [
+                np.arange(episode.first_row, episode.first_row + episode.length)
+                for episode, fits in zip(self.episodes, self._windows.fits, strict=True)
+                if fits
+            ]
+        )
+        return [
+            {
+                "name": self.root.name,
+                "state": summarize(self._states[rows]),
+                "action": summarize(self._actions[rows]),
+            }
+        ]
 
     def _read_video(self, episode: Episode, camera: str, steps_T: np.ndarray) -> list:
         path, first = episode.videos[camera]
@@ -101,7 +161,8 @@ class LeRobotSource:
             numbers = (first + steps_T).tolist()
             return self._videos.read(path, numbers, need=first + episode.length)
         except UserError as error:
-            raise UserError(f"{error}\nneeded for episode {episode.index}, {camera}") from None
+            needed = f"needed for episode {episode.index}, {camera}"
+            raise ClipError(f"{error}\n{needed}", f"{path}: {needed}") from None
 
     def describe(self) -> str:
         """Say in one line what was opened and how it is cut into clips."""
@@ -117,6 +178,8 @@ class LeRobotSource:
             + f", {sum(e.length for e in self.episodes)} frames at {self._recorded_fps:g} fps, "
             f"{cameras}{left_out}, stride {self.stride} ({self.fps_effective:.4g} fps), "
             f"{len(self)} windows"
+            + (", each camera a clip" if self._each else "")
+            + (f", {self.draws} drawn a pass" if self.draws < len(self) else "")
         )
 
 
@@ -132,10 +195,10 @@ def _choose_cameras(root: Path, features: dict, cameras: str) -> tuple[str, ...]
     kinds = {name: kind for name in features if (kind := _camera_kind(features[name]))}
     videos = [name for name, kind in kinds.items() if kind == "video"]
     here = f"video features in {root}: {', '.join(videos) or 'none'}"
-    if cameras == "all" and not videos:
+    if cameras in ("all", "each") and not videos:
         unread = [f"{name} is stored as {UNREAD[kind]}" for name, kind in kinds.items()]
-        raise UserError(f"data.cameras='all': {', '.join([*unread, here])}")
-    if cameras == "all":
+        raise UserError(f"data.cameras={cameras!r}: {', '.join([*unread, here])}")
+    if cameras in ("all", "each"):
         return tuple(videos)
     chosen: list[str] = []
     for asked in (part.strip() for part in cameras.split(",")):
@@ -159,6 +222,20 @@ def _picture(feature: dict) -> str:
     info = feature.get("info") or feature.get("video_info") or {}
     shape = "x".join(str(n) for n in feature["shape"])
     return f"{shape}, {info.get('video.codec', 'unknown codec')}"
+
+
+def _refuse_odd_numbers(
+    name: str, values: np.ndarray, episodes: tuple[Episode, ...], files: dict[int, Path]
+) -> None:
+    """Raise UserError for the first value that is not a finite float32."""
+    if np.isfinite(values).all():
+        return
+    row, column = np.argwhere(~np.isfinite(values))[0]
+    owner = next(e for e in episodes if 0 <= row - e.first_row < e.length)
+    raise UserError(
+        f"{files[owner.index]}: episode {owner.index}: {name}[{column}] is {values[row, column]} "
+        f"at frame {row - owner.first_row}; wanted finite numbers"
+    )
 
 
 def _width(root: Path, features: dict, option: str, key: str) -> int:

@@ -46,33 +46,68 @@ def split_episodes(num_episodes: int, val_share: float) -> tuple[np.ndarray, np.
 
 
 class Windows:
-    """Every (episode, start) whose clip of `frames` frames, `stride` apart, lies in the episode.
+    """The (episode, start) of every clip of `frames` frames, `stride` apart.
 
-    Holds one number an episode, never a table of all windows. `too_short` counts the episodes
-    that cannot hold a clip.
+    ends: 'drop' keeps the starts whose clip lies in the episode; 'repeat' every start, and the
+    clip's frames past the end are the last one again. per_episode: clips that one pass over the
+    data draws from an episode; 0, or more than there are: every one. Holds two numbers an episode,
+    never a table of all windows. `fits` tells which episodes hold a clip, `too_short` counts the
+    others.
     """
 
-    def __init__(self, lengths: np.ndarray | list[int], frames: int, stride: int):
+    def __init__(
+        self,
+        lengths: np.ndarray | list[int],
+        frames: int,
+        stride: int,
+        *,
+        ends: str = "drop",
+        per_episode: int = 0,
+    ):
         if frames < 1:
             raise UserError(f"data.frames={frames}: wanted at least 1")
         lengths = np.asarray(lengths, dtype=np.int64)
-        span = (frames - 1) * stride + 1
+        span = 1 if ends == "repeat" else (frames - 1) * stride + 1
         longest = int(lengths.max(initial=0))
         if longest < span:
             raise UserError(
-                f"data.frames={frames}: a clip at stride {stride} (from data.fps) spans {span} "
-                f"recorded frames; the longest of {len(lengths)} episodes has {longest}"
+                f"data.frames={frames}: a clip at stride {stride} spans {span} recorded frames; "
+                f"the longest of {len(lengths)} episodes has {longest}"
             )
         starts = np.maximum(lengths - span + 1, 0)
-        self.too_short = int((starts == 0).sum())
+        self.fits = starts > 0
+        self.too_short = int((~self.fits).sum())
         self._ends = np.cumsum(starts)
+        self._draw_ends = np.cumsum(np.minimum(starts, per_episode or starts))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def draws(self) -> int:
+        """Clips of one pass over the data."""
+        return int(self._draw_ends[-1])
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         """Return (position of the episode in lengths, first frame) of window `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        position = int(np.searchsorted(self._ends, index, side="right"))
-        return position, int(index - (self._ends[position - 1] if position else 0))
+        return _locate(self._ends, index)
+
+    def draw(self, number: int, rng: np.random.Generator) -> int:
+        """Return the window that draw `number` of a pass gives.
+
+        The n draws of an episode come from n equal parts of its starts, so they never meet; where
+        a part is a single start nothing is left to chance.
+        """
+        position, part = _locate(self._draw_ends, number)
+        first, end = (int(self._ends[position - 1]) if position else 0), int(self._ends[position])
+        parts = int(self._draw_ends[position]) - (number - part)
+        low, high = ((end - first) * k // parts for k in (part, part + 1))
+        return first + int(rng.integers(low, high))
+
+
+def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Return which of the runs that end at `ends` holds index, and its place in the run."""
+    position = int(np.searchsorted(ends, index, side="right"))
+    return position, int(index - (ends[position - 1] if position else 0))
