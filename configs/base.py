@@ -101,6 +101,9 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "eval": {
                 "batches": 8,  # of held-out clips, the same ones every time
+                "probe_every": 10_000,  # steps between linear probes, and one at the end; 0: never
+                "probe_clips": 512,  # of the training split, and half as many held-out ones
+                "labels": "auto",  # state and, if there, observation.environment_state; or a,b
             },
             "mesh": {
                 "data": -1,  # devices that hold copies; -1: all that fsdp leaves

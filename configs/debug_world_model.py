@@ -22,6 +22,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0))
     config.optim.update(learning_rate=5e-4, schedule_steps=100, warmup=0.1, ema=0.99)
     config.train.update(num_steps=100, log_every=10, eval_every=50)
-    config.eval.batches = 4
+    config.eval.update(batches=4, probe_every=100, probe_clips=128)
     config.checkpoint.every = 50
     return config

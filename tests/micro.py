@@ -24,6 +24,7 @@ OVERRIDES = (
     "train.num_steps=4",
     "train.log_every=1",
     "train.eval_every=0",
+    "eval.probe_every=0",
     "checkpoint.every=1000",
 )
 

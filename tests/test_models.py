@@ -92,27 +92,24 @@ def test_gradient_reaches_all_but_the_target_and_the_other_mask_tokens():
     assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(to_target))
 
 
-def test_metrics_are_float32_scalars_and_two_batches_compile_once():
-    (loss, metrics), _ = run_loss(batch())
+def test_the_output_is_float32_and_two_batches_compile_once():
+    (loss, output), _ = run_loss(batch())
     run_loss(batch(seed=1))
     assert loss_and_gradients()._cache_size() == 1
-    assert set(metrics) == {
-        *("loss/mask_0", "loss/mask_1"),
-        *("token_std/prediction", "token_std/target"),
-    }
-    assert all(m.shape == () and m.dtype == jnp.float32 for m in (loss, *metrics.values()))
-    mean = (float(metrics["loss/mask_0"]) + float(metrics["loss/mask_1"])) / 2
-    assert float(loss) == pytest.approx(mean, rel=1e-6)
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+    assert len(output.losses) == len(output.target_BVMD) == 2
+    assert loss == output.loss
+    assert float(loss) == pytest.approx(np.mean(output.losses), rel=1e-6)
 
 
 def test_missing_views_count_for_nothing_and_views_share_their_instants_masks():
     whole = batch()
-    (loss, metrics), _ = run_loss(whole)
+    (loss, output), _ = run_loss(whole)
     noise = whole.observation.video_BVTHWC.copy()
     noise[1, 0] = 0
     masks = list(zip(whole.target.context_ids_BK, whole.target.target_ids_BM, strict=True))
-    (same, same_metrics), _ = run_loss(batch_of(noise, masks, whole.observation.view_mask_BV))
-    assert (same, same_metrics) == (loss, metrics)
+    (same, same_output), _ = run_loss(batch_of(noise, masks, whole.observation.view_mask_BV))
+    assert (same, same_output.losses) == (loss, output.losses)
 
     params = shaken_params()
     forward = jit(model_with(params))

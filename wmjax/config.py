@@ -103,6 +103,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError("data.root is empty: give the dataset's folder with --config.data.root=DIR")
     _check_mixture(config)
     _choice(config, "data.source", ("lerobot", "synthetic"))
+    if data.source == "synthetic" and config.eval.labels not in ("auto", "state"):
+        raise UserError(f"eval.labels={config.eval.labels!r}: generated video has: state")
     _choice(config, "data.ends", ("drop", "repeat"))
     _choice(config, "data.on_error", ("raise", "skip"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
@@ -125,10 +127,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key, value in positive.items():
         if value <= 0:
             raise UserError(f"{key}={value}: wanted a number above 0")
+    if config.eval.probe_clips < 10:
+        raise UserError(
+            f"eval.probe_clips={config.eval.probe_clips}: wanted 10 or more, to fit a line to"
+        )
     for key, value in {
         "data.stride": data.stride,
         "data.clips_per_episode": data.clips_per_episode,
         "train.eval_every": config.train.eval_every,
+        "eval.probe_every": config.eval.probe_every,
         "optim.learning_rate": optim.learning_rate,
         "optim.final_learning_rate": optim.final_learning_rate,
         "optim.weight_decay": optim.weight_decay,

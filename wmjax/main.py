@@ -2,6 +2,7 @@
 
 python -m wmjax.main --config=configs/debug_world_model.py
 python -m wmjax.main --config=vjepa2_aloha --config.data.root=DIR --workdir=runs/mine
+python -m wmjax.main --mode=eval ...    the newest checkpoint: validation and linear probe
 """
 
 import argparse
@@ -25,7 +26,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", metavar="NAME", help="a shipped configuration, or a .py file")
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="default: runs/NAME")
-    parser.add_argument("--mode", choices=["train"], default="train", help="default: train")
+    parser.add_argument("--mode", choices=["train", "eval"], default="train")
     parser.add_argument("--list", action="store_true", help="list the shipped configurations")
     flags, rest = parser.parse_known_args(argv)
     prefix = "--config."
@@ -59,9 +60,9 @@ def run(argv: list[str]) -> int:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "wmjax")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    from wmjax.train import train
+    from wmjax.train import evaluate, train
 
-    return train(config, workdir)
+    return (train if flags.mode == "train" else evaluate)(config, workdir)
 
 
 def cli() -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -101,17 +101,19 @@ class Reporter:
         num_steps: int,
         start: int,
         config: dict[str, Any],
+        alarms: Callable[[Row], list[str]],
         tensorboard: bool,
         wandb: bool,
         wandb_project: str,
     ) -> None:
         """Open the sinks; rows after `start` that a killed run left are dropped from the file.
 
+        alarms: says in words what is wrong in a row; each is a warning on the console.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
         self._kept: tuple[int, dict[str, clu_metrics.Average], Row] | None = None
-        self._num_steps = num_steps
+        self._num_steps, self._alarms = num_steps, alarms
         self._file: TextIO | None = None
         self._tensorboard = self._wandb = None
         if not self._active:
@@ -156,6 +158,9 @@ class Reporter:
         """Write one report to every sink."""
         if self._file is None:
             return
+        warnings = self._alarms(row)
+        prefix = "validation/" if "validation/loss" in row else ""
+        row = row | {f"{prefix}health/alarms": len(warnings)}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -164,6 +169,8 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(row, step=step)
         self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {_line(row)}")
+        for warning in warnings:
+            self.say(f"warning: step {step}: {warning}")
 
     def __enter__(self) -> "Reporter":
         return self
@@ -194,6 +201,8 @@ _CONSOLE = {
     "data_wait": lambda v: f"wait {v:.0%}",
     "eta_s": lambda v: f"eta {_clock(v)}",
     "validation/loss": lambda v: f"validation loss {v:.4f}",
+    "validation/relative": lambda v: f"{v:.0%} of the mean token's",
+    "validation/health/target_rank": lambda v: f"rank {v:.1f}",
 }
 
 

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from wmjax import sharding
 from wmjax.models import base
-from wmjax.types import Array, WorldModelInput
+from wmjax.types import Array, WorldModelInput, WorldModelOutput
 
 Metrics = dict[str, clu_metrics.Average]
+Measure = Callable[[WorldModelOutput, WorldModelInput], dict[str, jax.Array]]
 
 
 @struct.dataclass
@@ -49,6 +50,8 @@ def build(
     schedule: optax.Schedule,
     *,
     ema: optax.Schedule,
+    in_training: Measure,
+    in_validation: Measure,
     mesh: Mesh,
     seed: int,
     accumulate: int = 1,
@@ -57,8 +60,9 @@ def build(
 
     model: `name` and the keyword arguments of that model's create. make_optimizer takes the tree
     of logical axes of the parameters. schedule: of the learning rate, to log it. ema: of the
-    momentum m in target = m target + (1 - m) params. accumulate: microbatches that a batch is
-    worked through in, one after another, for one update.
+    momentum m in target = m target + (1 - m) params. in_training, in_validation: what of a model's
+    output is logged, float32 scalars. accumulate: microbatches that a batch is worked through in,
+    one after another, for one update; what is logged is their mean.
     """
 
     shapes = base.abstract(**model)
@@ -72,28 +76,31 @@ def build(
 
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
         def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any]:
-            def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            def loss_fn(params: Any) -> tuple[jax.Array, WorldModelOutput]:
                 return base.merge(graph, params).loss(state.target, batch, key)
 
-            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-            return grads, metrics | {"loss": loss}
+            (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            return grads, in_training(output, batch) | {"loss": loss}
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = in_microbatches(gradients, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        followed = base.merge(graph, params).target_params(params)
+        followed = shapes.target_params(params)
         m = ema(state.step)
         target = jax.tree.map(lambda old, new: m * old + (1.0 - m) * new, state.target, followed)
         metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, target, opt_state), _averages(metrics)
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
-        def loss(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
-            loss, metrics = base.merge(graph, state.params).loss(state.target, batch, key)
-            return metrics | {"loss": loss}
+        def figures(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
+            loss, output = base.merge(graph, state.params).loss(state.target, batch, key)
+            return in_validation(output, batch) | {"loss": loss}
 
-        return _averages(in_microbatches(loss, batch, jax.random.key(seed), accumulate))
+        metrics = in_microbatches(figures, batch, jax.random.key(seed), accumulate)
+        followed = shapes.target_params(state.params)
+        apart = optax.tree.norm(optax.tree.sub(state.target, followed)) / optax.tree.norm(followed)
+        return _averages(metrics | {"health/target_distance": apart})
 
     abstract = _with_shardings(
         jax.eval_shape(init), axes, shapes.target_params(axes), optimizer, mesh

@@ -5,6 +5,8 @@ validate, save. The loop itself never waits for the device but to stay one step 
 """
 
 import contextlib
+import json
+import math
 import os
 import signal
 import sys
@@ -28,10 +30,13 @@ from wmjax.data.source import Source
 from wmjax.data.synthetic import FPS, SyntheticSource
 from wmjax.data.windows import stride_for
 from wmjax.errors import UserError
+from wmjax.evals import health, prediction
+from wmjax.evals import probe as probes
 from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch
 from wmjax.models import base
 from wmjax.step import Steps, TrainState, build
+from wmjax.types import WorldModelInput, WorldModelOutput
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -40,15 +45,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save.
     Raises UserError for whatever the user can put right.
     """
-    configs.check(config)
-    if config.train.deterministic:
-        make_deterministic()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
-    splits = ("train", "validation") if config.train.eval_every else ("train",)
-    sources = {split: make_source(config, split) for split in splits}
-    masks = Masks(config.mask.to_dict(), token_grid(config))
-    steps = make_steps(config, mesh)
+    held_out = config.train.eval_every or config.eval.probe_every
+    mesh, sources, masks, steps = prepare(config, ("train", *(["validation"] if held_out else [])))
     num_steps = config.train.num_steps
 
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -67,8 +65,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         def stream(split: str, position: int = 0) -> Pipeline:
             return make_pipeline(config, sources[split], masks, mesh, split, position)
 
+        probe = None
+        if config.eval.probe_every:
+            probe = make_probe(config, sources, masks, mesh, steps, workdir)
         reporter = Reporter(
-            workdir, num_steps=num_steps, start=start, config=configs.plain(config), **config.log
+            workdir,
+            num_steps=num_steps,
+            start=start,
+            config=configs.plain(config),
+            alarms=health.alarms,
+            **config.log,
         )
         with reporter, StopSignal() as stop:
             meta: dict[str, Any] = {
@@ -76,13 +82,56 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 "statistics": sources["train"].statistics(),
             }
             step = loop(
-                config, steps, state, stream, position, checkpoints, meta, reporter, start, stop
+                *(config, steps, state, stream, position, checkpoints, meta, probe),
+                *(reporter, start, stop),
             )
     if stop.received:
         say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
         return 128 + stop.received
     say(f"done: step {step}, checkpoints and metrics.jsonl in {workdir}")
     return 0
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
+    """Validate and probe the newest checkpoint in workdir, for lack of one the untrained model.
+
+    Adds a line to evals.jsonl and returns the exit code 0.
+    """
+    mesh, sources, masks, steps = prepare(config, ("train", "validation"))
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest() or 0
+        say(
+            f"evaluating step {step}" + ("" if step else f": no checkpoint in {workdir}, untrained")
+        )
+        state, _ = take_up(config, checkpoints, steps, workdir)
+    for split, source in sources.items():
+        say(f"{split}: {source.describe()}")
+    batches = make_pipeline(config, sources["validation"], masks, mesh, "validation")
+    with contextlib.closing(batches):
+        row = validate(steps, state, batches, config)
+    say("\n".join(f"{name:40} {value:.4f}" for name, value in sorted(row.items())))
+    for warning in health.alarms(row):
+        say(f"warning: {warning}")
+    probe = make_probe(config, sources, masks, mesh, steps, workdir)
+    if probe is None:
+        write_evaluation(workdir, {"step": step, **row})
+    else:
+        say(probe(step, state, row)[1])
+    return 0
+
+
+def prepare(
+    config: ml_collections.ConfigDict, splits: tuple[str, ...]
+) -> tuple[jax.sharding.Mesh, dict[str, Source], Masks, Steps]:
+    """Check the configuration and open what a run needs: nothing is computed yet."""
+    configs.check(config)
+    if config.train.deterministic:
+        make_deterministic()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
+    sources = {split: make_source(config, split) for split in splits}
+    masks = Masks(config.mask.to_dict(), token_grid(config))
+    return mesh, sources, masks, make_steps(config, mesh)
 
 
 def loop(
@@ -93,6 +142,7 @@ def loop(
     position: int,
     checkpoints: Checkpoints,
     meta: dict[str, Any],
+    probe: "RunProbe | None",
     reporter: Reporter,
     start: int,
     stop: "StopSignal",
@@ -126,14 +176,19 @@ def loop(
             if last or step % settings.log_every == 0:
                 reporter.later(step, mean.take(), batches.report())
             validating = settings.eval_every and (last or step % settings.eval_every == 0)
+            probing = probe and (last or step % config.eval.probe_every == 0)
             saving = last or step % config.checkpoint.every == 0
-            if validating or saving:
+            if validating or probing or saving:
                 jax.block_until_ready(metrics)  # its time is the step's, not the pause's
                 reporter.flush(throughput)
                 with throughput.paused():
                     if validating and not stop.received:
                         with contextlib.closing(stream("validation")) as held_out:
                             reporter.write(step, validate(steps, state, held_out, config))
+                    if probe and probing and not stop.received:
+                        row, text = probe(step, state)
+                        reporter.write(step, row)
+                        reporter.say(text)
                     if saving:
                         checkpoints.save(step, state, {"position": batches.position}, meta)
             if last:
@@ -148,7 +203,53 @@ def validate(
     mean = Mean()
     for _ in range(config.eval.batches):
         mean.add(steps.validate(state, next(batches)))
-    return {f"validation/{name}": value for name, value in fetch(mean.take()).items()}
+    row = prediction.finish(fetch(mean.take()))
+    return {f"validation/{name}": value for name, value in row.items()}
+
+
+# Writes the probe's table and returns it as one report's scalars and as text; a row that is given
+# goes into the same line of evals.jsonl.
+RunProbe = Callable[..., tuple[Row, str]]
+
+
+def make_probe(
+    config: ml_collections.ConfigDict,
+    sources: dict[str, Source],
+    masks: Masks,
+    mesh: jax.sharding.Mesh,
+    steps: Steps,
+    workdir: Path,
+) -> RunProbe | None:
+    """Build the linear probe of eval.labels; None, said, where there are no labels."""
+    if not all(hasattr(source, "labels") for source in sources.values()):
+        say("no linear probe: a mixture has no labels in common")
+        return None
+
+    def open_clips(split: str) -> Pipeline:  # cropped alike, so that labels mean the same place
+        return make_pipeline(config, sources[split], masks, mesh, "validation")
+
+    measure = probes.Probe(
+        config.model.to_dict(),
+        steps.abstract.target,
+        mesh,
+        seed=config.seed,
+        clips=config.eval.probe_clips,
+        open_clips=open_clips,
+        labels={split: source.labels for split, source in sources.items()},  # type: ignore
+    )
+
+    def probe(step: int, state: TrainState, row: Row | None = None) -> tuple[Row, str]:
+        scores = measure(state.target)
+        write_evaluation(workdir, {"step": step, **(row or {}), "probe": scores})
+        return probes.row(scores), probes.table(scores)
+
+    return probe
+
+
+def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        with (workdir / "evals.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 def token_grid(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
@@ -170,19 +271,21 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             split=split,
         )
     if not data.mixture:
-        return open_dataset(data, data.root, split)
+        return open_dataset(data, config.eval.labels, data.root, split)
     sources = {}
     for name, (root, _) in (members := configs.mixture(config)).items():
         settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
         try:
-            sources[name] = open_dataset(settings, root, split)
+            sources[name] = open_dataset(settings, "", root, split)
         except UserError as error:
             raise UserError(f"{error}\nin data.mixture: {name}") from None
     return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
 
 
-def open_dataset(data: ml_collections.ConfigDict, root: str, split: str) -> LeRobotSource:
-    """Open one LeRobot dataset as the `data` group says."""
+def open_dataset(
+    data: ml_collections.ConfigDict, labels: str, root: str, split: str
+) -> LeRobotSource:
+    """Open one LeRobot dataset as the `data` group says, with the labels that probes need."""
     return LeRobotSource(
         root,
         cameras=data.cameras,
@@ -195,6 +298,7 @@ def open_dataset(data: ml_collections.ConfigDict, root: str, split: str) -> LeRo
         val_share=data.val_share,
         state_key=data.state,
         action_key=data.action,
+        labels=labels,
     )
 
 
@@ -254,12 +358,26 @@ def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> St
             clip_norm=settings.clip_norm,
         )
 
+    names, grid = list(config.mask), token_grid(config)
+
+    def in_training(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, jax.Array]:
+        return prediction.in_training(output, names) | health.in_training(output, batch)
+
+    def in_validation(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, jax.Array]:
+        return (
+            prediction.in_training(output, names)
+            | prediction.in_validation(output, batch, grid)
+            | health.in_validation(output, batch, math.prod(grid))
+        )
+
     return build(
         config.model.to_dict(),
         make_optimizer,
         learning_rate,
         ema=optim.linear(*ends("ema"), settings.schedule_steps),
         accumulate=settings.accumulate,
+        in_training=in_training,
+        in_validation=in_validation,
         mesh=mesh,
         seed=config.seed,
     )

@@ -72,10 +72,11 @@ class WorldModelInput:
 class WorldModelOutput:
     """What a world model gives for a batch: one entry a mask, views folded into the rows (BV).
 
-    loss: float32 scalar, the mean over masks of the mean over views that are there.
+    loss: float32 scalar, the mean of losses; losses: the mean over views that are there.
     prediction_BVMD, target_BVMD: predicted and wanted features of the target tokens.
     """
 
     loss: Array
+    losses: tuple[Array, ...]
     prediction_BVMD: tuple[Array, ...]
     target_BVMD: tuple[Array, ...]

@@ -27,8 +27,9 @@ class LeRobotSource(Source):
     cameras: 'all' video features as views of one clip, 'each' as a clip of its own, or names
     separated by commas: full ones or their last part ('top' for 'observation.images.top').
     stride: recorded frames between sampled ones; 0: as fps asks. ends, clips_per_episode: as in
-    Windows. Everything is opened or looked for at once, except the videos, of which only the
-    existence is checked. UserError names what is missing or odd.
+    Windows. labels: features for probes, names separated by commas, or 'auto': the state and, if
+    there, observation.environment_state. Everything is opened or looked for at once, except the
+    videos, of which only the existence is checked. UserError names what is missing or odd.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class LeRobotSource(Source):
         val_share: float = 0.0,
         state_key: str = "observation.state",
         action_key: str = "action",
+        labels: str = "",
     ):
         self._info = read_info(Path(root).expanduser())
         self.root = Path(root).expanduser().resolve()
@@ -54,8 +56,8 @@ class LeRobotSource(Source):
         self.cameras = _choose_cameras(self.root, self._info["features"], cameras)
         self._each = cameras == "each"
         self.views = 1 if self._each else len(self.cameras)
-        self.state_size = _width(self.root, self._info["features"], "state_key", state_key)
-        self.action_size = _width(self.root, self._info["features"], "action_key", action_key)
+        self.state_size = _width(self.root, self._info["features"], "data.state", state_key)
+        self.action_size = _width(self.root, self._info["features"], "data.action", action_key)
 
         rows = read_rows(self.root, self._info, self.cameras)
         parts = dict(
@@ -83,8 +85,12 @@ class LeRobotSource(Source):
                 f"frames a second, " + (f"data.stride={stride}" if stride else f"data.fps={fps:g}")
             ) from None
         widths = {state_key: self.state_size, action_key: self.action_size}
+        self._label_names = _choose_labels(labels, state_key, self._info["features"])
+        for name in self._label_names:
+            widths[name] = _width(self.root, self._info["features"], "eval.labels", name)
         self.episodes, tables = read_tables(wanted, widths)
         self._states, self._actions = tables[state_key], tables[action_key]
+        self._label_rows = {name: tables[name] for name in self._label_names}
         files = {row.index: row.table for row in wanted}
         for name, values in tables.items():
             _refuse_odd_numbers(name, values, self.episodes, files)
@@ -133,6 +139,14 @@ class LeRobotSource(Source):
             "episode": episode.index,
             "start": start,
         }
+
+    def labels(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        """Return clip `index`'s episode, and the `labels` at its sampled frames, TL by name."""
+        position, start = self._windows[index % len(self._windows)]
+        episode = self.episodes[position]
+        steps_T = start + self.stride * np.arange(self._frames)
+        rows_T = episode.first_row + np.minimum(steps_T, episode.length - 1)
+        return episode.index, {name: rows[rows_T] for name, rows in self._label_rows.items()}
 
     def statistics(self) -> list[dict]:
         """Summarise state and action over the rows that clips of this split come from.
@@ -217,6 +231,13 @@ def _choose_cameras(root: Path, features: dict, cameras: str) -> tuple[str, ...]
     return tuple(chosen)
 
 
+def _choose_labels(labels: str, state_key: str, features: dict) -> tuple[str, ...]:
+    if labels == "auto":
+        extra = "observation.environment_state"
+        return (state_key, extra) if extra in features else (state_key,)
+    return tuple(name.strip() for name in labels.split(",") if name.strip())
+
+
 def _picture(feature: dict) -> str:
     """Say size and codec of a camera, as far as the metadata has them."""
     info = feature.get("info") or feature.get("video_info") or {}
@@ -242,6 +263,6 @@ def _width(root: Path, features: dict, option: str, key: str) -> int:
     numbers = [name for name, f in features.items() if re.match("float|int", f["dtype"])]
     if key not in numbers:
         raise UserError(
-            f"data.{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
+            f"{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
         )
     return math.prod(features[key]["shape"])

@@ -56,10 +56,8 @@ class SyntheticSource(Source):
         """Give frames_VT (lists of uint8 HWC), state_TS, action_TPA, episode and start."""
         if not 0 <= index < self.num_samples:
             raise IndexError(index)
-        # Interleaved, so the splits share no episode whatever their sizes.
-        episode = len(SPLITS) * int(index) + SPLITS.index(self.split)
-        rng = np.random.default_rng((self.seed, _PURPOSE, episode))
-        radius = rng.uniform(0.12, 0.2, len(SHAPES)) * min(self.frame_size)
+        rng, episode = self._stream(index)
+        radius = self._radius(rng)
         steps, moves = self._motion(rng, radius)
         centre_T = steps[:: self.stride]
         video_THWC = self._render(rng, radius, centre_T)
@@ -71,6 +69,12 @@ class SyntheticSource(Source):
             "start": 0,
         }
 
+    def labels(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        """Return the clip's episode, and the shapes' positions at its frames, TL by name."""
+        rng, episode = self._stream(index)
+        steps, _ = self._motion(rng, self._radius(rng))
+        return episode, {"state": steps[:: self.stride].reshape(self.frames, -1)}
+
     def describe(self) -> str:
         """Say in one line what this source gives."""
         height, width = self.frame_size
@@ -79,6 +83,15 @@ class SyntheticSource(Source):
             f"{height} x {width}, {len(self.cameras)} view(s), "
             f"{self.fps_effective:g} fps (stride {self.stride})"
         )
+
+    def _stream(self, index: int) -> tuple[np.random.Generator, int]:
+        """Return what the clip is drawn from, and its episode."""
+        # Interleaved, so the splits share no episode whatever their sizes.
+        episode = len(SPLITS) * int(index) + SPLITS.index(self.split)
+        return np.random.default_rng((self.seed, _PURPOSE, episode)), episode
+
+    def _radius(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.uniform(0.12, 0.2, len(SHAPES)) * min(self.frame_size)
 
     def _motion(
         self, rng: np.random.Generator, radius: np.ndarray

@@ -21,10 +21,9 @@ from flax import nnx
 
 import wmjax.models
 from wmjax.errors import UserError
-from wmjax.types import WorldModelInput
+from wmjax.types import WorldModelInput, WorldModelOutput
 
 Params = dict[str, Any]  # nested dicts of arrays
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +62,16 @@ class BaseWorldModel(nnx.Module):
 
     def loss(
         self, target: Params, batch: WorldModelInput, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """Return the float32 scalar to minimise and float32 scalars to log.
+    ) -> tuple[jax.Array, WorldModelOutput]:
+        """Return the float32 scalar to minimise, and what is measured in training and validation.
 
         target: parameters of the structure that `target_params` gives; no gradient reaches them.
         key: for models that draw something in training.
         """
+        raise NotImplementedError
+
+    def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
+        """Return float32 features BND of all tokens, as the EMA target has them in the loss."""
         raise NotImplementedError
 
     def input_spec(self, frames: int, height: int, width: int) -> InputSpec:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import layers, rope
-from wmjax.models.base import BaseWorldModel, InputSpec, Metrics, Params, merge
+from wmjax.models.base import BaseWorldModel, InputSpec, Params, merge
 from wmjax.models.encoder import Encoder, resolve_size
 from wmjax.models.predictor import Predictor
 from wmjax.types import WorldModelInput, WorldModelOutput
@@ -98,38 +98,25 @@ class VJEPA2(BaseWorldModel):
         prediction_BMD = self.predictor(context_BKD, context_ids_BK, target_ids_BM, grid)
         return prediction_BMD.astype(jnp.float32)
 
-    def __call__(self, target: Params, batch: WorldModelInput) -> WorldModelOutput:
-        """Predict every mask's targets; the loss is as in `loss`.
-
-        target: the EMA encoder's parameters.
-        """
-        losses, prediction, wanted = self._masks(target, batch)
-        return WorldModelOutput(sum(losses) / len(losses), tuple(prediction), tuple(wanted))
+    def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
+        target_encoder = merge(nnx.graphdef(self.encoder), target)
+        features_BND = layers.layer_norm(target_encoder(video_BTHWC), TARGET_EPS)
+        return jax.lax.stop_gradient(features_BND)
 
     def loss(
         self, target: Params, batch: WorldModelInput, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, WorldModelOutput]:
         del key  # nothing is drawn
-        losses, prediction, wanted = self._masks(target, batch)
-        rows_there = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
-        metrics = {f"loss/mask_{i}": loss for i, loss in enumerate(losses)}
-        # Features that no longer differ from token to token have collapsed; targets are layer
-        # normed, so theirs is 1 when tokens share nothing.
-        for name, features in (("prediction", prediction), ("target", wanted)):
-            spread = [_mean_there(jnp.std(f, axis=1).mean(axis=-1), rows_there) for f in features]
-            metrics[f"token_std/{name}"] = sum(spread) / len(spread)
-        return sum(losses) / len(losses), metrics
+        output = self(target, batch)
+        return jnp.asarray(output.loss), output
 
-    def _masks(self, target: Params, batch: WorldModelInput):
-        """Return loss, prediction and wanted features, each a list with one entry a mask."""
+    def __call__(self, target: Params, batch: WorldModelInput) -> WorldModelOutput:
+        """Predict every mask's targets. target: the EMA encoder's parameters."""
         B, V, *clip = batch.observation.video_BVTHWC.shape
         video = jnp.asarray(batch.observation.video_BVTHWC).reshape(B * V, *clip)
         rows_there = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
         grid = self.input_spec(*clip[:3]).grid
-
-        target_encoder = merge(nnx.graphdef(self.encoder), target)
-        full_BND = layers.layer_norm(target_encoder(video), TARGET_EPS)
-        full_BND = jax.lax.stop_gradient(full_BND)
+        full_BND = self.target_features(target, video)
 
         losses, predictions, wanted = [], [], []
         for context_ids, target_ids in zip(
@@ -144,7 +131,8 @@ class VJEPA2(BaseWorldModel):
             losses.append(_mean_there(error_B, rows_there) / self.loss_exp)
             predictions.append(z_BMD)
             wanted.append(h_BMD)
-        return losses, predictions, wanted
+        loss = jnp.mean(jnp.stack(losses))
+        return WorldModelOutput(loss, tuple(losses), tuple(predictions), tuple(wanted))
 
     def flops(self, batch: WorldModelInput) -> int:
         B, V, *clip, _ = batch.observation.video_BVTHWC.shape

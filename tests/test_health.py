@@ -1,0 +1,193 @@
+"""Figures of health on known features, and alarms: heard in a collapse, silent in a healthy run."""
+
+import json
+
+import jax.numpy as jnp
+import micro
+import numpy as np
+import pytest
+from clips import batch_of
+
+from wmjax import train
+from wmjax.evals import health, prediction
+from wmjax.models import layers, vjepa2
+from wmjax.types import WorldModelOutput
+
+GRID = (2, 2, 3)
+TOKENS = 12
+
+
+def output_of(*features, prediction=None):
+    features = tuple(jnp.asarray(f, jnp.float32) for f in features)
+    loss = jnp.zeros(())
+    return WorldModelOutput(loss, (loss,) * len(features), prediction or features, features)
+
+
+def batch_for(ids_BM, views=1, view_mask=None):
+    """A batch of one mask whose targets are these ids."""
+    ids_BM = np.asarray(ids_BM, np.int32)
+    video = np.zeros((len(ids_BM), views, 4, 16, 24, 3), np.uint8)
+    return batch_of(video, [(ids_BM[:, :1], ids_BM)], view_mask)
+
+
+def all_ids(rows):
+    return np.tile(np.arange(TOKENS), (rows, 1))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("singular", "rank"),
+    [([1, 1, 1, 1], 4.0), ([1, 0, 0, 0], 1.0), ([3, 1, 0, 0], 4 / 3**0.75), ([1, 1, 0, 0], 2.0)],
+)
+def test_effective_rank_is_exp_of_the_entropy_of_the_singular_values(singular, rank):
+    basis = np.linalg.qr(normal(4, 4))[0]
+    covariance = basis @ np.diag(np.square(np.array(singular, np.float32))) @ basis.T
+    assert float(health.effective_rank(jnp.asarray(covariance))) == pytest.approx(rank, rel=1e-3)
+
+
+def test_std_cosine_and_covariance_agree_with_numpy_over_masks_and_missing_rows():
+    a, b = normal(3, 5, 7) + 1, normal(3, 4, 7, seed=1)
+    there = jnp.array([1.0, 0.0, 1.0])
+    tokens = np.concatenate([a[[0, 2]].reshape(-1, 7), b[[0, 2]].reshape(-1, 7)])
+    assert float(health.std([a, b], there)) == pytest.approx(
+        np.sqrt(tokens.var(axis=0).mean()), rel=1e-5
+    )
+    units = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    pairs = (units @ units.T)[~np.eye(len(units), dtype=bool)]
+    assert float(health.cosine([a, b], there)) == pytest.approx(pairs.mean(), abs=1e-5)
+    np.testing.assert_allclose(
+        health.covariance([a, b], there), np.cov(tokens.T, bias=True), atol=1e-5
+    )
+
+
+def test_clip_share_is_what_differs_between_clips_at_one_place():
+    batch = batch_for(all_ids(64))
+    place, noise = normal(1, TOKENS, 5), normal(64, TOKENS, 5, seed=1)
+
+    def share(features):
+        return float(health.clip_share((jnp.asarray(features),), batch, TOKENS))
+
+    assert share(np.broadcast_to(place, noise.shape)) == pytest.approx(0, abs=1e-6)
+    assert share(noise) == pytest.approx(1, abs=0.05)
+    expected = 1 / (1 + place.var(axis=1).mean())
+    assert share(place + noise) == pytest.approx(expected, abs=0.05)
+
+
+def test_each_camera_has_its_own_places_and_missing_views_count_for_nothing():
+    mask = np.array([[True, True], [True, True], [True, False]])
+    batch = batch_for(all_ids(3), views=2, view_mask=mask)
+    by_view = np.tile(normal(2, TOKENS, 5), (3, 1, 1))
+    by_view[5] = 100
+    assert float(health.clip_share((jnp.asarray(by_view),), batch, TOKENS)) < 1e-6
+
+
+def test_mean_token_predicted_is_relative_one_and_errors_land_in_their_tubelet():
+    wanted = normal(2, TOKENS, 5)
+    mean = np.broadcast_to(wanted.mean(axis=(0, 1)), wanted.shape)
+    batch = batch_for(all_ids(2))
+    figures = prediction.in_validation(
+        output_of(wanted, prediction=(jnp.asarray(mean),)), batch, GRID
+    )
+    row = prediction.finish({name: float(value) for name, value in figures.items()})
+    assert row["relative"] == pytest.approx(1, rel=1e-5)
+    late = wanted.copy()
+    late[:, 6:] += 0.5
+    figures = prediction.in_validation(
+        output_of(wanted, prediction=(jnp.asarray(late),)), batch, GRID
+    )
+    row = prediction.finish({name: float(value) for name, value in figures.items()})
+    assert row["by_time/0"] == 0
+    assert row["by_time/1"] == pytest.approx(0.5, rel=1e-5)
+    assert row["l1"] == pytest.approx(0.25, rel=1e-5)
+    assert not any("share_at" in name for name in row)
+
+
+def test_a_tubelet_without_targets_has_no_error():
+    figures = prediction.in_validation(
+        output_of(normal(2, 6, 5)), batch_for(all_ids(2)[:, 6:]), GRID
+    )
+    row = prediction.finish({name: float(value) for name, value in figures.items()})
+    assert "by_time/1" in row
+    assert "by_time/0" not in row
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [
+        ({"health/target_cosine": 0.9995}, "one token"),
+        ({"validation/health/target_cosine": 0.9995}, "one token"),
+        ({"validation/health/target_rank": 1.2}, "effective rank 1.2"),
+        ({"validation/health/target_clip_share": 0.002}, "where they are"),
+    ],
+)
+def test_alarms_speak_in_words(figure, words):
+    (said,) = health.alarms(figure)
+    assert words in said
+
+
+def test_features_that_only_know_their_place_raise_the_alarm():
+    batch = batch_for(all_ids(8))
+    features = np.broadcast_to(normal(1, TOKENS, 16), (8, TOKENS, 16))
+    figures = health.in_validation(output_of(features), batch, TOKENS)
+    (said,) = health.alarms({name: float(value) for name, value in figures.items()})
+    assert "where they are" in said
+
+
+class Collapsing(vjepa2.VJEPA2):
+    """Its target is the trained encoder itself, with gradient: to agree, features become one."""
+
+    def target_features(self, target, video_BTHWC):
+        return layers.layer_norm(self.encoder(video_BTHWC), vjepa2.TARGET_EPS)
+
+
+def run(workdir, *overrides):
+    config = micro.config("train.log_every=20", "checkpoint.every=100000", *overrides)
+    assert train.train(config, workdir) == 0
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_collapsed_on_purpose_is_told_within_200_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vjepa2, "VJEPA2", Collapsing)
+    rows = run(tmp_path, "train.num_steps=200", "optim.ema=0.0")
+    said = capsys.readouterr().out
+    assert "warning: step 200: targets have collapsed to one token" in said
+    assert rows[-1]["health/alarms"] == 1
+    assert rows[0]["health/alarms"] == 0
+
+
+def healthy(workdir, steps, capsys):
+    every = f"train.eval_every={steps // 2}"
+    rows = run(workdir, f"train.num_steps={steps}", f"optim.schedule_steps={steps}", every)
+    assert "warning" not in capsys.readouterr().out
+    validation = [row for row in rows if "validation/loss" in row]
+    assert [row["step"] for row in validation] == [steps // 2, steps]
+    assert all(row["validation/health/alarms"] == 0 for row in validation)
+    assert all(row["health/alarms"] == 0 for row in rows if row not in validation)
+    return validation
+
+
+def test_a_healthy_run_is_silent_and_its_report_is_whole(tmp_path, capsys):
+    row = healthy(tmp_path, 100, capsys)[-1]
+    wanted = {"loss/short", "loss/long", "relative", "by_time/0", "by_time/1"} | {
+        f"health/{side}_{figure}"
+        for side in ("target", "prediction")
+        for figure in ("std", "cosine", "rank", "clip_share")
+    }
+    assert {f"validation/{name}" for name in wanted} <= set(row)
+    assert 0 < row["validation/health/target_distance"] < 1
+    masks = (row["validation/loss/short"] + row["validation/loss/long"]) / 2
+    assert row["validation/loss"] == pytest.approx(masks, rel=1e-5)
+    assert row["validation/l1"] == pytest.approx(row["validation/loss"], rel=1e-5)
+
+
+@pytest.mark.campaign
+def test_a_healthy_run_is_silent_for_2000_steps(tmp_path, capsys):
+    healthy(tmp_path, 2000, capsys)
+
+
+def test_a_batch_without_two_clips_of_one_place_gives_finite_figures():
+    figures = health.in_validation(output_of(normal(1, TOKENS, 4)), batch_for(all_ids(1)), TOKENS)
+    assert all(jnp.isfinite(value) for value in figures.values())

@@ -1,0 +1,227 @@
+"""What can be read off the features by a line: ridge regression of known labels, held out.
+
+Frozen target features stand beside those of random weights and raw pixels, all by one rule: a
+sample is a tubelet of a clip, its numbers are centred, and the ridge is chosen on held-out
+episodes of the training split. The figure is R2 on the validation split.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from wmjax import sharding
+from wmjax.models import base
+from wmjax.types import Array, WorldModelInput
+
+CELLS = 4  # the coarse grid's rows and columns: features are averaged over each of its cells
+RIDGES = 10.0 ** np.arange(-5, 4)  # in units of the mean eigenvalue of the samples' products
+EVERY = 5  # every fifth training episode is held out to choose the ridge
+TEST_SHARE = 0.5  # held-out clips, as a share of the training ones
+
+# Of a clip: its episode, and what was recorded at its frames, TL by name.
+Labels = Callable[[int], tuple[int, Mapping[str, np.ndarray]]]
+Scores = dict[str, dict[str, Any]]  # label -> r2 (mean over its numbers), r2_each, ridge
+
+
+class Probe:
+    """The probe of one run: always the same clips; call it on the parameters of a target."""
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        target: Any,
+        mesh: Mesh,
+        *,
+        seed: int,
+        clips: int,
+        open_clips: Callable[[str], Any],
+        labels: Mapping[str, Labels],
+    ) -> None:
+        """Compile nothing yet.
+
+        model: as step.build takes it; seed: of the random weights, those that the run began with.
+        target: abstract parameters of the target with their shardings. clips: of the training
+        split. open_clips(split) gives WorldModelInput batches from the split's first on, to be
+        closed; labels[split] is asked by sample id.
+        """
+        shapes = base.abstract(**model)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+        everywhere = sharding.replicated(mesh)
+
+        def random() -> Any:
+            built = base.create(rngs=nnx.Rngs(jax.random.key(seed)), **model)
+            return shapes.target_params(base.split(built)[1])
+
+        def read(target: Any, batch: WorldModelInput) -> tuple[Array, Array, Array]:
+            features = pooled(shapes, target, batch)
+            return features, scaled(batch, features.shape), batch.sample_ids_B
+
+        self._random = jax.jit(random, out_shardings=shardings)
+        self._read = jax.jit(
+            read,
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            out_shardings=everywhere,
+        )
+        self._clips = {"train": clips, "validation": max(1, round(TEST_SHARE * clips))}
+        self._open, self._labels = open_clips, labels
+        self._baselines: dict[str, Scores] = {}
+
+    def __call__(self, target: Any) -> dict[str, Scores]:
+        """Return the table: {"trained", "random", "pixels"} -> label -> scores."""
+        features: dict[str, dict[str, np.ndarray]] = {"trained": {}, "random": {}, "pixels": {}}
+        targets = {"trained": target}
+        if not self._baselines:  # they do not change: computed once
+            targets["random"] = self._random()
+        truth = {}
+        for split, clips in self._clips.items():
+            for name, weights in targets.items():
+                features[name][split], pixels, ids = self._run(weights, split, clips)
+            features["pixels"][split] = pixels
+            truth[split] = self._truth(split, ids, features["trained"][split].shape[1])
+        if not self._baselines:
+            self._baselines = {n: fit_all(features[n], truth) for n in ("random", "pixels")}
+        return {"trained": fit_all(features["trained"], truth), **self._baselines}
+
+    def _run(self, target: Any, split: str, clips: int) -> tuple[np.ndarray, ...]:
+        """Return features, pixels (each clips x tubelets x numbers) and sample ids."""
+        parts: list[tuple[np.ndarray, ...]] = []
+        batches: Iterator[WorldModelInput] = self._open(split)
+        try:
+            while sum(len(part[-1]) for part in parts) < clips:
+                parts.append(jax.device_get(self._read(target, next(batches))))
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        return tuple(np.concatenate(columns)[:clips] for columns in zip(*parts, strict=True))
+
+    def _truth(
+        self, split: str, ids: np.ndarray, tubelets: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the clips' episodes and labels (clips x tubelets x numbers), tubelet means."""
+        episodes, labels = zip(*map(self._labels[split], ids.tolist()), strict=True)
+        stacked = {name: np.stack([each[name] for each in labels]) for name in labels[0]}
+        return np.array(episodes), {
+            name: values.reshape(len(ids), tubelets, -1, values.shape[-1]).mean(axis=2)
+            for name, values in stacked.items()
+        }
+
+
+def pooled(shapes: Any, target: Any, batch: WorldModelInput) -> jax.Array:
+    """Return target features averaged over a coarse grid: (B, tubelets, V * cells * D), float32."""
+    B, V, *clip = batch.observation.video_BVTHWC.shape
+    time, rows, columns = shapes.input_spec(*clip[:3]).grid
+    video = jnp.asarray(batch.observation.video_BVTHWC).reshape(B * V, *clip)
+    x = shapes.target_features(target, video).reshape(B, V, time, rows, columns, -1)
+    x = x * batch.observation.view_mask_BV[:, :, None, None, None, None].astype(jnp.float32)
+    x = jnp.einsum("bvtrcd,ir,jc->btvijd", x, _average(rows), _average(columns))
+    return x.reshape(B, time, -1)
+
+
+def scaled(batch: WorldModelInput, like: tuple[int, ...]) -> jax.Array:
+    """Return each tubelet's mean frame, scaled down to about as many numbers as `like` has."""
+    B, V, T, H, W, C = batch.observation.video_BVTHWC.shape
+    _, time, numbers = like
+    shrink = min(1.0, (numbers / (V * H * W * C)) ** 0.5)
+    height, width = max(1, round(shrink * H)), max(1, round(shrink * W))
+    x = jnp.asarray(batch.observation.video_BVTHWC).reshape(B, V, time, T // time, H, W, C)
+    x = jnp.mean(x.astype(jnp.float32) / 255, axis=3)
+    x = jax.image.resize(x, (B, V, time, height, width, C), "linear")
+    return jnp.moveaxis(x, 1, 2).reshape(B, time, -1)
+
+
+def _average(size: int) -> jax.Array:
+    """Return the matrix that averages `size` cells over CELLS ranges, as even as they can be."""
+    cells = min(CELLS, size)
+    first = np.arange(cells) * size // cells
+    last = -(-(np.arange(cells) + 1) * size // cells)
+    at = np.arange(size)
+    inside = (at >= first[:, None]) & (at < last[:, None])
+    return jnp.asarray(inside / inside.sum(axis=1, keepdims=True), jnp.float32)
+
+
+def fit_all(
+    features: Mapping[str, np.ndarray],
+    truth: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]],
+) -> Scores:
+    """Fit every label on the training split and score it on the validation split.
+
+    features[split]: clips x tubelets x numbers. truth[split]: episode of each clip, and labels
+    by name, clips x tubelets x numbers.
+    """
+    tubelets = features["train"].shape[1]
+    episodes, labels = truth["train"]
+    names, groups = np.unique(episodes, return_inverse=True)
+    if len(names) < EVERY:  # too few to hold any out: the clips then
+        groups = np.arange(len(episodes))
+    chosen_on = np.repeat(groups % EVERY == EVERY - 1, tubelets)
+    x, x_test = (features[split].reshape(-1, features[split].shape[-1]) for split in truth)
+    return {
+        name: ridge(x, _flat(values), chosen_on, x_test, _flat(truth["validation"][1][name]))
+        for name, values in labels.items()
+    }
+
+
+def ridge(
+    x: np.ndarray, y: np.ndarray, chosen_on: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
+) -> dict[str, Any]:
+    """Fit y by a line in x; the ridge is the best of RIDGES for the samples `chosen_on`.
+
+    x: samples x numbers, y: samples x numbers of the label. Returns r2 (mean over the numbers
+    that vary), r2_each (null for those that do not) and ridge.
+    """
+    fits = _fits(x[~chosen_on], y[~chosen_on], x[chosen_on])
+    scale = y.std(axis=0) + 1e-12
+    errors = [np.mean(((fit - y[chosen_on]) / scale) ** 2) for fit in fits(RIDGES)]
+    best = float(RIDGES[int(np.argmin(errors))])
+    (fit,) = _fits(x, y, x_test)([best])
+    spread = ((y_test - y_test.mean(axis=0)) ** 2).mean(axis=0)
+    varies = (spread > 1e-10 * (1e-10 + y_test**2).mean(axis=0)) & (y.std(axis=0) > 0)
+    missed = ((fit - y_test) ** 2).mean(axis=0)
+    each = [float(1 - m / s) if v else None for m, s, v in zip(missed, spread, varies, strict=True)]
+    known = [value for value in each if value is not None]
+    return {"r2": float(np.mean(known)) if known else None, "r2_each": each, "ridge": best}
+
+
+def _fits(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> Callable[..., Iterator[np.ndarray]]:
+    """Return ridges -> predictions at x_new; in the samples' own space, whatever x's width."""
+    mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+    x, x_new, y = x - mean_x, x_new - mean_x, (y - mean_y).astype(np.float64)
+    gram = (x @ x.T).astype(np.float64)
+    unit = np.trace(gram) / len(x) or 1.0
+    values, vectors = np.linalg.eigh(gram / unit)
+    turned_y = vectors.T @ y
+    turned_new = (x_new @ x.T).astype(np.float64) / unit @ vectors
+    return lambda ridges: (
+        turned_new @ (turned_y / (np.maximum(values, 0) + r)[:, None]) + mean_y for r in ridges
+    )
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1, values.shape[-1])
+
+
+def table(scores: Mapping[str, Scores]) -> str:
+    """Lay out R2 for the console: a line a source of features, a column a label."""
+    labels = list(next(iter(scores.values())))
+    wide = [max(len(label), 6) for label in labels]
+    lines = ["R2 on held-out clips  " + "  ".join(labels)]
+    for name, by_label in scores.items():
+        values = [by_label[label]["r2"] for label in labels]
+        shown = ["const." if value is None else f"{value:.3f}" for value in values]
+        cells = (f"{text:>{size}}" for text, size in zip(shown, wide, strict=True))
+        lines.append(f"  {name:20}" + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def row(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Return the table as one report's scalars: probe/LABEL/SOURCE."""
+    return {
+        f"probe/{label}/{name}": score["r2"]
+        for name, by_label in scores.items()
+        for label, score in by_label.items()
+        if score["r2"] is not None
+    }
