@@ -27,12 +27,16 @@ def get_config() -> ml_collections.ConfigDict:
                 "attention": "auto",  # auto, xla, cudnn
             },
             # One group a mask, each used on every clip; context and target are shares of the cells.
+            # strategy: multi_block; block (one, scale 0.7, time 0.5); random, spatial (cell);
+            # temporal (place: future, run, random; tubelets). Options: wmjax/masking.
             "mask": {
                 "short": {
                     "strategy": "multi_block",
                     "blocks": 8,
                     "scale": 0.15,  # area of a block, as a share of the frame
+                    "time": 1.0,  # its length, as a share of the clip
                     "aspect": (0.75, 1.5),  # height over width, drawn uniformly
+                    "cell": 1,  # tokens, both ways, of the squares that blocks consist of
                     "context": 63 / 256,
                     "target": 124 / 256,
                 },
@@ -40,7 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
                     "strategy": "multi_block",
                     "blocks": 2,
                     "scale": 0.7,
+                    "time": 1.0,
                     "aspect": (0.75, 1.5),
+                    "cell": 1,
                     "context": 16 / 256,
                     "target": 176 / 256,
                 },
@@ -48,6 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
             "data": {
                 "source": "lerobot",  # lerobot, or synthetic: generated moving shapes
                 "root": "",  # folder of a LeRobot dataset (the one that holds meta/)
+                "mixture": "",  # several, in place of root: DIR:WEIGHT,DIR:WEIGHT
+                "members": {},  # what differs in one of them: {folder's name: {"cameras": "top"}}
                 "cameras": "all",  # all: views of a clip; each: clips of their own; or a,b
                 "state": "observation.state",  # feature that becomes state_BTS
                 "action": "action",  # feature that becomes action_BTPA
@@ -64,17 +72,26 @@ def get_config() -> ml_collections.ConfigDict:
                 "val_share": 0.05,  # share of the episodes held out (at least one)
                 "threads": 16,  # that decode, in this process
                 "prefetch": 0,  # clips decoded ahead; 0: two batches
+                "on_error": "raise",  # a clip that cannot be read; skip: another in its place
+                "max_skip_share": 0.05,  # of the clips, 400 at least; beyond it the run stops
             },
             "optim": {
+                "schedule": "constant",  # after the warm-up: constant, cosine, linear
                 "learning_rate": 5.25e-4,
                 "start_learning_rate": 1e-4,  # at the first step of the warm-up
+                "final_learning_rate": 1e-6,  # where cosine, linear and the cooldown end
                 "warmup": 0.05,  # share of schedule_steps
+                "cooldown": 0.0,  # share of schedule_steps, the last, that constant falls over
                 "schedule_steps": 100_000,  # length that the schedules are drawn for
                 "weight_decay": 0.04,
+                "final_weight_decay": -1.0,  # reached along a cosine; -1: constant
                 "b1": 0.9,
                 "b2": 0.999,
                 "eps": 1e-8,
+                "clip_norm": 0.0,  # largest global norm of the gradients; 0: not clipped
                 "ema": 0.99925,  # momentum of the target encoder
+                "final_ema": -1.0,  # reached linearly; -1: constant
+                "accumulate": 1,  # microbatches a step, for less memory and the same result
             },
             "train": {
                 "num_steps": 100_000,  # where this run stops; no schedule depends on it

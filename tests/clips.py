@@ -21,6 +21,7 @@ def batch_of(video_BVTHWC, masks, view_mask_BV=None):
         VideoObservation(video_BVTHWC, np.asarray(view_mask_BV), *numbers((B, T, 1))),
         VideoTarget(context_ids, target_ids),
         *numbers((B, T, 1, 1)),
+        np.zeros(B, np.int32),
         np.arange(B, dtype=np.int32),
     )
 

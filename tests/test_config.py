@@ -87,6 +87,11 @@ def test_a_wrong_override_says_what_is_wanted(override, parts):
         ("data.source=lerobot", ["data.root"]),
         ("model.rope=tilde", ["model.rope='tilde'", "tiled"]),
         ("optim.ema=1.5", ["optim.ema=1.5", "between 0 and 1"]),
+        ("optim.final_ema=1.5", ["optim.final_ema=1.5", "between 0 and 1"]),
+        ("optim.schedule=cosinus", ["optim.schedule='cosinus'", "did you mean cosine"]),
+        ("optim.cooldown=0.95", ["optim.warmup=0.1, optim.cooldown=0.95", "1 at most"]),
+        ("optim.accumulate=0", ["optim.accumulate=0"]),
+        ("optim.clip_norm=-1", ["optim.clip_norm=-1"]),
         ("train.log_every=0", ["train.log_every=0"]),
         ("data.fps=-1", ["data.fps=-1"]),
         ("data.ends=loop", ["data.ends='loop'", "drop, repeat"]),
@@ -97,6 +102,18 @@ def test_values_that_contradict_are_refused_before_anything_is_loaded(override, 
     with pytest.raises(UserError) as error:
         configs.check(configs.load("debug_world_model", [override]))
     assert all(part in str(error.value) for part in parts)
+
+
+def test_a_cooldown_goes_with_the_constant_schedule_only():
+    config = configs.load("debug_world_model", ["optim.schedule=cosine", "optim.cooldown=0.2"])
+    with pytest.raises(UserError, match=r"optim\.cooldown=0\.2.*constant, found cosine"):
+        configs.check(config)
+
+
+def test_masks_of_ones_own_replace_the_shipped_ones():
+    config = configs.get_config("debug_world_model")
+    config.mask = {"tubes": {"strategy": "spatial", "cell": 2, "context": 0.2, "target": 0.6}}
+    assert configs.plain(config)["mask"].keys() == {"tubes"}
 
 
 def test_an_unknown_configuration_names_the_nearest():

@@ -194,7 +194,7 @@ def test_a_cell_is_hidden_whole(kind):
 
 
 def test_a_page_of_pictures_shows_every_strategy():
-    """Look at tests/output/masks.png: context as it is, target red, what is neither dark."""
+    """Look at tests/output/masks.png: context grey, target red, neither dark."""
     pytest.importorskip("matplotlib", reason="pictures of the masks need matplotlib (extra: dev)")
     path = Path(__file__).parent / "output" / "masks.png"
     path.parent.mkdir(exist_ok=True)
@@ -213,7 +213,8 @@ def picture(specs):
     source = SyntheticSource(
         frames=GRID[0], height=size, width=size, stride=2, seed=0, split="train"
     )
-    video_THWC = np.stack(source[3]["frames_VT"][0]) / 255
+    grey_THW1 = np.stack(source[3]["frames_VT"][0]).max(axis=-1, keepdims=True) / 255
+    context_THWC = np.repeat(0.5 + 0.5 * grey_THW1, 3, axis=-1)
     figure = Figure(figsize=(1.25 * GRID[0] + 2.2, 1.3 * len(specs) + 0.6), dpi=100)
     axes = figure.subplots(len(specs), GRID[0], squeeze=False)
     masks = Masks(specs, GRID)
@@ -223,9 +224,8 @@ def picture(specs):
         for role, ids_K in enumerate(ids):
             role_N[ids_K] = role
         role_THW1 = role_N.reshape(GRID).repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
-        red = 0.35 * video_THWC + 0.65 * np.array([0.95, 0.1, 0.15])
-        shown_THWC = np.where(role_THW1 == 0, video_THWC, red)
-        shown_THWC = np.where(role_THW1 == 2, 0.15 * video_THWC, shown_THWC)
+        shown_THWC = np.where(role_THW1 == 0, context_THWC, context_THWC * (0.95, 0.25, 0.2))
+        shown_THWC = np.where(role_THW1 == 2, 0.15 * context_THWC, shown_THWC)
         for axis, frame_HWC in zip(axes[row], shown_THWC, strict=True):
             axis.imshow(frame_HWC)
             axis.set(xticks=[], yticks=[])
@@ -233,7 +233,7 @@ def picture(specs):
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center")
     for tubelet, axis in enumerate(axes[0]):
         axis.set_title(f"tubelet {tubelet}", fontsize=9)
-    figure.suptitle("context: as it is; target: red; neither: dark")
+    figure.suptitle("context: grey; target: red; neither: dark")
     figure.subplots_adjust(0.15, 0.01, 0.99, 0.95, 0.03, 0.06)
     return figure
 

@@ -1,12 +1,18 @@
 """The stream of batches: keyed by position, exact after a jump, the same for any process count."""
 
+import itertools
+import shutil
+
+import av
 import jax
 import micro
 import numpy as np
 import pytest
-from shared_data import SHARED, needs_shared
+from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax import sharding, train
+from wmjax.data.source import Source
+from wmjax.errors import ClipError, UserError
 from wmjax.masking import Masks
 
 
@@ -171,7 +177,7 @@ def test_a_missing_view_is_filler_and_masked():
     config = micro.config(*pusht())
     source = train.make_source(config, "train")
 
-    class OneViewMissing:
+    class OneViewMissing(Source):
         def __len__(self):
             return len(source)
 
@@ -187,3 +193,64 @@ def test_a_missing_view_is_filler_and_masked():
     assert not seen.video_BVTHWC[:, 0].any()
     (whole,) = take(1, *pusht())
     np.testing.assert_array_equal(seen.video_BVTHWC[:, 1:], whole.observation.video_BVTHWC)
+
+
+# --- clips that cannot be read ---
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Overrides for a copy of PushT in which the video of episode 1 is damaged from frame 20 on."""
+    root = shutil.copytree(PUSHT, tmp_path / "pusht")
+    path = root / "videos/observation.image/chunk-000/file-000.mp4"
+    data = bytearray(path.read_bytes())
+    with av.open(path) as container:
+        packet = list(container.demux(video=0))[100]
+    data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    path.write_bytes(data)
+    return pusht(f"data.root={root}", "data.val_share=0.0")
+
+
+def test_a_clip_that_cannot_be_read_stops_the_run_or_another_takes_its_place(damaged, capfd):
+    with pytest.raises(UserError, match=r"file-000\.mp4: frame \d+: .*\n.*episode 1"):
+        take(40, *damaged)
+    source = train.make_source(micro.config(*damaged), "train")
+    whole = take(12, *pusht("data.val_share=0.0"))
+    skip = (*damaged, "data.on_error=skip", "data.max_skip_share=1.0")
+    capfd.readouterr()
+    batches = stream(*skip)
+    found = [jax.device_get(next(batches)) for _ in range(12)]
+    said = capfd.readouterr().err.splitlines()
+    assert batches.position == 12 * 8
+    skipped = batches.report()["data_skipped"]
+    assert batches.report() == {"data_skipped": 0}
+    batches.close()
+    ids, wanted = (np.concatenate([b.sample_ids_B for b in run]) for run in (found, whole))
+    changed = ids != wanted
+    assert 0 < skipped == changed.sum()
+    # Only where it could not be read, and by what can: the rest is the stream as it was.
+    assert {source[int(i)]["episode"] for i in wanted[~changed]} == {0, 1, 2, 3, 4}
+    for i in wanted[changed]:
+        with pytest.raises(ClipError, match="episode 1"):
+            source[int(i)]
+    assert len(said) == 2, said  # the error's two lines, once
+    assert "data.on_error=skip: " in said[0]
+    assert "episode 1" in said[1]
+    # Keyed: whichever thread reads it, and after a jump, the same one takes the place.
+    equal(found[6:], take(6, *skip, "data.threads=1", position=6 * 8))
+
+
+def test_too_many_skipped_clips_stop_the_run_where_it_was(damaged):
+    batches = stream(*damaged, "data.on_error=skip", "data.max_skip_share=0.004")
+    taken = []
+    with pytest.raises(
+        UserError, match=r"data\.max_skip_share=0\.004: 2 of \d+ clips .*\n.*mp4: .*episode 1"
+    ):
+        taken.extend(itertools.islice(batches, 50))
+    assert batches.position == 8 * len(taken) > 0
+    batches.close()
+
+
+def test_only_clips_are_skipped_not_mistakes():
+    with pytest.raises(UserError, match="no such folder"):
+        take(1, *pusht("data.root=nowhere", "data.on_error=skip"))

@@ -5,15 +5,13 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import micro
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from shared_data import PUSHT, SHARED, needs_shared
+from test_lerobot import write_v21
 
-from wmjax import sharding, train
-from wmjax.checkpoint import Checkpoints
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.stats import summarize
 from wmjax.errors import UserError
@@ -80,13 +78,13 @@ def test_only_what_is_trained_on_counts():
     assert found["action"]["count"] == 3 * 80
 
 
-def test_a_checkpoint_keeps_the_statistics(tmp_path):
-    config = micro.config("data.source=lerobot", f"data.root={PUSHT}", "train.num_steps=1")
-    train.train(config, tmp_path)
-    steps = train.make_steps(config, sharding.make_mesh())
-    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
-        meta = checkpoints.restore(1, steps.abstract).meta
-    assert meta["statistics"] == train.make_source(config, "train").statistics()
+def test_episodes_too_short_for_a_clip_do_not_count(tmp_path):
+    root = write_v21(tmp_path / "set", lengths=[20, 5, 12])  # the state is frame + 100 * episode
+    (found,) = LeRobotSource(root, frames=10, fps=30).statistics()
+    states = np.array([*range(20), *range(200, 212)], np.float32)
+    assert found["state"] == summarize(states[:, None])
+    (found,) = LeRobotSource(root, frames=10, fps=30, ends="repeat").statistics()
+    assert found["state"]["count"] == 37
 
 
 def test_values_normalised_by_their_dataset_have_mean_0_and_std_1():

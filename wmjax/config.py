@@ -99,20 +99,24 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"data.frames={data.frames}: not divisible by the tubelet, "
             f"model.tubelet={model.tubelet}; wanted a multiple of it"
         )
-    if data.source == "lerobot" and not data.root:
+    if data.source == "lerobot" and not (data.root or data.mixture):
         raise UserError("data.root is empty: give the dataset's folder with --config.data.root=DIR")
+    _check_mixture(config)
     _choice(config, "data.source", ("lerobot", "synthetic"))
     if data.source == "synthetic" and config.eval.labels not in ("auto", "state"):
         raise UserError(f"eval.labels={config.eval.labels!r}: generated video has: state")
     _choice(config, "data.ends", ("drop", "repeat"))
+    _choice(config, "data.on_error", ("raise", "skip"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
     _choice(config, "model.attention", ("auto", "xla", "cudnn"))
+    _choice(config, "optim.schedule", ("constant", "cosine", "linear"))
     positive = {
         "data.batch_size": data.batch_size,
         "data.fps": 1 if data.stride else data.fps,  # stride takes its place
         "data.threads": data.threads,
         "optim.schedule_steps": optim.schedule_steps,
+        "optim.accumulate": optim.accumulate,
         "train.num_steps": config.train.num_steps,
         "train.log_every": config.train.log_every,
         "checkpoint.every": config.checkpoint.every,
@@ -133,18 +137,80 @@ def check(config: ml_collections.ConfigDict) -> None:
         "train.eval_every": config.train.eval_every,
         "eval.probe_every": config.eval.probe_every,
         "optim.learning_rate": optim.learning_rate,
+        "optim.final_learning_rate": optim.final_learning_rate,
         "optim.weight_decay": optim.weight_decay,
+        "optim.clip_norm": optim.clip_norm,
     }.items():
         if value < 0:
             raise UserError(f"{key}={value}: wanted 0 or above")
     shares = {
         "optim.ema": optim.ema,
+        "optim.final_ema": max(optim.final_ema, 0),  # below 0: as optim.ema
         "optim.warmup": optim.warmup,
+        "optim.cooldown": optim.cooldown,
         "data.val_share": data.val_share,
+        "data.max_skip_share": data.max_skip_share,
     }
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"{key}={value}: wanted a share between 0 and 1")
+    if optim.cooldown and optim.schedule != "constant":
+        raise UserError(
+            f"optim.cooldown={optim.cooldown}: goes with optim.schedule=constant, "
+            f"found {optim.schedule}, which falls all the way; wanted 0"
+        )
+    if optim.warmup + optim.cooldown > 1:
+        raise UserError(
+            f"optim.warmup={optim.warmup}, optim.cooldown={optim.cooldown}: wanted shares of "
+            "optim.schedule_steps that add up to 1 at most"
+        )
+
+
+# Keys of the data group in which the datasets of a mixture may differ.
+_OF_A_MEMBER = ("cameras", "state", "action", "fps", "stride", "ends", "clips_per_episode")
+
+
+def mixture(config: ml_collections.ConfigDict) -> dict[str, tuple[str, float]]:
+    """Return folder and weight of each dataset in data.mixture, by the folder's name."""
+    members: dict[str, tuple[str, float]] = {}
+    for item in config.data.mixture.split(","):
+        root, _, text = item.strip().rpartition(":")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = 0.0
+        if not root or not 0 < weight < float("inf"):
+            raise UserError(f"data.mixture: {item!r}: wanted DIR:WEIGHT with a weight above 0")
+        name = Path(root).name
+        if name in members:
+            raise UserError(
+                f"data.mixture: two folders are called {name}: {members[name][0]} and {root}; "
+                "wanted different names, by which reports tell them apart"
+            )
+        members[name] = root, weight
+    return members
+
+
+def _check_mixture(config: ml_collections.ConfigDict) -> None:
+    data = config.data
+    if data.mixture and (data.root or data.source != "lerobot"):
+        raise UserError(
+            f"data.mixture={data.mixture!r} with data.root={data.root!r} and "
+            f"data.source={data.source!r}: wanted a mixture alone, of lerobot"
+        )
+    names = list(mixture(config)) if data.mixture else []
+    for name, settings in data.members.items():
+        if name not in names:
+            raise UserError(
+                f"data.members.{name}: not in data.mixture{_suggest(name, names)}; "
+                f"there are: {', '.join(names) or 'none'}"
+            )
+        for key in settings:
+            if key not in _OF_A_MEMBER:
+                raise UserError(
+                    f"data.members.{name}.{key}: not a setting of one dataset"
+                    f"{_suggest(key, _OF_A_MEMBER)}; there are: {', '.join(_OF_A_MEMBER)}"
+                )
 
 
 def width(config: ml_collections.ConfigDict) -> int:

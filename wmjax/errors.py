@@ -1,4 +1,4 @@
-"""The one exception whose text is meant for the user. Any room may raise it; `main` prints it."""
+"""The exceptions whose text is meant for the user. Any room may raise them; `main` prints them."""
 
 
 class UserError(Exception):
@@ -6,3 +6,14 @@ class UserError(Exception):
 
     The text names the key, file or episode, the value found and the value wanted.
     """
+
+
+class ClipError(UserError):
+    """A clip of an open dataset that cannot be read; data.on_error=skip passes it over.
+
+    where: the episode and camera, so that all clips that fail alike are named once.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        super().__init__(text)
+        self.where = where

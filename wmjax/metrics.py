@@ -112,7 +112,7 @@ class Reporter:
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
-        self._kept: tuple[int, dict[str, clu_metrics.Average]] | None = None
+        self._kept: tuple[int, dict[str, clu_metrics.Average], Row] | None = None
         self._num_steps, self._alarms = num_steps, alarms
         self._file: TextIO | None = None
         self._tensorboard = self._wandb = None
@@ -143,16 +143,16 @@ class Reporter:
         if self._active:
             self._bar.update()
 
-    def later(self, step: int, means: dict[str, clu_metrics.Average]) -> None:
-        """Keep a report until `flush`, when the device has moved on."""
-        self._kept = (step, means)
+    def later(self, step: int, means: dict[str, clu_metrics.Average], row: Row) -> None:
+        """Keep a report, of the device and of the host, until `flush`: the device has moved on."""
+        self._kept = (step, means, row)
 
     def flush(self, throughput: Throughput) -> None:
         """Write the kept report, if there is one, with the rates up to now: its step is done."""
         if self._kept is not None:
-            step, means = self._kept
+            step, means, row = self._kept
             self._kept = None
-            self.write(step, fetch(means) | throughput.rates(step) | _memory())
+            self.write(step, fetch(means) | row | throughput.rates(step) | _memory())
 
     def write(self, step: int, row: Row) -> None:
         """Write one report to every sink."""

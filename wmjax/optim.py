@@ -1,40 +1,95 @@
-"""The optimiser: AdamW as the reference sets it, and its schedule.
+"""The optimiser: AdamW as the reference sets it, and the schedules of a run.
 
-Works on plain trees of parameters; knows no model, mesh or configuration object.
+Works on plain trees of parameters; knows no model, mesh or configuration object. A schedule maps
+the count of finished updates to a value, and holds its final one after `steps`.
 """
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
-def warmup_constant(
-    learning_rate: float, start_learning_rate: float, warmup: float, schedule_steps: int
+def learning_rate(
+    schedule: str,
+    *,
+    peak: float,
+    start: float,
+    final: float,
+    warmup: float,
+    cooldown: float,
+    steps: int,
 ) -> optax.Schedule:
-    """Rise linearly over `warmup` (a share of schedule_steps), then hold.
+    """Rise linearly from start to peak over `warmup`, then fall to final as `schedule` says.
 
+    schedule: constant holds the peak, and falls linearly over the cooldown at the end; cosine and
+    linear fall from the end of the warm-up on. warmup, cooldown: shares of steps.
     The reference moves its scheduler before the update, so step 0 takes the first increment.
     """
-    warmup_steps = max(1, round(warmup * schedule_steps))
-    ramp = optax.linear_schedule(start_learning_rate, learning_rate, warmup_steps)
-    return lambda count: ramp(count + 1)
+    rising = round(warmup * steps)
+    falling = round(cooldown * steps) if schedule == "constant" else steps - rising
+    shape = {"constant": _line, "cosine": _half_cosine, "linear": _line}[schedule]
+    end = final if falling else peak
+
+    def at(count: jax.Array) -> jax.Array:
+        position = jnp.asarray(count, jnp.float32) + 1.0
+        rise = _line(start, peak, position / max(rising, 1))
+        fall = shape(peak, end, (position - (steps - falling)) / max(falling, 1))
+        return jnp.where(position < rising, rise, fall)
+
+    return at
+
+
+def cosine(start: float, final: float, steps: int) -> optax.Schedule:
+    """Go from start to final along half a cosine, as the reference's weight decay does.
+
+    Step 0 takes the first increment, as in learning_rate.
+    """
+    return lambda count: _half_cosine(start, final, (jnp.asarray(count, jnp.float32) + 1.0) / steps)
+
+
+def linear(start: float, final: float, steps: int) -> optax.Schedule:
+    """Go from start to final in equal increments, as the reference's EMA momentum does.
+
+    Step 0 takes `start`: unlike the others, the reference reads this one before moving it.
+    """
+    return lambda count: _line(start, final, jnp.asarray(count, jnp.float32) / steps)
 
 
 def adamw(
-    schedule: optax.Schedule, *, axes: Any, weight_decay: float, b1: float, b2: float, eps: float
+    learning_rate: optax.Schedule,
+    weight_decay: optax.Schedule,
+    *,
+    axes: Any,
+    b1: float,
+    b2: float,
+    eps: float,
+    clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW whose decay leaves out biases and norms, as the reference's parameter groups do."""
-    mask = decay_mask(axes)
-    chain = optax.adamw(
-        schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=lambda _: mask
-    )
+    """AdamW whose decay leaves out biases and norms, as the reference's parameter groups do.
+
+    clip_norm: gradients of a larger global norm are scaled down to it; 0: none are.
+    """
+    decays = decay_mask(axes)
+    adam = optax.scale_by_adam(b1, b2, eps)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        rate, decay = learning_rate(state.count), weight_decay(state.count)
+        if clip_norm:
+            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(optax.tree.norm(grads), 1e-12))
+            grads = jax.tree.map(lambda grad: scale * grad, grads)
         with jax.numpy_dtype_promotion("standard"):  # Adam's decay ** count is float ** int
-            return chain.update(grads, state, params)
+            updates, state = adam.update(grads, state)
+        return jax.tree.map(
+            lambda move, param, decayed: -rate * (move + decay * param if decayed else move),
+            updates,
+            params,
+            decays,
+        ), state
 
-    return optax.GradientTransformation(chain.init, update)
+    return optax.GradientTransformation(adam.init, update)
 
 
 def decay_mask(axes: Any) -> Any:
@@ -50,3 +105,12 @@ def decay_mask(axes: Any) -> Any:
         return rank > 1 and "bias" not in jax.tree_util.keystr(path[-1:])
 
     return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _line(start: float, end: float, share: jax.Array) -> jax.Array:
+    """Give the value after a share of the way, clipped to it; exactly `end` at its end."""
+    return end + (start - end) * (1.0 - jnp.clip(share, 0.0, 1.0))
+
+
+def _half_cosine(start: float, end: float, share: jax.Array) -> jax.Array:
+    return _line(start, end, 0.5 - 0.5 * jnp.cos(math.pi * jnp.clip(share, 0.0, 1.0)))

@@ -33,12 +33,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raise UserError unless every device gets the same number of clips."""
-    if batch_size % mesh.size:
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raise UserError unless every device gets the same number of clips, in every microbatch."""
+    unit = mesh.size * accumulate
+    if batch_size % unit:
+        microbatches = f" x optim.accumulate={accumulate}" if accumulate > 1 else ""
         raise UserError(
-            f"data.batch_size={batch_size}: not divisible by the {mesh.size} devices of the mesh; "
-            f"nearest: {max(1, round(batch_size / mesh.size)) * mesh.size}"
+            f"data.batch_size={batch_size}: not divisible by the {mesh.size} devices of the mesh"
+            f"{microbatches}; nearest: {max(1, round(batch_size / unit)) * unit}"
         )
 
 

@@ -49,17 +49,20 @@ def build(
     make_optimizer: Callable[[Any], optax.GradientTransformation],
     schedule: optax.Schedule,
     *,
-    ema: float,
+    ema: optax.Schedule,
     in_training: Measure,
     in_validation: Measure,
     mesh: Mesh,
     seed: int,
+    accumulate: int = 1,
 ) -> Steps:
     """Build the jitted steps of a run.
 
     model: `name` and the keyword arguments of that model's create. make_optimizer takes the tree
-    of logical axes of the parameters. ema: momentum m in target = m target + (1 - m) params.
-    in_training, in_validation: what of a model's output is logged, float32 scalars.
+    of logical axes of the parameters. schedule: of the learning rate, to log it. ema: of the
+    momentum m in target = m target + (1 - m) params. in_training, in_validation: what of a model's
+    output is logged, float32 scalars. accumulate: microbatches that a batch is worked through in,
+    one after another, for one update; what is logged is their mean.
     """
 
     shapes = base.abstract(**model)
@@ -72,32 +75,32 @@ def build(
         return TrainState(jnp.zeros((), jnp.int32), params, target, optimizer.init(params))
 
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
+        def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any]:
+            def loss_fn(params: Any) -> tuple[jax.Array, WorldModelOutput]:
+                return base.merge(graph, params).loss(state.target, batch, key)
+
+            (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            return grads, in_training(output, batch) | {"loss": loss}
+
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss_fn(params: Any) -> tuple[jax.Array, WorldModelOutput]:
-            return base.merge(graph, params).loss(state.target, batch, key)
-
-        (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, metrics = in_microbatches(gradients, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        followed = base.merge(graph, params).target_params(params)
-        target = jax.tree.map(
-            lambda old, new: ema * old + (1.0 - ema) * new, state.target, followed
-        )
-        metrics = in_training(output, batch) | {
-            "loss": loss,
-            "learning_rate": schedule(state.step),
-            "gradient_norm": optax.tree.norm(grads),
-        }
+        followed = shapes.target_params(params)
+        m = ema(state.step)
+        target = jax.tree.map(lambda old, new: m * old + (1.0 - m) * new, state.target, followed)
+        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, target, opt_state), _averages(metrics)
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
-        model = base.merge(graph, state.params)
-        loss, output = model.loss(state.target, batch, jax.random.key(seed))
-        followed = model.target_params(state.params)
+        def figures(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
+            loss, output = base.merge(graph, state.params).loss(state.target, batch, key)
+            return in_validation(output, batch) | {"loss": loss}
+
+        metrics = in_microbatches(figures, batch, jax.random.key(seed), accumulate)
+        followed = shapes.target_params(state.params)
         apart = optax.tree.norm(optax.tree.sub(state.target, followed)) / optax.tree.norm(followed)
-        figures = in_validation(output, batch)
-        return _averages(figures | {"loss": loss, "health/target_distance": apart})
+        return _averages(metrics | {"health/target_distance": apart})
 
     abstract = _with_shardings(
         jax.eval_shape(init), axes, shapes.target_params(axes), optimizer, mesh
@@ -116,6 +119,31 @@ def build(
         validate=jax.jit(validate_step, in_shardings=inputs, out_shardings=everywhere),
         abstract=abstract,
     )
+
+
+def in_microbatches(
+    fn: Callable[[WorldModelInput, jax.Array], Any],
+    batch: WorldModelInput,
+    key: jax.Array,
+    count: int,
+) -> Any:
+    """Return fn(batch, key), a tree of means over the views that are there, in `count` parts.
+
+    A part has every count-th instant, so each device splits the rows that it holds already.
+    """
+    if count == 1:
+        return fn(batch, key)
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    there = jnp.sum(parts.observation.view_mask_BV, axis=(1, 2), dtype=jnp.float32)
+    weights = there / jnp.maximum(jnp.sum(there), 1.0)
+
+    def add(total: Any, part: tuple[jax.Array, jax.Array, WorldModelInput]) -> tuple[Any, None]:
+        weight, key, batch = part
+        return jax.tree.map(lambda sum, new: sum + weight * new, total, fn(batch, key)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first, key))
+    return jax.lax.scan(add, zeros, (weights, jax.random.split(key, count), parts))[0]
 
 
 def _averages(metrics: dict[str, jax.Array]) -> Metrics:

@@ -24,7 +24,9 @@ from wmjax import config as configs
 from wmjax import optim, sharding
 from wmjax.checkpoint import Checkpoints
 from wmjax.data.lerobot import LeRobotSource
-from wmjax.data.pipeline import Pipeline, Source
+from wmjax.data.mixture import Mixture
+from wmjax.data.pipeline import Pipeline
+from wmjax.data.source import Source
 from wmjax.data.synthetic import FPS, SyntheticSource
 from wmjax.data.windows import stride_for
 from wmjax.errors import UserError
@@ -77,7 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         with reporter, StopSignal() as stop:
             meta: dict[str, Any] = {
                 "config": configs.plain(config),
-                "statistics": getattr(sources["train"], "statistics", list)(),
+                "statistics": sources["train"].statistics(),
             }
             step = loop(
                 *(config, steps, state, stream, position, checkpoints, meta, probe),
@@ -126,7 +128,7 @@ def prepare(
     if config.train.deterministic:
         make_deterministic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding.check_batch(mesh, config.data.batch_size)
+    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     sources = {split: make_source(config, split) for split in splits}
     masks = Masks(config.mask.to_dict(), token_grid(config))
     return mesh, sources, masks, make_steps(config, mesh)
@@ -172,7 +174,7 @@ def loop(
 
             last = stop.received or step == num_steps
             if last or step % settings.log_every == 0:
-                reporter.later(step, mean.take())
+                reporter.later(step, mean.take(), batches.report())
             validating = settings.eval_every and (last or step % settings.eval_every == 0)
             probing = probe and (last or step % config.eval.probe_every == 0)
             saving = last or step % config.checkpoint.every == 0
@@ -268,8 +270,24 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             seed=config.seed,
             split=split,
         )
+    if not data.mixture:
+        return open_dataset(data, config.eval.labels, data.root, split)
+    sources = {}
+    for name, (root, _) in (members := configs.mixture(config)).items():
+        settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
+        try:
+            sources[name] = open_dataset(settings, "", root, split)
+        except UserError as error:
+            raise UserError(f"{error}\nin data.mixture: {name}") from None
+    return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
+
+
+def open_dataset(
+    data: ml_collections.ConfigDict, labels: str, root: str, split: str
+) -> LeRobotSource:
+    """Open one LeRobot dataset as the `data` group says, with the labels that probes need."""
     return LeRobotSource(
-        data.root,
+        root,
         cameras=data.cameras,
         frames=data.frames,
         fps=data.fps,
@@ -280,7 +298,7 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
         val_share=data.val_share,
         state_key=data.state,
         action_key=data.action,
-        labels=config.eval.labels,
+        labels=labels,
     )
 
 
@@ -306,6 +324,8 @@ def make_pipeline(
         crop_aspect=data.crop_aspect,
         threads=data.threads,
         prefetch=data.prefetch,
+        on_error=data.on_error,
+        max_skip_share=data.max_skip_share,
         position=position,
     )
 
@@ -313,21 +333,29 @@ def make_pipeline(
 def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Steps:
     """Build the jitted functions of the run."""
     settings = config.optim
-    schedule = optim.warmup_constant(
-        settings.learning_rate,
-        settings.start_learning_rate,
-        settings.warmup,
-        settings.schedule_steps,
+    learning_rate = optim.learning_rate(
+        settings.schedule,
+        peak=settings.learning_rate,
+        start=settings.start_learning_rate,
+        final=settings.final_learning_rate,
+        warmup=settings.warmup,
+        cooldown=settings.cooldown,
+        steps=settings.schedule_steps,
     )
+
+    def ends(key: str) -> tuple[float, float]:
+        final = settings[f"final_{key}"]
+        return settings[key], settings[key] if final < 0 else final
 
     def make_optimizer(axes: Any) -> Any:
         return optim.adamw(
-            schedule,
+            learning_rate,
+            optim.cosine(*ends("weight_decay"), settings.schedule_steps),
             axes=axes,
-            weight_decay=settings.weight_decay,
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
+            clip_norm=settings.clip_norm,
         )
 
     names, grid = list(config.mask), token_grid(config)
@@ -345,8 +373,9 @@ def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> St
     return build(
         config.model.to_dict(),
         make_optimizer,
-        schedule,
-        ema=settings.ema,
+        learning_rate,
+        ema=optim.linear(*ends("ema"), settings.schedule_steps),
+        accumulate=settings.accumulate,
         in_training=in_training,
         in_validation=in_validation,
         mesh=mesh,

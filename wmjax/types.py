@@ -7,6 +7,7 @@ Legend
     H, W, C  pixels, channels (RGB)                 D  width of the encoder
     S  numbers in a state                           A  numbers in an action
     P  recorded actions between two sampled frames (the stride)
+    Z  datasets of a mixture
 
 Token ids count the cells of the (time, row, column) grid in row-major order, from 0.
 Imports jax for its types only: no array is made here.
@@ -55,6 +56,7 @@ class WorldModelInput:
     action_BTPA: float32, every action recorded from a sampled frame up to the next one.
     action_mask_BTPA: bool, False where nothing was recorded: past the end of the episode (the last
     action stands in), and where a dataset has a smaller stride or fewer numbers (zeros).
+    dataset_ids_B: int32, which dataset of a mixture the clip is from; 0 where there is one.
     sample_ids_B: int64-safe int32 index of the window in its dataset, to name a bad sample.
     """
 
@@ -62,6 +64,7 @@ class WorldModelInput:
     target: VideoTarget
     action_BTPA: Array
     action_mask_BTPA: Array
+    dataset_ids_B: Array
     sample_ids_B: Array
 
 

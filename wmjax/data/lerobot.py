@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
+from wmjax.data.source import Source
 from wmjax.data.stats import summarize
 from wmjax.data.video import VideoFiles
 from wmjax.data.windows import Windows, split_episodes, stride_for
-from wmjax.errors import UserError
+from wmjax.errors import ClipError, UserError
 
 # Features that show something, but are not read: said, never dropped in silence.
 UNREAD = {"image": "images in the tables", "depth": "depth"}
 
 
-class LeRobotSource:
+class LeRobotSource(Source):
     """Clips of a LeRobot dataset, one for every episode and start: `len`, `[i]`.
 
     cameras: 'all' video features as views of one clip, 'each' as a clip of its own, or names
@@ -174,7 +175,8 @@ class LeRobotSource:
             numbers = (first + steps_T).tolist()
             return self._videos.read(path, numbers, need=first + episode.length)
         except UserError as error:
-            raise UserError(f"{error}\nneeded for episode {episode.index}, {camera}") from None
+            needed = f"needed for episode {episode.index}, {camera}"
+            raise ClipError(f"{error}\n{needed}", f"{path}: {needed}") from None
 
     def describe(self) -> str:
         """Say in one line what was opened and how it is cut into clips."""

@@ -6,34 +6,18 @@ same crop. jax is loaded only where batches are placed.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 
+from wmjax.data.reader import Reader
+from wmjax.data.source import Source
 from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
 from wmjax.masking import Masks
 
-_CROP, _MASK, _DRAW = 0, 1, 2  # purposes that a random stream is keyed by
-
-
-class Source(Protocol):
-    """Clips of one recording, generated or read.
-
-    A sample is a dict: frames_VT (views x frames, each an av.VideoFrame or HWC uint8 array; no
-    frames where the view is missing), state_TS, action_TPA, episode, start, and where not
-    everything was recorded state_mask_TS and action_mask_TPA.
-
-    A source may also say how many clips one pass over it draws and which: `draws`, and
-    `draw(number, rng) -> index`; without these a pass takes every clip once. And `statistics()`,
-    with name, state and action of each dataset in it.
-    """
-
-    def describe(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+_CROP, _MASK = 0, 1  # purposes that a random stream is keyed by
+_MIX = 64  # clips within which a mixture is shuffled, each dataset having its share of them
 
 
 class Pipeline:
@@ -57,6 +41,8 @@ class Pipeline:
         crop_aspect: tuple[float, float] = (1.0, 1.0),
         threads: int = 2,
         prefetch: int = 0,
+        on_error: str = "raise",
+        max_skip_share: float = 0.0,
         position: int = 0,
     ) -> None:
         """Build the graph and start reading at `position`.
@@ -64,17 +50,17 @@ class Pipeline:
         batch_size: clips in the global batch; sharding: of its first axis over the mesh.
         crop_scale: area of the random crop as a share of the frame; None: the largest centred one.
         prefetch: clips decoded ahead, at least one a thread; 0: two batches.
+        on_error, max_skip_share: what a clip that cannot be read comes to, as in Reader.
         """
         import jax
 
         process, processes = jax.process_index(), jax.process_count()
         local = batch_size // processes
+        reader = Reader(source, seed=seed, on_error=on_error, max_skip_share=max_skip_share)
 
         def load(position: int, number: int) -> dict[str, Any]:
-            index = number
-            if hasattr(source, "draw"):
-                index = source.draw(number, np.random.default_rng((seed, _DRAW, position)))
-            sample = source[index]
+            index, sample, skipped = reader.read(position, number)
+            part, index_in_part = source.locate(index)
             size = next(frame_size(frames[0]) for frames in sample["frames_VT"] if frames)
             out_aspect = width / height
             if crop_scale is None:
@@ -98,10 +84,12 @@ class Pipeline:
                 "action_mask": sample.get("action_mask_TPA", np.ones_like(action_TPA, bool)),
                 "context": context,
                 "target": target,
-                "sample_id": np.int32(index),
+                "dataset_id": np.int32(part),
+                "sample_id": np.int32(index_in_part),
+                "skipped": skipped,
             }
 
-        def place(batch: dict[str, Any]) -> Any:
+        def place(batch: dict[str, Any]) -> tuple[Any, np.ndarray, int]:
             from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
             arrays = WorldModelInput(
@@ -111,15 +99,16 @@ class Pipeline:
                 VideoTarget(batch["context"], batch["target"]),
                 batch["action"],
                 batch["action_mask"],
+                batch["dataset_id"],
                 batch["sample_id"],
             )
-            return jax.tree.map(
+            placed = jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(sharding, x), arrays
             )
+            drawn = np.bincount(batch["dataset_id"], minlength=len(source.parts))
+            return placed, drawn, int(batch["skipped"].sum())
 
-        draws = getattr(source, "draws", len(source))
-        stream = grain.MapDataset.source(range(draws)).seed(seed).shuffle().repeat()
-        stream = stream.map_with_index(load).slice(slice(process, None, processes))
+        stream = _order(source, seed).map_with_index(load).slice(slice(process, None, processes))
         ahead = max(prefetch or 2 * local, threads)
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         batches = stream.to_iter_dataset(reading).batch(local, drop_remainder=True).map(place)
@@ -129,12 +118,33 @@ class Pipeline:
         if position:
             self._iterator.set_state({"next_index": position // processes})
         self._processes = processes
+        self._names = [part.name for part in source.parts]
+        self._drawn, self._skipped = np.zeros(len(self._names), int), 0
+        self._reader, self._reports_skips = reader, on_error == "skip"
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        return next(self._iterator)
+        self._reader.check()  # before the position moves on
+        batch, drawn, skipped = next(self._iterator)
+        self._reader.count(int(drawn.sum()), skipped)
+        self._drawn += drawn
+        self._skipped += skipped
+        return batch
+
+    def report(self) -> dict[str, float]:
+        """Tell of the clips since the last report: shares of a mixture's datasets, clips skipped.
+
+        Counted on the host, over the clips of this process.
+        """
+        drawn, self._drawn = self._drawn, np.zeros_like(self._drawn)
+        skipped, self._skipped = self._skipped, 0
+        row: dict[str, float] = {"data_skipped": skipped} if self._reports_skips else {}
+        if len(drawn) > 1:
+            shares = (drawn / max(drawn.sum(), 1)).tolist()
+            row |= {f"mixture/{n}": share for n, share in zip(self._names, shares, strict=True)}
+        return row
 
     @property
     def position(self) -> int:
@@ -144,3 +154,18 @@ class Pipeline:
     def close(self) -> None:
         """Stop the reading threads."""
         self._iterator.close()
+
+
+def _order(source: Source, seed: int) -> grain.MapDataset:
+    """Stream the numbers of the draws without end: each dataset shuffled anew every pass, mixed."""
+    streams = [
+        grain.MapDataset.source(part.draws).seed(seed + i).shuffle().repeat()
+        for i, part in enumerate(source.parts)
+    ]
+    if len(streams) == 1:
+        return streams[0]
+    # Grain takes weights in hundredths of the least: 0.7 to 0.3 is 233 to 100.
+    mixed = grain.MapDataset.mix(streams, [part.weight for part in source.parts])
+    # Mixed by a fixed pattern, in which every second clip, say, may be of one dataset: processes
+    # take every n-th clip, and each is to see, and decode, of all.
+    return grain.experimental.WindowShuffleMapDataset(mixed, window_size=_MIX, seed=seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wmjax.data.source import Source
 from wmjax.errors import UserError
 
 FPS = 10.0  # of the generated recording, before the stride
@@ -18,7 +19,7 @@ SPLITS = ("train", "validation")
 _PURPOSE = 0x5CE7E  # keeps these streams apart from others keyed by (seed, purpose, position)
 
 
-class SyntheticSource:
+class SyntheticSource(Source):
     """Clips of three shapes that bounce off the walls and cover each other over a soft texture.
 
     A clip is a function of (seed, split, index). The state holds x and y of every shape as shares
@@ -43,6 +44,7 @@ class SyntheticSource:
             raise UserError(f"split={split!r}: wanted one of {', '.join(SPLITS)}")
         self.frames, self.frame_size = frames, (height, width)
         self.num_samples, self.stride, self.seed, self.split = num_samples, stride, seed, split
+        self.views = views
         self.cameras = tuple(f"view{view}" for view in range(views))
         self.fps_effective = FPS / stride
         self.state_size = self.action_size = 2 * len(SHAPES)

@@ -1,0 +1,101 @@
+"""Several datasets as one source, brought to one shape: what a dataset lacks is filler and masked.
+
+NumPy only; knows no file format.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from wmjax.data.source import Part, Source
+
+
+class Mixture(Source):
+    """Clips of named sources that differ in views, stride, and the sizes of state and action.
+
+    Every clip has the most of each: views without frames, and zeros whose mask is False, fill it.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float]):
+        """weights: shares of the clips drawn, whatever the datasets' sizes and their sum."""
+        self._sources, self._names = list(sources.values()), list(sources)
+        self._weights = [weights[name] / sum(weights.values()) for name in sources]
+        self._starts = _starts([len(source) for source in self._sources])
+        self._draw_starts = _starts([source.draws for source in self._sources])
+        self.views, self.stride, self.state_size, self.action_size = (
+            max(getattr(source, size) for source in self._sources)
+            for size in ("views", "stride", "state_size", "action_size")
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def draws(self) -> int:
+        return int(self._draw_starts[-1])
+
+    def draw(self, number: int, rng: np.random.Generator) -> int:
+        part, number = _locate(self._draw_starts, number)
+        return int(self._starts[part]) + self._sources[part].draw(number, rng)
+
+    @property
+    def parts(self) -> list[Part]:
+        bounds = self._draw_starts.tolist()
+        ranges = map(range, bounds[:-1], bounds[1:])
+        return [Part(*part) for part in zip(self._names, ranges, self._weights, strict=True)]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return _locate(self._starts, index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a clip of one of the sources, padded to the sizes of all."""
+        part, index = self.locate(index)
+        clip = self._sources[part][index]
+        state_TS, action_TPA = clip["state_TS"], clip["action_TPA"]
+        T = len(state_TS)
+        state_mask_TS = clip.get("state_mask_TS", np.ones_like(state_TS, bool))
+        action_mask_TPA = clip.get("action_mask_TPA", np.ones_like(action_TPA, bool))
+        frames_VT = clip["frames_VT"]
+        shape_TS, shape_TPA = (T, self.state_size), (T, self.stride, self.action_size)
+        return clip | {
+            "frames_VT": [*frames_VT, *([] for _ in range(self.views - len(frames_VT)))],
+            "state_TS": _pad(state_TS, shape_TS),
+            "state_mask_TS": _pad(state_mask_TS, shape_TS),
+            "action_TPA": _pad(action_TPA, shape_TPA),
+            "action_mask_TPA": _pad(action_mask_TPA, shape_TPA),
+        }
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return [
+            entry | {"name": name}
+            for name, source in zip(self._names, self._sources, strict=True)
+            for entry in source.statistics()
+        ]
+
+    def describe(self) -> str:
+        """Say what was opened, a line a dataset, and the shape that clips of all have."""
+        members = zip(self._names, self._weights, self._sources, strict=True)
+        return "\n".join(
+            [
+                f"mixture of {len(self._sources)}: {self.views} views, state {self.state_size}, "
+                f"action {self.stride} x {self.action_size}, {len(self)} windows",
+                *(f"  {name} {share:.1%}: {source.describe()}" for name, share, source in members),
+            ]
+        )
+
+
+def _starts(lengths: list[int]) -> np.ndarray:
+    return np.cumsum([0, *lengths])
+
+
+def _locate(starts: np.ndarray, index: int) -> tuple[int, int]:
+    """Return which part holds `index`, and its place there."""
+    part = int(np.searchsorted(starts, index, side="right")) - 1
+    return part, int(index - starts[part])
+
+
+def _pad(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Add zeros (False) at the end of every axis."""
+    sizes = zip(shape, values.shape, strict=True)
+    return np.pad(values, [(0, size - there) for size, there in sizes])

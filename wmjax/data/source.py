@@ -1,0 +1,60 @@
+"""What the pipeline asks of a source of clips: a recording, a generator, or a mixture of them."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Part(NamedTuple):
+    """One dataset of a source: its name, the numbers of its draws, and its weight in the mix."""
+
+    name: str
+    draws: range
+    weight: float
+
+
+class Source:
+    """Clips by index. A source fills in the first three; the rest fits one plain dataset.
+
+    A clip is a dict: frames_VT (views x frames, each an av.VideoFrame or HWC uint8 array; no
+    frames where the view is missing), state_TS, action_TPA, episode, start, and where not
+    everything was recorded state_mask_TS and action_mask_TPA, False there.
+    """
+
+    # Sizes of every clip; P is the stride.
+    views: int
+    stride: int
+    state_size: int
+    action_size: int
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Say in a line what was opened."""
+        raise NotImplementedError
+
+    @property
+    def draws(self) -> int:
+        """Clips of one pass over the data."""
+        return len(self)
+
+    def draw(self, number: int, rng: np.random.Generator) -> int:
+        """Return the clip that draw `number` of a pass gives."""
+        return number
+
+    @property
+    def parts(self) -> list[Part]:
+        """The datasets, each with its share of the draws."""
+        return [Part("", range(self.draws), 1.0)]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return of which part clip `index` is, and its index in that."""
+        return 0, index
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Summarise state and action of each part, where there are recorded tables."""
+        return []
