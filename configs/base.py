@@ -96,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
             "train": {
                 "num_steps": 100_000,  # where this run stops; no schedule depends on it
                 "log_every": 20,
-                "eval_every": 1_000,  # 0: never
+                "eval_every": 1_000,  # 0: never, and nothing is held out or probed
                 "deterministic": False,  # bit-equal runs on GPUs too, slower
             },
             "eval": {

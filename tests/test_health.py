@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
 from clips import batch_of
 
-from wmjax import sharding, train
+from wmjax import train
 from wmjax.evals import health, prediction
 from wmjax.models import layers, vjepa2
 from wmjax.types import WorldModelOutput
@@ -142,13 +141,6 @@ class Collapsing(vjepa2.VJEPA2):
 
     def target_features(self, target, video_BTHWC):
         return layers.layer_norm(self.encoder(video_BTHWC), vjepa2.TARGET_EPS)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Eight fake devices take turns on a CPU; one is faster."""
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
 
 
 def run(workdir, *overrides):

@@ -1,4 +1,4 @@
-"""The linear probe: finds a known map, finds nothing in noise, and makes the same table anywhere."""
+"""The linear probe: finds a known map, finds nothing in noise, gives the same table anywhere."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_the_ridge_is_chosen_on_episodes_that_were_not_fitted():
     assert probe.fit_all(shuffled, truth)["y"]["ridge"] == probe.RIDGES[-1]
 
 
-def test_the_table_has_its_three_rows_on_the_console_and_in_json(tmp_path, capsys):
+def test_the_table_has_its_three_rows_on_the_console_and_in_json(one_device, tmp_path, capsys):
     assert train.train(micro.config(*PROBING), tmp_path) == 0
     said = capsys.readouterr().out
     (line,) = map(json.loads, (tmp_path / "evals.jsonl").read_text().splitlines())
@@ -92,7 +92,7 @@ def test_the_table_has_its_three_rows_on_the_console_and_in_json(tmp_path, capsy
     assert again["validation/loss"] == validation["validation/loss"]
 
 
-def test_an_untrained_model_is_evaluated_as_what_it_is(tmp_path, capsys):
+def test_an_untrained_model_is_evaluated_as_what_it_is(one_device, tmp_path, capsys):
     assert train.evaluate(micro.config(*PROBING), tmp_path) == 0
     said = capsys.readouterr().out
     assert "no checkpoint; this is the untrained model" in said

@@ -168,7 +168,8 @@ class Reporter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
-        self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {_line(row)}")
+        if line := _line(row):
+            self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {line}")
         for warning in warnings:
             self.say(f"warning: step {step}: {warning}")
 

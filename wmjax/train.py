@@ -45,8 +45,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save.
     Raises UserError for whatever the user can put right.
     """
-    held_out = config.train.eval_every or config.eval.probe_every
-    mesh, sources, masks, steps = prepare(config, ("train", *(["validation"] if held_out else [])))
+    splits = ("train", "validation") if config.train.eval_every else ("train",)
+    mesh, sources, masks, steps = prepare(config, splits)
     num_steps = config.train.num_steps
 
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -66,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             return make_pipeline(config, sources[split], masks, mesh, split, position)
 
         probe = None
-        if config.eval.probe_every:
+        if config.train.eval_every and config.eval.probe_every:
             probe = make_probe(config, sources, masks, mesh, steps, workdir)
         reporter = Reporter(
             workdir,
@@ -100,9 +100,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     mesh, sources, masks, steps = prepare(config, ("train", "validation"))
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest() or 0
-        say(
-            f"evaluating step {step}" + ("" if step else f": no checkpoint in {workdir}, untrained")
-        )
+        if not step:
+            say(f"{workdir}: no checkpoint; this is the untrained model")
         state, _ = take_up(config, checkpoints, steps, workdir)
     for split, source in sources.items():
         say(f"{split}: {source.describe()}")
