@@ -11,6 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from recordings import (
+    EPISODES,
+    TABLE,
+    VIDEO,
+    digest,
+    edit_column,
+    edit_features,
+    edit_info,
+    edit_video,
+    open_pusht,
+)
 from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data import video as video_files
@@ -18,58 +29,11 @@ from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.transforms import FULL_BOX, Box, crop_and_scale
 from wmjax.errors import UserError
 
-VIDEO = "videos/observation.image/chunk-000/file-000.mp4"
-TABLE = "data/chunk-000/file-000.parquet"
-EPISODES = "meta/episodes/chunk-000/file-000.parquet"
-
-
-def open_pusht(root=PUSHT, **changes):
-    return LeRobotSource(root, **{"frames": 4, "fps": 4, **changes})
-
-
-def digest(clip):
-    sha = hashlib.sha256()
-    for frames in clip["frames_VT"]:
-        size = (frames[0].height, frames[0].width)
-        sha.update(crop_and_scale(frames, FULL_BOX, *size).tobytes())
-    sha.update(clip["state_TS"].tobytes() + clip["action_TPA"].tobytes())
-    return sha.hexdigest()
-
 
 @pytest.fixture
 def pusht(tmp_path):
     """A copy to damage."""
     return shutil.copytree(PUSHT, tmp_path / "pusht")
-
-
-def edit_info(root, **changes):
-    path = root / "meta/info.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_features(root, **changes):
-    features = json.loads((root / "meta/info.json").read_text())["features"]
-    edit_info(root, features={**features, **changes})
-
-
-def edit_column(path, name, change):
-    """Replace a column by change(list of its values), or drop it where that is None."""
-    table = pq.read_table(path)
-    at = table.column_names.index(name)
-    values = change(table[name].to_pylist())
-    table = table.remove_column(at)
-    pq.write_table(table if values is None else table.add_column(at, name, pa.array(values)), path)
-
-
-def edit_video(path, keep):
-    """Write the first `keep` packets to the same path, undecoded, with the index at the end."""
-    shorter = path.with_name("shorter.mp4")
-    with av.open(path) as source, av.open(shorter, "w") as copy:
-        stream = copy.add_stream_from_template(source.streams.video[0], opaque=True)
-        for packet in [p for p in source.demux(video=0) if p.size][:keep]:
-            packet.stream = stream
-            copy.mux(packet)
-    shorter.replace(path)
 
 
 # --- what lerobot reads, to the bit ---

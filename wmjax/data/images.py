@@ -26,7 +26,7 @@ def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
     images: list[np.ndarray] = []
     try:
         # A row group may be a whole file: it is streamed, not loaded.
-        with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
+        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             first = 0
             for group in range(file.num_row_groups):
                 end = first + file.metadata.row_group(group).num_rows
