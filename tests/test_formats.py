@@ -174,7 +174,8 @@ def test_only_rows_that_a_clip_needs_are_decoded(pusht, monkeypatch):
 def test_a_row_group_is_not_held_at_once(tmp_path):
     path = tmp_path / "table.parquet"
     pictures = [{"bytes": picture(8, 8) + bytes(200_000), "path": ""} for _ in range(200)]
-    pq.write_table(pa.table({"a.b": pictures}), path, use_dictionary=False, compression="none")
+    pages = {"data_page_size": 1 << 16, "write_batch_size": 16, "use_dictionary": False}
+    pq.write_table(pa.table({"a.b": pictures}), path, compression="none", **pages)
     code = (
         "import sys, pyarrow as pa\nfrom pathlib import Path\n"
         "from wmjax.data.images import read_images\n"

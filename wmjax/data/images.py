@@ -25,7 +25,7 @@ def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
     """
     images: list[np.ndarray] = []
     try:
-        # A row group may be a whole file: it is streamed, not loaded.
+        # A row group may be a whole file: it is streamed, and a page or two of it held at once.
         with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             first = 0
             for group in range(file.num_row_groups):
