@@ -414,12 +414,18 @@ def summary(
         [
             table,
             *(f"{split}: {source.describe()}" for split, source in sources.items()),
+            *(f"warning: {note}" for note in _notes(sources)),
             f"masks over {' x '.join(map(str, token_grid(config)))} tokens: {masks_text}",
             f"devices: {mesh.size} x {device} ({shape}); "
             f"state {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
             f"jax {jax.__version__}, python {sys.version.split()[0]}; workdir: {workdir}",
         ]
     )
+
+
+def _notes(sources: dict[str, Source]) -> list[str]:
+    """Return what the sources note, once where two parts of a dataset note the same."""
+    return list(dict.fromkeys(note for source in sources.values() for note in source.notes))
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""LeRobot datasets, v2.1 and v3.0, read natively: clips of video, states and actions.
+"""LeRobot datasets, v2.0 to v3.0, read natively: clips of video, states and actions.
 
 The formats themselves are in lerobot_format, the decoding in video. No lerobot, torch, pandas,
 models, ConfigDict or jax here.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wmjax.data.images import read_images
 from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
 from wmjax.data.source import Source
 from wmjax.data.stats import summarize
@@ -18,18 +19,19 @@ from wmjax.data.windows import Windows, split_episodes, stride_for
 from wmjax.errors import ClipError, UserError
 
 # Features that show something, but are not read: said, never dropped in silence.
-UNREAD = {"image": "images in the tables", "depth": "depth"}
+UNREAD = {"depth": "depth"}
 
 
 class LeRobotSource(Source):
     """Clips of a LeRobot dataset, one for every episode and start: `len`, `[i]`.
 
-    cameras: 'all' video features as views of one clip, 'each' as a clip of its own, or names
-    separated by commas: full ones or their last part ('top' for 'observation.images.top').
+    cameras: 'all' features of video or images as views of one clip, 'each' as a clip of its own, or
+    names separated by commas: full ones or their last part ('top' for 'observation.images.top').
     stride: recorded frames between sampled ones; 0: as fps asks. ends, clips_per_episode: as in
     Windows. labels: features for probes, names separated by commas, or 'auto': the state and, if
     there, observation.environment_state. Everything is opened or looked for at once, except the
-    videos, of which only the existence is checked. UserError names what is missing or odd.
+    videos, of which only the existence is checked. UserError names what is missing or odd; `notes`
+    say what is a little wrong, and what was assumed.
     """
 
     def __init__(
@@ -53,21 +55,34 @@ class LeRobotSource(Source):
         self._recorded_fps = self._info["fps"]
         self.stride = stride or stride_for(self._recorded_fps, fps)
         self.fps_effective = self._recorded_fps / self.stride
-        self.cameras = _choose_cameras(self.root, self._info["features"], cameras)
+        features = self._info["features"]
+        chosen = choose_cameras(self.root, features, cameras)
         self._each = cameras == "each"
-        self.views = 1 if self._each else len(self.cameras)
-        self.state_size = _width(self.root, self._info["features"], "data.state", state_key)
-        self.action_size = _width(self.root, self._info["features"], "data.action", action_key)
+        self.state_size = width_of(self.root, features, "data.state", state_key)
+        self.action_size = width_of(self.root, features, "data.action", action_key)
 
-        rows = read_rows(self.root, self._info, self.cameras)
+        videos, images = (
+            tuple(name for name in chosen if features[name]["dtype"] == dtype)
+            for dtype in ("video", "image")
+        )
+        notes: list[str] = []
+        rows, there = read_rows(
+            self.root,
+            self._info,
+            videos,
+            images,
+            optional=cameras in ("all", "each"),
+            notes=notes,
+        )
+        self.notes = notes
+        self.cameras = tuple(name for name in chosen if name in there)
+        self._images = frozenset(images) & frozenset(there)
+        self.views = 1 if self._each else len(self.cameras)
         parts = dict(
             zip(("train", "validation"), split_episodes(len(rows), val_share), strict=True)
         )
         if not len(parts[split]):
-            raise UserError(
-                f"data.val_share={val_share:g}: leaves no {split} episode of the {len(rows)} "
-                f"in {self.root}"
-            )
+            raise no_episode(split, val_share, len(rows), self.root)
         self._split = split
         self._frames = frames
         wanted = [rows[i] for i in parts[split]]
@@ -85,10 +100,10 @@ class LeRobotSource(Source):
                 f"frames a second, " + (f"data.stride={stride}" if stride else f"data.fps={fps:g}")
             ) from None
         widths = {state_key: self.state_size, action_key: self.action_size}
-        self._label_names = _choose_labels(labels, state_key, self._info["features"])
+        self._label_names = _choose_labels(labels, state_key, features)
         for name in self._label_names:
-            widths[name] = _width(self.root, self._info["features"], "eval.labels", name)
-        self.episodes, tables = read_tables(wanted, widths)
+            widths[name] = width_of(self.root, features, "eval.labels", name)
+        self.episodes, tables = read_tables(wanted, widths, self._images)
         self._states, self._actions = tables[state_key], tables[action_key]
         self._label_rows = {name: tables[name] for name in self._label_names}
         files = {row.index: row.table for row in wanted}
@@ -112,7 +127,8 @@ class LeRobotSource(Source):
     def __getitem__(self, index: int) -> dict:
         """Return clip `index`; with cameras='each', all clips of one camera follow one another.
 
-        frames_VT: lists of av.VideoFrame as decoded, by camera. state_TS: float32, at the sampled
+        frames_VT: lists of av.VideoFrame as decoded, or of uint8 HWC arrays where a camera's frames
+        are kept as images, by camera. state_TS: float32, at the sampled
         frames. action_TPA: float32, [t, p] is recorded p frames after sampled frame t. Past the
         end of the episode the last frame, state and action stand in, and state_mask_TS and
         action_mask_TPA are False. episode: its number in the dataset; start: the clip's first
@@ -171,8 +187,10 @@ class LeRobotSource(Source):
 
     def _read_video(self, episode: Episode, camera: str, steps_T: np.ndarray) -> list:
         path, first = episode.videos[camera]
+        numbers = (first + steps_T).tolist()
         try:
-            numbers = (first + steps_T).tolist()
+            if camera in self._images:
+                return read_images(path, camera, numbers)
             return self._videos.read(path, numbers, need=first + episode.length)
         except UserError as error:
             needed = f"needed for episode {episode.index}, {camera}"
@@ -182,7 +200,7 @@ class LeRobotSource(Source):
         """Say in one line what was opened and how it is cut into clips."""
         features = self._info["features"]
         cameras = ", ".join(f"{name} ({_picture(features[name])})" for name in self.cameras)
-        unread = [name for name in features if _camera_kind(features[name]) in UNREAD]
+        unread = [name for name in features if camera_kind(features[name]) in UNREAD]
         left_out = f", not read: {', '.join(unread)}" if unread else ""
         short = self._windows.too_short
         return (
@@ -197,7 +215,7 @@ class LeRobotSource(Source):
         )
 
 
-def _camera_kind(feature: dict) -> str:
+def camera_kind(feature: dict) -> str:
     """Return 'video', 'image', 'depth', or '' for a feature that is no camera."""
     info = feature.get("info") or {}
     if info.get("is_depth_map") or info.get("video.is_depth_map"):
@@ -205,15 +223,16 @@ def _camera_kind(feature: dict) -> str:
     return feature["dtype"] if feature["dtype"] in ("video", "image") else ""
 
 
-def _choose_cameras(root: Path, features: dict, cameras: str) -> tuple[str, ...]:
-    kinds = {name: kind for name in features if (kind := _camera_kind(features[name]))}
-    videos = [name for name, kind in kinds.items() if kind == "video"]
-    here = f"video features in {root}: {', '.join(videos) or 'none'}"
-    if cameras in ("all", "each") and not videos:
+def choose_cameras(root: Path, features: dict, cameras: str) -> tuple[str, ...]:
+    """Return the full names of the cameras asked for."""
+    kinds = {name: kind for name in features if (kind := camera_kind(features[name]))}
+    readable = [name for name, kind in kinds.items() if kind not in UNREAD]
+    here = f"cameras in {root}: {', '.join(readable) or 'none'}"
+    if cameras in ("all", "each") and not readable:
         unread = [f"{name} is stored as {UNREAD[kind]}" for name, kind in kinds.items()]
         raise UserError(f"data.cameras={cameras!r}: {', '.join([*unread, here])}")
     if cameras in ("all", "each"):
-        return tuple(videos)
+        return tuple(readable)
     chosen: list[str] = []
     for asked in (part.strip() for part in cameras.split(",")):
         found = [asked] if asked in kinds else [n for n in kinds if n.split(".")[-1] == asked]
@@ -242,7 +261,8 @@ def _picture(feature: dict) -> str:
     """Say size and codec of a camera, as far as the metadata has them."""
     info = feature.get("info") or feature.get("video_info") or {}
     shape = "x".join(str(n) for n in feature["shape"])
-    return f"{shape}, {info.get('video.codec', 'unknown codec')}"
+    kind = "images" if feature["dtype"] == "image" else info.get("video.codec", "unknown codec")
+    return f"{shape}, {kind}"
 
 
 def _refuse_odd_numbers(
@@ -259,7 +279,17 @@ def _refuse_odd_numbers(
     )
 
 
-def _width(root: Path, features: dict, option: str, key: str) -> int:
+def no_episode(split: str, val_share: float, episodes: int, root: Path) -> UserError:
+    """Say that a split is empty, and what to do."""
+    remedy = "; train without validation: --config.train.eval_every=0"
+    return UserError(
+        f"data.val_share={val_share:g}: leaves no {split} episode of the {episodes} in {root}"
+        + (remedy if split == "validation" else "")
+    )
+
+
+def width_of(root: Path, features: dict, option: str, key: str) -> int:
+    """Return how many numbers the feature `key` has; option: the argument that names it."""
     numbers = [name for name, f in features.items() if re.match("float|int", f["dtype"])]
     if key not in numbers:
         raise UserError(

@@ -1,30 +1,35 @@
 """The LeRobot formats as they lie on disk: meta/info.json, episodes, path templates, tables.
 
-Both versions become `Row`s and, once their tables are read, `Episode`s. What is missing or at odds
-with the rest raises UserError. Knows nothing of clips; no lerobot, torch, pandas, models or jax.
+All versions become `Row`s and, once their tables are read, `Episode`s. What is missing or at odds
+with the rest raises UserError; where what is meant is certain all the same, it is read, and `notes`
+get a line that says what was assumed. What nothing here needs is not read: tasks, statistics,
+timestamps. Knows nothing of clips; no lerobot, torch, pandas, models or jax.
 """
 
-import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from string import Formatter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from wmjax.data.lerobot_paths import Absent, find, find_videos, in_hub_cache
 from wmjax.data.video import VideoFiles
 from wmjax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One recorded episode: where its rows start, and each camera's (file, first frame)."""
+    """One recorded episode: where its rows start, and each camera's (file, first frame).
+
+    The file of a camera that is kept as images is a table, and the first frame a row in it.
+    """
 
     index: int
     length: int
@@ -51,11 +56,13 @@ def read_info(root: Path) -> dict:
         raise UserError(f"data.root={str(root)!r}: no meta/info.json there: not a LeRobot dataset")
     info = _parse_json(path, path.read_bytes())
     version = info.get("codebase_version")
-    if version not in ("v2.1", "v3.0"):
+    if version not in ("v2.0", "v2.1", "v3.0"):
         raise UserError(
-            f"{path}: codebase_version={version!r}: wanted v2.1 or v3.0; lerobot's converters "
-            "bring older ones there (v2.0 to v2.1: lerobot 0.3)"
+            f"{path}: codebase_version={version!r}: wanted v2.0, v2.1 or v3.0; lerobot reads newer "
+            "ones with data.reader=lerobot, and its converters bring older ones up"
         )
+    if version == "v2.0" and "features" not in info:
+        info = _with_features(path, info)
     features = info.get("features")
     if not isinstance(features, dict) or not all(
         isinstance(f, dict) and isinstance(f.get("dtype"), str) and isinstance(f.get("shape"), list)
@@ -67,7 +74,7 @@ def read_info(root: Path) -> dict:
         "data_path": str,
         "video_path": str,
     }
-    if version == "v2.1":
+    if any("{episode_chunk" in str(info.get(key)) for key in ("data_path", "video_path")):
         kinds["chunks_size"] = int
     if not any(f["dtype"] == "video" for f in features.values()):
         del kinds["video_path"]  # null where nothing is stored as video
@@ -80,6 +87,32 @@ def read_info(root: Path) -> dict:
     return info
 
 
+def _with_features(path: Path, info: dict) -> dict:
+    """Return metadata of the first v2.0, which lists keys and shapes, in the later form.
+
+    As the converter of October 2024 wrote it: a number for the shape of a vector, width, height
+    and channels for that of a camera, and the template of the videos among their descriptions.
+    """
+    shapes, videos = info.get("shapes"), info.get("videos") or {}
+    kinds = {"keys": "float32", "video_keys": "video", "image_keys": "image"}
+    if not isinstance(shapes, dict) or not isinstance(info.get("keys"), list):
+        raise UserError(
+            f"{path}: neither features nor keys and shapes: wanted either; a newer revision of the "
+            "dataset may have them"
+        )
+    features = {}
+    for group, dtype in kinds.items():
+        for name in info.get(group) or []:
+            shape = shapes.get(name)
+            if isinstance(shape, dict):
+                shape = [shape.get(side) for side in ("height", "width", "channels")]
+            shape = shape if isinstance(shape, list) else [shape]
+            if not all(isinstance(size, int) for size in shape):
+                raise UserError(f"{path}: shapes: {name}: {shapes.get(name)!r}: wanted its sizes")
+            features[name] = {"dtype": dtype, "shape": shape, "info": videos.get(name)}
+    return {"video_path": videos.get("videos_path"), **info, "features": features}
+
+
 def _parse_json(path: Path, text: str | bytes) -> dict:
     try:
         value = json.loads(text)
@@ -90,145 +123,244 @@ def _parse_json(path: Path, text: str | bytes) -> dict:
     return value
 
 
-def read_rows(root: Path, info: dict, cameras: tuple[str, ...]) -> list[Row]:
-    """Read the episodes in order, with the files that hold their rows and these cameras."""
-    if info["codebase_version"] == "v2.1":
-        return _rows_v21(root, info, cameras)
-    return _rows_v30(root, info, cameras)
+def read_rows(
+    root: Path,
+    info: dict,
+    videos: tuple[str, ...],
+    images: tuple[str, ...],
+    *,
+    optional: bool,
+    notes: list[str],
+) -> tuple[list[Row], list[str]]:
+    """Return the episodes in order, with the files that hold them, and the cameras that are there.
+
+    videos, images: the cameras asked for. optional: one of which nothing is there is left out, if
+    others remain; in the Hub's cache it may be what was not downloaded, and is an error.
+    """
+    lost: list[UserError] = []
+
+    def leave_out(camera: str, error: UserError) -> None:
+        if not optional:
+            raise error
+        if in_hub_cache(root):
+            raise UserError(f"{error}\nnot downloaded? name the cameras that are: data.cameras")
+        lost.append(error)
+        notes.append(f"{root}: {camera} is declared, but nothing of it is there: left out")
+
+    for name, text in (info.get("splits") or {}).items():
+        end = re.fullmatch(r"\d+:(\d+)", str(text))
+        if end and int(end[1]) > info.get("total_episodes", math.inf):
+            notes.append(
+                f"{root}: splits: {name} is {text}, of {info['total_episodes']} episodes: not "
+                "used, data.val_share decides"
+            )
+    read = _rows_v30 if info["codebase_version"] == "v3.0" else _rows_v2
+    rows = read(root, info, videos, leave_out, notes)
+    columns = _columns(rows[0].table)
+    for camera in images:
+        if camera not in columns:
+            leave_out(camera, UserError(f"{rows[0].table}: no column {camera}"))
+    kept = [*rows[0].videos, *(camera for camera in images if camera in columns)]
+    if lost and not kept:
+        raise lost[0]
+    return rows, kept
 
 
-def _rows_v21(root: Path, info: dict, cameras: tuple[str, ...]) -> list[Row]:
+def _rows_v2(
+    root: Path, info: dict, cameras: tuple[str, ...], leave_out: Callable, notes: list[str]
+) -> list[Row]:
     path = root / "meta" / "episodes.jsonl"
-    if not path.is_file():
+    if path.is_file():
+        lines = filter(None, map(bytes.strip, path.read_bytes().splitlines()))
+        entries = [_parse_json(path, line) for line in lines]
+    elif isinstance(info.get("episodes"), list):  # the first v2.0
+        path = root / "meta" / "info.json"
+        entries = [{**entry, "episode_index": entry.get("index")} for entry in info["episodes"]]
+    else:
         raise UserError(f"{path}: no such file")
-    rows = []
-    for line in filter(None, map(bytes.strip, path.read_bytes().splitlines())):
-        entry = _parse_json(path, line)
-        index, length = entry.get("episode_index"), entry.get("length")
-        if not isinstance(index, int) or not isinstance(length, int):
+    for entry in entries:
+        if not all(isinstance(entry.get(key), int) for key in ("episode_index", "length")):
             raise UserError(f"{path}: wanted numbers episode_index and length, found {entry}")
-        fields = {"episode_index": index, "episode_chunk": index // info["chunks_size"]}
-        videos = {
-            name: (_locate(root, info["video_path"], {**fields, "video_key": name}), 0)
-            for name in cameras
+    entries.sort(key=lambda entry: entry["episode_index"])
+    fields = [
+        {
+            "episode_index": entry["episode_index"],
+            "episode_chunk": entry["episode_index"] // info.get("chunks_size", 1000),
+            "total_episodes": info.get("total_episodes", len(entries)),
         }
-        rows.append(Row(index, length, _locate(root, info["data_path"], fields), videos))
-    return _checked(rows, info, path)
+        for entry in entries
+    ]
+    _check_unique(path, [entry["episode_index"] for entry in entries])
+    tables = find(root, info, "data", fields, notes)
+    videos: list[dict[str, tuple[Path, int]]] = [{} for _ in entries]
+    for camera in cameras:
+        try:
+            files = find_videos(root, info, camera, fields, notes)
+        except Absent as error:
+            leave_out(camera, error)
+            continue
+        for video, file in zip(videos, files, strict=True):
+            video[camera] = (file, 0)
+    rows = [
+        Row(entry["episode_index"], entry["length"], table, video)
+        for entry, table, video in zip(entries, tables, videos, strict=True)
+    ]
+    return _checked(rows, root, info, path, notes)
 
 
-def _rows_v30(root: Path, info: dict, cameras: tuple[str, ...]) -> list[Row]:
+def _rows_v30(
+    root: Path, info: dict, cameras: tuple[str, ...], leave_out: Callable, notes: list[str]
+) -> list[Row]:
     folder = root / "meta" / "episodes"
     chunk_file = ("chunk_index", "file_index")
-    names = ["episode_index", "length", *(f"data/{name}" for name in chunk_file)]
-    for camera in cameras:
-        names += [f"videos/{camera}/{name}" for name in (*chunk_file, "from_timestamp")]
     paths = sorted(folder.glob("*/*.parquet"))
     if not paths:
         raise UserError(f"{folder}: no parquet files in it")
+    columns = _columns(paths[0])
+    names = ["episode_index", "length", *(f"data/{name}" for name in chunk_file)]
+    for camera in cameras:
+        wanted = [f"videos/{camera}/{name}" for name in (*chunk_file, "from_timestamp")]
+        if set(wanted).isdisjoint(columns) and not (root / "videos" / camera).exists():
+            leave_out(camera, UserError(f"{paths[0]}: no column {', '.join(wanted)}"))
+            cameras = tuple(name for name in cameras if name != camera)
+        else:
+            names += wanted
     entries = [entry for path in paths for entry in _read_columns(path, names).to_pylist()]
     entries.sort(key=lambda entry: entry["episode_index"])
+    _check_unique(folder, [entry["episode_index"] for entry in entries])
 
-    @functools.cache
-    def locate(kind: str, chunk: int, file: int, **key: str) -> Path:
-        fields: dict[str, int | str] = {"chunk_index": chunk, "file_index": file, **key}
-        return _locate(root, info[f"{kind}_path"], fields)
+    def places(prefix: str) -> list[dict]:
+        return [{name: entry[prefix + name] for name in chunk_file} for entry in entries]
 
+    tables = find(root, info, "data", places("data/"), notes)
     videos: list[dict[str, tuple[Path, int]]] = [{} for _ in entries]
     for camera in cameras:
         prefix = f"videos/{camera}/"
-        files = [
-            locate("video", *(entry[prefix + name] for name in chunk_file), video_key=camera)
-            for entry in entries
-        ]
-        firsts = _first_frames(entries, files, prefix + "from_timestamp", info["fps"])
+        try:
+            files = find_videos(root, info, camera, places(prefix), notes)
+        except Absent as error:
+            leave_out(camera, error)
+            continue
+        firsts = _first_frames(entries, files, prefix + "from_timestamp", info["fps"], notes)
         for video, file, first in zip(videos, files, firsts, strict=True):
             video[camera] = (file, first)
     rows = [
-        Row(
-            entry["episode_index"],
-            entry["length"],
-            locate("data", *(entry[f"data/{name}"] for name in chunk_file)),
-            video,
-        )
-        for entry, video in zip(entries, videos, strict=True)
+        Row(entry["episode_index"], entry["length"], table, video)
+        for entry, table, video in zip(entries, tables, videos, strict=True)
     ]
-    return _checked(rows, info, folder)
+    return _checked(rows, root, info, folder, notes)
 
 
-def _first_frames(entries: list[dict], files: list[Path], stamp: str, fps: float) -> list[int]:
+def _first_frames(
+    entries: list[dict], files: list[Path], stamp: str, fps: float, notes: list[str]
+) -> list[int]:
     """Return each episode's first frame in its file, by two accounts that must agree.
 
     from_timestamp is a sum of floats and known to drift; the sum of the lengths of the episodes
-    before it in the file is exact, as long as nothing else is in the file. Where they differ by
-    one frame, the sums hold if they end exactly at the file's last frame.
+    before it in the file is exact, as long as nothing else is in the file. Where they are apart by
+    a frame, or drift by one an episode, the sums hold if they end exactly at the file's last frame.
     """
     firsts = [0] * len(entries)
     by_file: dict[Path, list[int]] = {}
     for position in sorted(range(len(entries)), key=lambda i: entries[i][stamp]):
         by_file.setdefault(files[position], []).append(position)
+    furthest, where = 0.0, ""
     for path, positions in by_file.items():
         total = 0
+        drift = [0.0]
         differ: list[tuple[int, float, int]] = []
         for position in positions:
             firsts[position] = total
             found = entries[position][stamp] * fps
-            if not abs(found - total) < 0.5:
+            drift.append(found - total)
+            if not abs(drift[-1]) < 0.5:
                 differ.append((entries[position]["episode_index"], found, total))
             total += entries[position]["length"]
-        if differ and not (
-            all(abs(found - sums) < 1.5 for _, found, sums in differ)
-            and VideoFiles(fps).count(path) == total
-        ):
+        if not differ:
+            continue
+        near = all(abs(off) < 1.5 for off in drift)
+        steady = all(abs(after - before) < 1.5 for before, after in pairwise(drift))
+        if not (near or steady) or VideoFiles(fps).count(path) != total:
             episode, found, sums = differ[0]
             raise UserError(
                 f"{path}: episode {episode} starts at frame {found:.2f} by {stamp}, at {sums} by "
                 "the lengths of the episodes before it; wanted: the same"
             )
+        if (off := max(map(abs, drift))) > furthest:
+            furthest, where = off, str(path)
+    if where:
+        notes.append(
+            f"{where}: {stamp} is up to {furthest:.2f} frames off: went by the lengths of the "
+            "episodes, which fill the file exactly"
+        )
     return firsts
 
 
-def _checked(rows: list[Row], info: dict, source: Path) -> list[Row]:
-    """Hold the episodes against each other and meta/info.json; return them in order."""
-    rows = sorted(rows, key=lambda row: row.index)
-    if not rows:
+def _check_unique(source: Path, numbers: list[int]) -> None:
+    """Refuse no episodes, and numbers, sorted, of which one comes twice."""
+    if not numbers:
         raise UserError(f"{source}: no episodes")
-    total = info.get("total_episodes", len(rows))
-    if [row.index for row in rows] != sorted({row.index for row in rows}) or len(rows) != total:
-        raise UserError(
-            f"{source}: {len(rows)} episodes, {rows[0].index} to {rows[-1].index}; meta/info.json "
-            f"says {total}: one is missing or comes twice"
-        )
+    for one, following in pairwise(numbers):
+        if one == following:
+            raise UserError(f"{source}: episode {one} comes twice")
+
+
+def _checked(rows: list[Row], root: Path, info: dict, source: Path, notes: list[str]) -> list[Row]:
+    """Hold the episodes against each other, meta/info.json and what the tables hold."""
     for row in rows:
         if row.length < 1:
             raise UserError(f"{source}: episode {row.index}: length {row.length}")
+    total, frames = len(rows), sum(row.length for row in rows)
+    said = {key: info.get(f"total_{key}") for key in ("episodes", "frames")}
+    wrong = [f"total_{k}={said[k]}" for k, n in (("episodes", total), ("frames", frames))
+             if said[k] not in (None, n)]  # fmt: skip
+    if not wrong:
+        return rows
+    numbered = [row.index for row in rows] == list(range(total))
+    tables = {path for path in root.rglob("*.parquet") if path.relative_to(root).parts[0] != "meta"}
+    held = sum(_count_rows(path) for path in tables | {row.table for row in rows})
+    if not numbered or held != frames:
+        raise UserError(
+            f"{source}: {total} episodes, {rows[0].index} to {rows[-1].index}, of {frames} frames; "
+            f"meta/info.json says {', '.join(wrong)}, the tables hold {held} rows: wanted the same"
+        )
+    notes.append(
+        f"{root}: meta/info.json says {', '.join(wrong)}: read the {total} episodes of {frames} "
+        "frames that metadata and tables agree on"
+    )
     return rows
 
 
-def _locate(root: Path, template: str, fields: Mapping[str, int | str]) -> Path:
-    """Fill in a path template of meta/info.json; the file must be there, inside the dataset."""
-    where = f"{root}/meta/info.json: path {template!r}"
+def _columns(path: Path) -> list[str]:
     try:
-        for _, name, spec, conversion in Formatter().parse(template):
-            plain = name in fields and not conversion and re.fullmatch(r"(0?\dd)?", spec or "")
-            if name is not None and not plain:
-                raise ValueError(f"{{{name}}}")
-        path = (root / template.format(**fields)).resolve()
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; wanted: {', '.join(fields)}") from None
-    # In the Hub's cache, the files of a snapshot are links into ../../blobs.
-    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.is_relative_to(home) for home in homes):
-        raise UserError(f"{where}: leads to {path}, outside the dataset's folder")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; wanted for {fields}")
-    return path
+        return pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable as parquet: {error}") from None
 
 
-def _read_columns(path: Path, names: Iterable[str]) -> pa.Table:
+def _count_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable as parquet: {error}") from None
+
+
+def _read_columns(path: Path, names: Iterable[str], images: Iterable[str] = ()) -> pa.Table:
+    """Read these columns; those of images must be there and hold such."""
     names = list(dict.fromkeys(names))
     try:
         with pq.ParquetFile(path) as file:
             there = file.schema_arrow.names
+            for image in images:
+                kind = file.schema_arrow.field(image).type if image in there else None
+                if (
+                    kind is None
+                    or not pa.types.is_struct(kind)
+                    or kind.get_field_index("bytes") < 0
+                ):
+                    raise UserError(
+                        f"{path}: {image} is {kind}: wanted images, struct{{bytes, path}}"
+                    )
             if missing := [name for name in names if name not in there]:
                 raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(there)}")
             table = file.read(columns=names).select(names)
@@ -241,9 +373,12 @@ def _read_columns(path: Path, names: Iterable[str]) -> pa.Table:
 
 
 def read_tables(
-    rows: list[Row], widths: dict[str, int]
+    rows: list[Row], widths: dict[str, int], images: Iterable[str] = ()
 ) -> tuple[tuple[Episode, ...], dict[str, np.ndarray]]:
-    """Read the rows of these episodes, in order, and check that they are theirs."""
+    """Read the rows of these episodes, in order, and check that they are theirs.
+
+    images: cameras whose pictures are in the tables; they are only located.
+    """
     by_table: dict[Path, list[Row]] = {}
     for row in rows:
         by_table.setdefault(row.table, []).append(row)
@@ -251,7 +386,7 @@ def read_tables(
     episodes = []
     first_row = 0
     for path, members in by_table.items():
-        table = _read_columns(path, [*widths, "episode_index", "frame_index"])
+        table = _read_columns(path, [*widths, "episode_index", "frame_index"], images)
         owners, counts = (table[n].to_numpy() for n in ("episode_index", "frame_index"))
         columns = {n: _numbers(path, n, table[n], owners, width) for n, width in widths.items()}
         starts = np.flatnonzero(np.diff(owners, prepend=owners[:1] - 1))
@@ -268,7 +403,8 @@ def read_tables(
                 )
             for name, values in columns.items():
                 parts[name].append(values[run])
-            episodes.append(Episode(row.index, row.length, first_row, row.videos))
+            pictures = dict.fromkeys(images, (path, int(run.start)))
+            episodes.append(Episode(row.index, row.length, first_row, {**row.videos, **pictures}))
             first_row += row.length
     episodes.sort(key=lambda episode: episode.index)
     return tuple(episodes), {name: np.concatenate(parts[name]) for name in widths}

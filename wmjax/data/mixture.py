@@ -20,6 +20,7 @@ class Mixture(Source):
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float]):
         """weights: shares of the clips drawn, whatever the datasets' sizes and their sum."""
         self._sources, self._names = list(sources.values()), list(sources)
+        self.notes = [note for source in self._sources for note in source.notes]
         self._weights = [weights[name] / sum(weights.values()) for name in sources]
         self._starts = _starts([len(source) for source in self._sources])
         self._draw_starts = _starts([source.draws for source in self._sources])

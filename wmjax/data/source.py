@@ -1,5 +1,6 @@
 """What the pipeline asks of a source of clips: a recording, a generator, or a mixture of them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ class Source:
     stride: int
     state_size: int
     action_size: int
+    # What was found a little wrong, and what was assumed: a line each.
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError

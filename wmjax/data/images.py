@@ -1,0 +1,89 @@
+"""Pictures kept in tables: the rows that a clip needs are read and decoded, and nothing is kept.
+
+Knows parquet and PyAV, no dataset. Threads may call this at once.
+"""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wmjax.errors import UserError
+
+_CODECS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "mjpeg"}
+_BATCH = 32  # rows held at once
+_BUFFER = 1 << 20  # bytes of the file held at once
+
+
+def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
+    """Decode the pictures in these rows, which ascend: uint8 HWC, RGB, all of one size.
+
+    column: PNG or JPEG files as struct{bytes, path}, as Hugging Face's datasets keep them.
+    UserError names file and row of a picture that is missing, damaged or of another size.
+    """
+    images: list[np.ndarray] = []
+    try:
+        # A row group may be a whole file: it is streamed, and a page or two of it held at once.
+        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                end = first + file.metadata.row_group(group).num_rows
+                inside = [row - first for row in rows if first <= row < end]
+                if inside:
+                    images += [
+                        _decode(f"{path}: row {first + row}: {column}", data)
+                        for row, data in _bytes(file, group, column, inside)
+                    ]
+                first = end
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: {column}: not readable as parquet: {error}") from None
+    if len(images) < len(rows):
+        raise UserError(f"{path}: {column}: holds {first} rows; wanted row {rows[-1]}")
+    for row, image_HWC in zip(rows, images, strict=True):
+        if image_HWC.shape != images[0].shape:
+            raise UserError(
+                f"{path}: row {row}: {column}: {_size(image_HWC)}; row {rows[0]} has "
+                f"{_size(images[0])}: wanted one size"
+            )
+    return images
+
+
+def _bytes(file: pq.ParquetFile, group: int, column: str, rows: list[int]) -> list:
+    """Return (row, its bytes or None) for these rows, numbered from the start of the group."""
+    found = []
+    first = 0
+    batches = file.iter_batches(
+        _BATCH, row_groups=[group], columns=[f"{column}.bytes"], use_threads=False
+    )
+    for batch in batches:
+        pictures = batch.column(column).field("bytes")
+        end = first + len(pictures)
+        found += [(row, pictures[row - first].as_py()) for row in rows if first <= row < end]
+        first = end
+        if first > rows[-1]:
+            break
+    return found
+
+
+def _decode(where: str, data: bytes | None) -> np.ndarray:
+    codec = next((name for magic, name in _CODECS.items() if (data or b"").startswith(magic)), None)
+    if data is None or codec is None:
+        what = "no picture in it" if not data else "neither PNG nor JPEG"
+        raise UserError(f"{where}: {what}")
+    decoder = av.CodecContext.create(codec, "r")
+    assert isinstance(decoder, av.VideoCodecContext)
+    decoder.thread_type, decoder.thread_count = "NONE", 1
+    try:
+        packet = av.Packet(data)
+        frames = decoder.decode(packet) or decoder.decode(None)
+    except av.FFmpegError as error:
+        raise UserError(f"{where}: damaged picture ({error.strerror})") from None
+    if not frames or frames[0].is_corrupt:
+        raise UserError(f"{where}: damaged picture")
+    return frames[0].to_ndarray(format="rgb24")
+
+
+def _size(image_HWC: np.ndarray) -> str:
+    return "x".join(map(str, image_HWC.shape[:2]))
