@@ -395,7 +395,7 @@ def check(error, call, *args, **changes):
         ({"fps": 0}, r"data\.fps=0"),
         ({"frames": 40}, r"data\.frames=40: .*stride 3.* 118 .*has 80\n.*pusht.* 10 .*data\.fps=4"),
         ({"state_key": "state"}, r"data\.state='state': .*has: observation\.state, action"),
-        ({"action_key": "observation.image"}, r"data\.action_key='observation\.image'"),
+        ({"action_key": "observation.image"}, r"data\.action='observation\.image'"),
         ({"split": "validation"}, r"data\.val_share=0: .*no validation episode of the 5"),
     ],
 )
