@@ -21,7 +21,9 @@ from clu import parameter_overview
 from wmjax import config as configs
 from wmjax import optim, sharding
 from wmjax.checkpoint import Checkpoints
+from wmjax.data.hub import download
 from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot_reader import LeRobotReader
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
@@ -181,21 +183,25 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
     return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
 
 
-def open_dataset(data: ml_collections.ConfigDict, root: str, split: str) -> LeRobotSource:
-    """Open one LeRobot dataset as the `data` group says."""
-    return LeRobotSource(
-        root,
-        cameras=data.cameras,
-        frames=data.frames,
-        fps=data.fps,
-        stride=data.stride,
-        ends=data.ends,
-        clips_per_episode=data.clips_per_episode,
-        split=split,
-        val_share=data.val_share,
-        state_key=data.state,
-        action_key=data.action,
-    )
+def open_dataset(data: ml_collections.ConfigDict, root: str, split: str) -> Source:
+    """Open one LeRobot dataset, of a folder or of the Hub, as the `data` group says."""
+    settings: dict[str, Any] = {
+        "cameras": data.cameras,
+        "frames": data.frames,
+        "fps": data.fps,
+        "stride": data.stride,
+        "ends": data.ends,
+        "clips_per_episode": data.clips_per_episode,
+        "split": split,
+        "val_share": data.val_share,
+        "state_key": data.state,
+        "action_key": data.action,
+    }
+    if data.reader == "lerobot":
+        return LeRobotReader(root, repo_id=data.repo_id, revision=data.revision, **settings)
+    if data.repo_id:
+        return LeRobotSource(download(data.repo_id, data.revision, data.cameras), **settings)
+    return LeRobotSource(root, **settings)
 
 
 def make_pipeline(
