@@ -54,6 +54,9 @@ def get_config() -> ml_collections.ConfigDict:
             "data": {
                 "source": "lerobot",  # lerobot, or synthetic: generated moving shapes
                 "root": "",  # folder of a LeRobot dataset (the one that holds meta/)
+                "repo_id": "",  # or its name on the Hugging Face Hub, OWNER/NAME
+                "revision": "",  # of repo_id: branch, tag or commit; empty: main
+                "reader": "native",  # or lerobot: by LeRobotDataset itself, slower
                 "mixture": "",  # several, in place of root: DIR:WEIGHT,DIR:WEIGHT
                 "members": {},  # what differs in one of them: {folder's name: {"cameras": "top"}}
                 "cameras": "all",  # all: views of a clip; each: clips of their own; or a,b

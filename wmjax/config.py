@@ -99,12 +99,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"data.frames={data.frames}: not divisible by the tubelet, "
             f"model.tubelet={model.tubelet}; wanted a multiple of it"
         )
-    if data.source == "lerobot" and not (data.root or data.mixture):
-        raise UserError("data.root is empty: give the dataset's folder with --config.data.root=DIR")
+    _check_origin(config)
     _check_mixture(config)
     _choice(config, "data.source", ("lerobot", "synthetic"))
     if data.source == "synthetic" and config.eval.labels not in ("auto", "state"):
         raise UserError(f"eval.labels={config.eval.labels!r}: generated video has: state")
+    _choice(config, "data.reader", ("native", "lerobot"))
     _choice(config, "data.ends", ("drop", "repeat"))
     _choice(config, "data.on_error", ("raise", "skip"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
@@ -189,6 +189,22 @@ def mixture(config: ml_collections.ConfigDict) -> dict[str, tuple[str, float]]:
             )
         members[name] = root, weight
     return members
+
+
+def _check_origin(config: ml_collections.ConfigDict) -> None:
+    data = config.data
+    if data.source == "lerobot" and not (data.root or data.repo_id or data.mixture):
+        raise UserError(
+            "data.root is empty: give the dataset's folder with --config.data.root=DIR, or its "
+            "name on the Hub with --config.data.repo_id=OWNER/NAME"
+        )
+    if data.repo_id and (data.root or data.mixture):
+        raise UserError(
+            f"data.repo_id={data.repo_id!r} with data.root={data.root!r} and "
+            f"data.mixture={data.mixture!r}: wanted exactly one of them"
+        )
+    if data.revision and not data.repo_id:
+        raise UserError(f"data.revision={data.revision!r}: goes with data.repo_id, which is empty")
 
 
 def _check_mixture(config: ml_collections.ConfigDict) -> None:

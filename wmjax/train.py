@@ -23,7 +23,9 @@ from clu import parameter_overview
 from wmjax import config as configs
 from wmjax import optim, sharding
 from wmjax.checkpoint import Checkpoints
+from wmjax.data.hub import download
 from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot_reader import LeRobotReader
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
@@ -221,7 +223,7 @@ def make_probe(
 ) -> RunProbe | None:
     """Build the linear probe of eval.labels; None, said, where there are no labels."""
     if not all(hasattr(source, "labels") for source in sources.values()):
-        say("no linear probe: a mixture has no labels in common")
+        say("no linear probe: this source gives no labels")
         return None
 
     def open_clips(split: str) -> Pipeline:  # cropped alike, so that labels mean the same place
@@ -282,23 +284,26 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
 
 
 def open_dataset(
-    data: ml_collections.ConfigDict, labels: str, root: str, split: str
-) -> LeRobotSource:
-    """Open one LeRobot dataset as the `data` group says, with the labels that probes need."""
-    return LeRobotSource(
-        root,
-        cameras=data.cameras,
-        frames=data.frames,
-        fps=data.fps,
-        stride=data.stride,
-        ends=data.ends,
-        clips_per_episode=data.clips_per_episode,
-        split=split,
-        val_share=data.val_share,
-        state_key=data.state,
-        action_key=data.action,
-        labels=labels,
-    )
+    data: ml_collections.ConfigDict, labels: str, root: str | Path, split: str
+) -> Source:
+    """Open one LeRobot dataset, of a folder or of the Hub, with the labels that probes need."""
+    settings: dict[str, Any] = {
+        "cameras": data.cameras,
+        "frames": data.frames,
+        "fps": data.fps,
+        "stride": data.stride,
+        "ends": data.ends,
+        "clips_per_episode": data.clips_per_episode,
+        "split": split,
+        "val_share": data.val_share,
+        "state_key": data.state,
+        "action_key": data.action,
+    }
+    if data.reader == "lerobot":
+        return LeRobotReader(root, repo_id=data.repo_id, revision=data.revision, **settings)
+    if data.repo_id:
+        root = download(data.repo_id, data.revision, data.cameras)
+    return LeRobotSource(root, labels=labels, **settings)
 
 
 def make_pipeline(

@@ -1,0 +1,188 @@
+"""Datasets of the Hub, in a cache laid out by hand: no test needs a network."""
+
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import micro
+import pytest
+from recordings import VIDEO, digest, open_pusht
+from shared_data import PUSHT
+
+from wmjax import config as configs
+from wmjax.data import hub
+from wmjax.errors import UserError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = sorted(str(p.relative_to(PUSHT)) for p in PUSHT.rglob("*") if p.is_file())
+
+
+def lay_out(cache, files=FILES):
+    """Put files of the recording where the Hub's cache has them: links into blobs."""
+    repo = cache / "datasets--someone--pusht"
+    snapshot = repo / "snapshots" / COMMIT
+    for folder in ("blobs", "refs"):
+        (repo / folder).mkdir(parents=True, exist_ok=True)
+    (repo / "refs/main").write_text(COMMIT)
+    for file in files:
+        blob = repo / "blobs" / file.replace("/", "-")
+        shutil.copy(PUSHT / file, blob)
+        link = snapshot / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Stand in for huggingface_hub: `calls` records what is asked for, `error` is raised."""
+    names = [
+        "RepositoryNotFoundError",
+        "RevisionNotFoundError",
+        "LocalEntryNotFoundError",
+    ]
+    errors = types.ModuleType("huggingface_hub.errors")
+    for name in names:
+        setattr(errors, name, type(name, (Exception,), {}))
+    errors.GatedRepoError = type("GatedRepoError", (errors.RepositoryNotFoundError,), {})
+    module = types.ModuleType("huggingface_hub")
+    module.errors, module.calls, module.error = errors, [], None
+
+    def snapshot_download(repo_id, *, repo_type, revision, allow_patterns):
+        module.calls.append((repo_id, repo_type, revision))
+        if module.error:
+            raise module.error
+        wanted = [f for f in FILES if any(fnmatch.fnmatch(f, p) for p in allow_patterns)]
+        return str(lay_out(tmp_path, wanted))
+
+    module.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    hub.download.cache_clear()
+    yield module
+    hub.download.cache_clear()
+
+
+def there(root):
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def test_only_what_is_needed_is_fetched_of_one_commit(fake, monkeypatch, tmp_path):
+    side = VIDEO.replace("observation.image", "observation.side")
+    monkeypatch.setitem(globals(), "FILES", [*FILES, "README.md"])
+    for file in ("README.md", side):
+        assert file not in there(PUSHT)
+    root = hub.download("someone/pusht", "", "image")
+    assert there(root) == sorted(set(FILES) - {"README.md"})
+    assert digest(open_pusht(root)[3]) == digest(open_pusht()[3])
+    assert open_pusht(root).notes == []
+    # Every split is of the commit that was found first.
+    assert hub.download("someone/pusht", "", "image") == root
+    assert fake.calls == [
+        ("someone/pusht", "dataset", None),
+        ("someone/pusht", "dataset", COMMIT),
+    ]
+
+
+def test_patterns_leave_out_other_cameras(fake, monkeypatch):
+    patterns = []
+    real = fake.snapshot_download
+
+    def spy(*args, **kwargs):
+        patterns.append(kwargs["allow_patterns"])
+        return real(*args, **kwargs)
+
+    fake.snapshot_download = spy
+    hub.download("someone/pusht", "v3.0", "all")
+    assert fake.calls[0][2] == "v3.0"
+
+    def matched(path):
+        return any(fnmatch.fnmatch(path, pattern) for pattern in patterns[1])
+
+    assert matched("data/chunk-001/file-012.parquet")
+    for folder, wanted in [("observation.image", True), ("image", True), ("side", False)]:
+        assert matched(f"videos/{folder}/chunk-000/file-000.mp4") == wanted
+
+
+def test_a_wrong_camera_is_told_before_any_video_is_fetched(fake):
+    with pytest.raises(UserError, match=r"unknown camera.*\n.*data\.repo_id='someone/pusht'"):
+        hub.download("someone/pusht", "", "wrist")
+    assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("GatedRepoError", r"gated: accept its terms on https://huggingface\.co/datasets/a/b"),
+        ("RepositoryNotFoundError", r"no such dataset on the Hub, or a private one"),
+        ("RevisionNotFoundError", r"data\.revision='v9': the dataset has no such branch"),
+        ("LocalEntryNotFoundError", r"cannot be reached, .* --config\.data\.root=DIR"),
+        ("HfHubHTTPError", r"HfHubHTTPError: 500 Server Error$"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(fake, name, text):
+    kind = getattr(fake.errors, name, type(name, (Exception,), {}))
+    fake.error = kind("500 Server Error\nRequest ID: 1")
+    with pytest.raises(UserError, match=rf"^data\.repo_id='a/b', .*{text}") as caught:
+        hub.download("a/b", "v9", "all")
+    assert "\n" not in str(caught.value)
+    assert len(fake.calls) == 1
+
+
+def offline(cache, *overrides):
+    """Train from a cache with the real huggingface_hub, told that there is no network."""
+    pytest.importorskip("huggingface_hub")
+    code = "import sys; from wmjax.main import cli; sys.argv[0] = 'wmjax'; cli()"
+    settings = [f"--config.{o}" for o in (*micro.OVERRIDES, "data.source=lerobot", *overrides)]
+    return subprocess.run(
+        [
+            *(sys.executable, "-c", code, "--config=debug_world_model"),
+            *(f"--workdir={cache.parent / 'run'}", "--config.data.repo_id=someone/pusht"),
+            *settings,
+        ],
+        env={**micro.environment(1), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)},
+        cwd=micro.ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_offline_with_nothing_in_the_cache_is_one_line(tmp_path):
+    run = offline(tmp_path / "cache")
+    assert (run.returncode, run.stdout) == (2, "")
+    (line,) = run.stderr.strip().splitlines()
+    assert line.startswith("error: data.repo_id='someone/pusht': the Hub cannot be reached")
+
+
+def test_offline_the_cache_is_read(tmp_path):
+    lay_out(tmp_path / "cache")
+    run = offline(tmp_path / "cache", "data.fps=5", "train.num_steps=1")
+    assert run.returncode == 0, run.stderr
+    assert f"snapshots/{COMMIT}: LeRobot v3.0, train: 5 episodes" in run.stdout
+
+
+def test_offline_a_cache_without_the_videos_is_an_error(tmp_path):
+    lay_out(tmp_path / "cache", [file for file in FILES if file != VIDEO])
+    run = offline(tmp_path / "cache")
+    assert run.returncode == 2
+    assert "file-000.mp4: no such file" in run.stderr
+    assert len(run.stderr.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        ([], r"data\.root is empty: .*data\.repo_id=OWNER/NAME"),
+        (["data.repo_id=a/b", "data.root=x"], r"'a/b' with data\.root='x'.*exactly one"),
+        (["data.repo_id=a/b", "data.mixture=x:1"], r"data\.mixture='x:1'.*exactly one"),
+        (["data.root=x", "data.revision=v3.0"], r"data\.revision='v3\.0': goes with data\.repo_id"),
+        (["data.root=x", "data.reader=lerobt"], r"data\.reader='lerobt'.*did you mean lerobot"),
+    ],
+)
+def test_settings_that_contradict(overrides, error):
+    with pytest.raises(UserError, match=error):
+        configs.check(configs.load("debug_world_model", ["data.source=lerobot", *overrides]))

@@ -1,0 +1,191 @@
+"""The reader by lerobot: a stand-in with lerobot's interface, and lerobot where it is installed."""
+
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+from recordings import open_pusht
+from shared_data import PUSHT
+
+from wmjax.data.lerobot_reader import LeRobotReader
+from wmjax.data.transforms import FULL_BOX, crop_and_scale
+from wmjax.errors import ClipError, UserError
+
+SETTINGS = {"frames": 4, "fps": 4}
+
+
+def array(values):
+    return np.array(values)
+
+
+class Metadata:
+    def __init__(self, repo_id, root=None, revision=None):
+        source = open_pusht(root)
+        self.fps, self.features, self.total_episodes = 10, source._info["features"], 5
+        self.episodes = [
+            {"dataset_from_index": e.first_row, "dataset_to_index": e.first_row + e.length}
+            for e in source.episodes
+        ]
+
+
+class Table:
+    """As much of datasets.Dataset as is used."""
+
+    def __init__(self, columns):
+        self._columns = columns
+
+    def select_columns(self, names):
+        return Table({name: self._columns[name] for name in names})
+
+    def with_format(self, kind):
+        assert kind == "numpy"
+        return self
+
+    def __getitem__(self, rows):
+        return {name: values[rows] for name, values in self._columns.items()}
+
+
+class Dataset:
+    """LeRobotDataset 0.6 as its source has it: rows clamped to the episode, CHW, `_is_pad`."""
+
+    def __init__(
+        self,
+        repo_id,
+        root=None,
+        revision=None,
+        delta_timestamps=None,
+        video_backend=None,
+        return_uint8=False,
+    ):
+        self._meta = Metadata(repo_id, root)
+        self._source = open_pusht(root, frames=1, stride=1)
+        self._deltas = {k: [round(d * 10) for d in v] for k, v in delta_timestamps.items()}
+        self._uint8 = return_uint8
+        columns = {"observation.state": self._source._states, "action": self._source._actions}
+        self.hf_dataset = Table(columns)
+
+    def __getitem__(self, index):
+        bounds = next(e for e in self._meta.episodes if index < e["dataset_to_index"])
+        first, end = bounds["dataset_from_index"], bounds["dataset_to_index"]
+        item = {}
+        for key, deltas in self._deltas.items():
+            rows = [index + delta for delta in deltas]
+            item[f"{key}_is_pad"] = array([not first <= row < end for row in rows])
+            rows = [min(max(row, first), end - 1) for row in rows]
+            if key == "observation.image":
+                frames = [self._source[row]["frames_VT"][0][0] for row in rows]
+                pixels = array([f.to_ndarray(format="rgb24") for f in frames]).transpose(0, 3, 1, 2)
+                pixels = pixels if self._uint8 else np.float32(pixels) / 255
+                item[key] = pixels[0] if len(rows) == 1 else pixels
+            else:
+                item[key] = self.hf_dataset[:][key][rows]
+        return item
+
+
+class Dataset04(Dataset):
+    """Before 0.6: frames as shares of 255 only."""
+
+    def __init__(self, repo_id, root=None, delta_timestamps=None, video_backend=None):
+        super().__init__(repo_id, root, None, delta_timestamps, video_backend)
+
+
+@pytest.fixture(params=[Dataset, Dataset04])
+def lerobot(request, monkeypatch):
+    module = types.ModuleType("lerobot.datasets.lerobot_dataset")
+    module.LeRobotDataset, module.LeRobotDatasetMetadata = request.param, Metadata
+    package = types.ModuleType("lerobot.datasets")
+    package.lerobot_dataset = module
+    for name, value in [
+        ("lerobot", types.ModuleType("lerobot")),
+        ("lerobot.datasets", package),
+        ("lerobot.datasets.lerobot_dataset", module),
+    ]:
+        monkeypatch.setitem(sys.modules, name, value)
+    return module
+
+
+def check_same(reader, native, indices):
+    for name in ("views", "stride", "state_size", "action_size", "cameras", "draws"):
+        assert getattr(reader, name) == getattr(native, name)
+    assert len(reader) == len(native)
+    assert reader.statistics()[0]["action"] == native.statistics()[0]["action"]
+    for i in indices:
+        a, b = reader[i], native[i]
+        assert a.keys() == b.keys()
+        assert (a["episode"], a["start"]) == (b["episode"], b["start"])
+        for key in ("state_TS", "state_mask_TS", "action_TPA", "action_mask_TPA"):
+            np.testing.assert_array_equal(a[key], b[key])
+            assert a[key].dtype == b[key].dtype
+        for x, y in zip(a["frames_VT"], b["frames_VT"], strict=True):
+            size = x[0].shape[:2]
+            np.testing.assert_array_equal(
+                crop_and_scale(x, FULL_BOX, *size), crop_and_scale(y, FULL_BOX, *size)
+            )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ends": "repeat"},
+        {"cameras": "each", "clips_per_episode": 3, "stride": 5},
+        {"frames": 1},
+        {"split": "validation", "val_share": 0.4},
+    ],
+)
+def test_clips_are_those_of_the_native_reader(lerobot, changes):
+    settings = {**SETTINGS, **changes}
+    native = open_pusht(**settings)
+    last = len(native) - 1
+    check_same(LeRobotReader(PUSHT, **settings), native, [0, last // 2, last])
+
+
+def test_describe_and_pickle(lerobot):
+    reader = LeRobotReader(PUSHT, **SETTINGS)
+    again = pickle.loads(pickle.dumps(reader))
+    assert (
+        again.describe()
+        == reader.describe()
+        == (
+            f"{PUSHT}: read by lerobot, train: 5 episodes, 400 frames at 10 fps, observation.image, "
+            "stride 3 (3.333 fps), 355 windows"
+        )
+    )
+    check_same(again, open_pusht(), [5])
+
+
+def test_what_lerobot_raises_is_one_line(lerobot, monkeypatch):
+    reader = LeRobotReader(PUSHT, **SETTINGS)
+
+    def fails(self, index):
+        raise RuntimeError("\nframe 3 outside of tolerance\nmore")
+
+    monkeypatch.setattr(lerobot.LeRobotDataset, "__getitem__", fails)
+    with pytest.raises(ClipError, match=r"episode 0, frame 2: lerobot: RuntimeError: frame 3 .*$"):
+        reader[2]
+
+    def refuses(*args, **kwargs):
+        raise NotImplementedError("too old")
+
+    monkeypatch.setattr(lerobot, "LeRobotDatasetMetadata", refuses)
+    with pytest.raises(UserError, match=r"cannot open it: NotImplementedError: too old"):
+        LeRobotReader(PUSHT, **SETTINGS)
+    with pytest.raises(UserError, match=r"data\.root='nowhere': no folder meta"):
+        LeRobotReader("nowhere", **SETTINGS)
+
+
+def test_without_lerobot_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lerobot", None)
+    with pytest.raises(
+        UserError, match=r'lerobot is not installed; pip install "wmjax\[lerobot\]"'
+    ):
+        LeRobotReader(PUSHT, **SETTINGS)
+
+
+def test_lerobot_itself_where_it_is_installed():
+    pytest.importorskip("lerobot.datasets.lerobot_dataset")
+    check_same(LeRobotReader(PUSHT, **SETTINGS), open_pusht(), [0, 100, 354])
+    settings = {**SETTINGS, "ends": "repeat"}
+    check_same(LeRobotReader(PUSHT, **settings), open_pusht(**settings), [79, 399])

@@ -1,0 +1,70 @@
+"""Datasets of the Hugging Face Hub, brought into its cache: only the files that a run reads."""
+
+import functools
+import re
+from pathlib import Path
+
+from wmjax.data.lerobot import choose_cameras
+from wmjax.data.lerobot_format import read_info
+from wmjax.data.lerobot_paths import templates
+from wmjax.errors import UserError
+
+
+@functools.cache
+def download(repo_id: str, revision: str, cameras: str) -> Path:
+    """Return the folder of a dataset with its metadata, its tables and the videos of `cameras`.
+
+    revision: branch, tag or commit; '': main. Looked up once a process, so that all splits are of
+    one commit, which the folder is named by. Offline, what the cache holds is read.
+    """
+    root = _snapshot(repo_id, revision, ["meta/*"])
+    try:
+        info = read_info(root)
+        features = info["features"]
+        chosen = choose_cameras(root, features, cameras)
+    except UserError as error:
+        raise UserError(f"{error}\nfrom data.repo_id={repo_id!r}") from None
+    patterns = [_pattern(template, "*") for template in templates(info, "data")]
+    for camera in chosen:
+        end = camera.split(".")[-1]  # of a folder that is not quite named as the camera
+        if features[camera]["dtype"] == "video":
+            patterns += [
+                _pattern(template, name)
+                for template in templates(info, "video")
+                for name in dict.fromkeys([camera, end, f"*.{end}"])
+            ]
+    return _snapshot(repo_id, root.name, patterns)
+
+
+def _pattern(template: str, camera: str) -> str:
+    """Turn a path template into the pattern of all files of this camera."""
+    return re.sub(r"\{(\w+)[^}]*\}", lambda m: camera if m[1] == "video_key" else "*", template)
+
+
+def _snapshot(repo_id: str, revision: str, patterns: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"data.repo_id={repo_id!r}" + (f", data.revision={revision!r}" if revision else "")
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, repo_type="dataset", revision=revision or None, allow_patterns=patterns
+            )
+        )
+    except errors.GatedRepoError:
+        fault = (
+            f"gated: accept its terms on https://huggingface.co/datasets/{repo_id}, then log in "
+            "with `hf auth login`"
+        )
+    except errors.RepositoryNotFoundError:
+        fault = "no such dataset on the Hub, or a private one: check the name, or `hf auth login`"
+    except errors.RevisionNotFoundError:
+        fault = "the dataset has no such branch, tag or commit"
+    except errors.LocalEntryNotFoundError:
+        fault = (
+            "the Hub cannot be reached, and not all that is needed is in the cache; fetch it where "
+            "there is a network, or give a folder: --config.data.root=DIR"
+        )
+    except Exception as error:  # whatever else a network or a proxy may come up with
+        fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    raise UserError(f"{where}: {fault}")
