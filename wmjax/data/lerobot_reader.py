@@ -170,8 +170,7 @@ def _import() -> Any:
         from lerobot.datasets import lerobot_dataset
     except ImportError as error:
         raise UserError(
-            f"data.reader=lerobot: {error.name or 'lerobot'} is not installed; "
-            'pip install "wmjax[lerobot]"'
+            f'data.reader=lerobot: {_line(error)}; pip install "wmjax[lerobot]"'
         ) from error
     return lerobot_dataset
 
