@@ -83,7 +83,8 @@ def clip_share(features: Features, batch: WorldModelInput, tokens: int) -> jax.A
     """Share of the variance that is between clips, at one position of one camera.
 
     0 when features know where they are and nothing of what is there. Positions that fewer than
-    two clips of the batch have count for nothing.
+    two clips of the batch have count for nothing; 1 where there are no others, as in a microbatch
+    of one clip.
     """
     rows_there_R = _rows_there(batch)
     views = batch.observation.view_mask_BV.shape[1]
@@ -109,7 +110,7 @@ def clip_share(features: Features, batch: WorldModelInput, tokens: int) -> jax.A
         within += jnp.sum(apart_RM * weight_RM * unbiased_P[place_RM])
         from_all_RM = jnp.sum(jnp.square(f - mean_D[None, None]), axis=-1)
         total += jnp.sum(from_all_RM * weight_RM * several_P[place_RM])
-    return jnp.minimum(within / jnp.maximum(total, 1e-30), 1.0)
+    return jnp.where(total > 0, jnp.minimum(within / jnp.maximum(total, 1e-30), 1.0), 1.0)
 
 
 # Of the targets only: the predictions of a healthy model stay near their mean for its first
