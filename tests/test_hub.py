@@ -15,6 +15,7 @@ from shared_data import PUSHT
 from wmjax import config as configs
 from wmjax.data import hub
 from wmjax.errors import UserError
+from wmjax.train import make_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = sorted(str(p.relative_to(PUSHT)) for p in PUSHT.rglob("*") if p.is_file())
@@ -40,13 +41,8 @@ def lay_out(cache, files=FILES):
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Stand in for huggingface_hub: `calls` records what is asked for, `error` is raised."""
-    names = [
-        "RepositoryNotFoundError",
-        "RevisionNotFoundError",
-        "LocalEntryNotFoundError",
-    ]
     errors = types.ModuleType("huggingface_hub.errors")
-    for name in names:
+    for name in ("RepositoryNotFoundError", "RevisionNotFoundError", "LocalEntryNotFoundError"):
         setattr(errors, name, type(name, (Exception,), {}))
     errors.GatedRepoError = type("GatedRepoError", (errors.RepositoryNotFoundError,), {})
     module = types.ModuleType("huggingface_hub")
@@ -67,17 +63,9 @@ def fake(monkeypatch, tmp_path):
     hub.download.cache_clear()
 
 
-def there(root):
-    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
-
-
-def test_only_what_is_needed_is_fetched_of_one_commit(fake, monkeypatch, tmp_path):
-    side = VIDEO.replace("observation.image", "observation.side")
-    monkeypatch.setitem(globals(), "FILES", [*FILES, "README.md"])
-    for file in ("README.md", side):
-        assert file not in there(PUSHT)
+def test_what_is_needed_is_fetched_of_one_commit(fake):
     root = hub.download("someone/pusht", "", "image")
-    assert there(root) == sorted(set(FILES) - {"README.md"})
+    assert sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()) == FILES
     assert digest(open_pusht(root)[3]) == digest(open_pusht()[3])
     assert open_pusht(root).notes == []
     # Every split is of the commit that was found first.
@@ -88,7 +76,7 @@ def test_only_what_is_needed_is_fetched_of_one_commit(fake, monkeypatch, tmp_pat
     ]
 
 
-def test_patterns_leave_out_other_cameras(fake, monkeypatch):
+def test_patterns_leave_out_other_cameras(fake):
     patterns = []
     real = fake.snapshot_download
 
@@ -133,44 +121,54 @@ def test_what_the_hub_refuses_is_one_line(fake, name, text):
     assert len(fake.calls) == 1
 
 
-def offline(cache, *overrides):
-    """Train from a cache with the real huggingface_hub, told that there is no network."""
+OFFLINE = """
+from wmjax.data.hub import download
+from wmjax.data.lerobot import LeRobotSource
+from wmjax.errors import UserError
+try:
+    print(LeRobotSource(download("someone/pusht", "", "all"), frames=4, fps=4).describe())
+except UserError as error:
+    print("error:", error)
+"""
+
+
+def offline(cache):
+    """Open a dataset with the real huggingface_hub, told that there is no network."""
     pytest.importorskip("huggingface_hub")
-    code = "import sys; from wmjax.main import cli; sys.argv[0] = 'wmjax'; cli()"
-    settings = [f"--config.{o}" for o in (*micro.OVERRIDES, "data.source=lerobot", *overrides)]
-    return subprocess.run(
-        [
-            *(sys.executable, "-c", code, "--config=debug_world_model"),
-            *(f"--workdir={cache.parent / 'run'}", "--config.data.repo_id=someone/pusht"),
-            *settings,
-        ],
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE],
         env={**micro.environment(1), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)},
-        cwd=micro.ROOT,
         capture_output=True,
         text=True,
+        check=True,
     )
+    return run.stdout.strip()
 
 
 def test_offline_with_nothing_in_the_cache_is_one_line(tmp_path):
-    run = offline(tmp_path / "cache")
-    assert (run.returncode, run.stdout) == (2, "")
-    (line,) = run.stderr.strip().splitlines()
-    assert line.startswith("error: data.repo_id='someone/pusht': the Hub cannot be reached")
+    text = offline(tmp_path)
+    assert text.startswith("error: data.repo_id='someone/pusht': the Hub cannot be reached")
+    assert "\n" not in text
 
 
 def test_offline_the_cache_is_read(tmp_path):
-    lay_out(tmp_path / "cache")
-    run = offline(tmp_path / "cache", "data.fps=5", "train.num_steps=1")
-    assert run.returncode == 0, run.stderr
-    assert f"snapshots/{COMMIT}: LeRobot v3.0, train: 5 episodes" in run.stdout
+    lay_out(tmp_path)
+    assert f"snapshots/{COMMIT}: LeRobot v3.0, train: 5 episodes" in offline(tmp_path)
 
 
 def test_offline_a_cache_without_the_videos_is_an_error(tmp_path):
-    lay_out(tmp_path / "cache", [file for file in FILES if file != VIDEO])
-    run = offline(tmp_path / "cache")
-    assert run.returncode == 2
-    assert "file-000.mp4: no such file" in run.stderr
-    assert len(run.stderr.strip().splitlines()) <= 3
+    lay_out(tmp_path, [file for file in FILES if file != VIDEO])
+    text = offline(tmp_path)
+    assert "file-000.mp4: no such file" in text
+    assert "not downloaded? name the cameras that are" in text
+
+
+def test_training_opens_what_the_configuration_names(fake):
+    settings = ["data.source=lerobot", "data.repo_id=someone/pusht", "data.fps=5"]
+    config = micro.config(*settings)
+    configs.check(config)
+    source = make_source(config, "train")
+    assert f"snapshots/{COMMIT}: LeRobot v3.0, train: 4 episodes" in source.describe()
 
 
 @pytest.mark.parametrize(
