@@ -15,6 +15,7 @@ ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config"},
     "main": {"config", "train"},
     "train": EVERYTHING,
+    "assemble": {"config", "step", "models", "sharding", "optim", "data", "masking", "evals"},
     "step": {"models", "sharding", "optim"},
     "sharding": set(),
     "optim": set(),
@@ -33,7 +34,7 @@ ARROWS: dict[str, set[str] | None] = {
 }
 OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot"}
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-SEES_CONFIG = {"main", "train", "config"}
+SEES_CONFIG = {"main", "train", "assemble", "config"}
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"}
 
 FILES = [

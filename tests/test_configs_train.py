@@ -5,8 +5,8 @@ import micro
 import pytest
 
 import wmjax
+from wmjax import assemble, sharding, train
 from wmjax import config as configs
-from wmjax import sharding, train
 from wmjax.masking import Masks
 
 PARAMETERS = {  # encoder and predictor with ten mask tokens, from the reference's table of sizes
@@ -21,9 +21,9 @@ PARAMETERS = {  # encoder and predictor with ten mask tokens, from the reference
 @pytest.mark.parametrize("name", wmjax.list_configs())
 def test_it_builds_at_full_size_without_a_number_in_memory(name):
     config = wmjax.get_config(name)
-    state = train.make_steps(config, sharding.make_mesh()).abstract
+    state = assemble.make_steps(config, sharding.make_mesh()).abstract
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name]
-    assert all(k and m for k, m in Masks(config.mask, train.token_grid(config)).sizes.values())
+    assert all(k and m for k, m in Masks(config.mask, assemble.token_grid(config)).sizes.values())
 
 
 @pytest.mark.parametrize("name", wmjax.list_configs())

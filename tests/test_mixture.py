@@ -7,8 +7,8 @@ import pytest
 from shared_data import PUSHT, SHARED, needs_shared
 from test_pipeline import equal, stream, take
 
+from wmjax import assemble, sharding, train
 from wmjax import config as configs
-from wmjax import sharding, train
 from wmjax.checkpoint import Checkpoints
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import _order
@@ -123,7 +123,7 @@ def test_a_jump_threads_and_processes_change_nothing_in_a_mixture(monkeypatch):
 @needs_shared
 def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, monkeypatch):
     config = micro.config(*real("train.num_steps=8", "train.log_every=4", "data.on_error=skip"))
-    steps = train.make_steps(config, sharding.make_mesh())
+    steps = assemble.make_steps(config, sharding.make_mesh())
     monkeypatch.setattr(train, "make_steps", lambda *_: steps)
     train.train(config, tmp_path)
     assert steps.train._cache_size() == 1
@@ -137,7 +137,7 @@ def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, 
         restored = checkpoints.restore(8, steps.abstract)
     assert restored.data == {"position": 64}
     statistics = restored.meta["statistics"]
-    assert statistics == train.make_source(config, "train").statistics()
+    assert statistics == assemble.make_source(config, "train").statistics()
     assert [s["name"] for s in statistics] == names
     assert [len(s["action"]["mean"]) for s in statistics] == [26, 2, 14]
 
@@ -145,10 +145,10 @@ def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, 
 def test_settings_of_one_dataset():
     other = PUSHT.parent / "other" / ".." / "pusht_sim_v3"
     config = mixture(f"data.mixture={PUSHT}:1", pusht_sim_v3="image")
-    assert "mixture of 1: 1 views" in train.make_source(config, "train").describe()
+    assert "mixture of 1: 1 views" in assemble.make_source(config, "train").describe()
     config = mixture(f"data.mixture={PUSHT}:1", pusht_sim_v3="wrist")
     with pytest.raises(UserError, match=r"(?s)data\.cameras='wrist'.*in data\.mixture: pusht_sim"):
-        train.make_source(config, "train")
+        assemble.make_source(config, "train")
     with pytest.raises(UserError, match="two folders are called pusht_sim_v3"):
         configs.check(mixture(f"data.mixture={PUSHT}:1,{other}:1"))
 
@@ -180,4 +180,4 @@ def test_a_mixture_with_a_root_and_unknown_settings_are_refused():
 def test_a_missing_member_is_named(tmp_path):
     config = mixture(f"data.mixture={PUSHT}:1,{tmp_path / 'nowhere'}:1")
     with pytest.raises(UserError, match=r"nowhere': no such folder\nin data\.mixture: nowhere$"):
-        train.make_source(config, "train")
+        assemble.make_source(config, "train")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from shared_data import PUSHT, SHARED, needs_shared
 
-from wmjax import sharding, train
+from wmjax import assemble, sharding
 from wmjax.data.source import Source
 from wmjax.errors import ClipError, UserError
 from wmjax.masking import Masks
@@ -18,9 +18,9 @@ from wmjax.masking import Masks
 
 def stream(*overrides, split="train", position=0):
     config = micro.config("data.threads=4", *overrides)
-    masks = Masks(config.mask.to_dict(), train.token_grid(config))
-    source = train.make_source(config, split)
-    return train.make_pipeline(config, source, masks, sharding.make_mesh(), split, position)
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+    source = assemble.make_source(config, split)
+    return assemble.make_pipeline(config, source, masks, sharding.make_mesh(), split, position)
 
 
 def take(count, *overrides, **kwargs):
@@ -73,7 +73,7 @@ def test_threads_and_prefetch_change_nothing():
 
 def test_every_window_is_seen_once_an_epoch_and_epochs_differ():
     overrides = pusht("data.batch_size=8", "data.val_share=0.0")
-    windows = len(train.make_source(micro.config(*overrides), "train"))
+    windows = len(assemble.make_source(micro.config(*overrides), "train"))
     assert windows % 8  # so that a batch straddles the epochs
     ids = np.concatenate([b.sample_ids_B for b in take(-(-2 * windows // 8), *overrides)])
     first, second = ids[:windows], ids[windows : 2 * windows]
@@ -98,11 +98,11 @@ def test_held_out_clips_are_centred_and_of_other_episodes():
     config = micro.config(*pusht())
     episodes = {
         split: {source[i]["episode"] for i in range(len(source))}
-        for split, source in ((s, train.make_source(config, s)) for s in ("train", "validation"))
+        for split, source in ((s, assemble.make_source(config, s)) for s in ("train", "validation"))
     }
     assert not episodes["train"] & episodes["validation"]
     (batch,) = take(1, *pusht("data.image_size=96"), split="validation")
-    source = train.make_source(config, "validation")
+    source = assemble.make_source(config, "validation")
     frames = source[int(batch.sample_ids_B[0])]["frames_VT"][0]
     native = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
     np.testing.assert_array_equal(batch.observation.video_BVTHWC[0, 0], native)
@@ -162,7 +162,7 @@ def test_clips_past_the_end_come_marked():
 
 def test_a_few_clips_an_episode_are_drawn_anew_each_pass():
     overrides = pusht("data.clips_per_episode=2", "data.val_share=0.0", "data.batch_size=16")
-    source = train.make_source(micro.config(*overrides), "train")
+    source = assemble.make_source(micro.config(*overrides), "train")
     assert source.draws == 2 * 5
     batches = take(5, *overrides)
     ids = np.concatenate([b.sample_ids_B for b in batches])
@@ -175,7 +175,7 @@ def test_a_few_clips_an_episode_are_drawn_anew_each_pass():
 
 def test_a_missing_view_is_filler_and_masked():
     config = micro.config(*pusht())
-    source = train.make_source(config, "train")
+    source = assemble.make_source(config, "train")
 
     class OneViewMissing(Source):
         def __len__(self):
@@ -185,8 +185,8 @@ def test_a_missing_view_is_filler_and_masked():
             sample = source[index]
             return sample | {"frames_VT": [[], *sample["frames_VT"]]}
 
-    masks = Masks(config.mask.to_dict(), train.token_grid(config))
-    batches = train.make_pipeline(config, OneViewMissing(), masks, sharding.make_mesh(), "train")
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+    batches = assemble.make_pipeline(config, OneViewMissing(), masks, sharding.make_mesh(), "train")
     seen = jax.device_get(next(batches)).observation
     batches.close()
     assert seen.view_mask_BV.tolist() == [[False, True]] * 8
@@ -214,7 +214,7 @@ def damaged(tmp_path):
 def test_a_clip_that_cannot_be_read_stops_the_run_or_another_takes_its_place(damaged, capfd):
     with pytest.raises(UserError, match=r"file-000\.mp4: frame \d+: .*\n.*episode 1"):
         take(40, *damaged)
-    source = train.make_source(micro.config(*damaged), "train")
+    source = assemble.make_source(micro.config(*damaged), "train")
     whole = take(12, *pusht("data.val_share=0.0"))
     skip = (*damaged, "data.on_error=skip", "data.max_skip_share=1.0")
     capfd.readouterr()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from shared_data import PUSHT, SHARED, needs_shared
 
+from wmjax import assemble, main, sharding, train
 from wmjax import config as configs
-from wmjax import main, sharding, train
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.errors import UserError
@@ -105,14 +105,14 @@ def test_eight_devices_read_the_same_features_as_one():
     for devices, fsdp in ((1, 1), (8, 8)):
         config = micro.config(f"mesh.fsdp={fsdp}")
         mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
-        source = train.make_source(config, "validation")
-        masks = Masks(config.mask.to_dict(), train.token_grid(config))
-        steps = train.make_steps(config, mesh)
+        source = assemble.make_source(config, "validation")
+        masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+        steps = assemble.make_steps(config, mesh)
         measure = probe.Probe(
             *(config.model.to_dict(), steps.abstract.target, mesh),
             seed=config.seed,
             clips=16,
-            open_clips=lambda split, rest=(source, masks, mesh): train.make_pipeline(
+            open_clips=lambda split, rest=(source, masks, mesh): assemble.make_pipeline(
                 config,  # noqa: B023
                 *rest,
                 split,

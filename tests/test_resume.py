@@ -9,7 +9,7 @@ import micro
 import numpy as np
 import pytest
 
-from wmjax import sharding, train
+from wmjax import assemble, sharding, train
 from wmjax.checkpoint import Checkpoints
 from wmjax.errors import UserError
 
@@ -17,7 +17,7 @@ from wmjax.errors import UserError
 def final_hash(workdir, step, *overrides):
     """SHA-256 over every array of a checkpoint, in the order of their names."""
     config = micro.config(*overrides)
-    steps = train.make_steps(config, sharding.make_mesh(-1, config.mesh.fsdp))
+    steps = assemble.make_steps(config, sharding.make_mesh(-1, config.mesh.fsdp))
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         state = checkpoints.restore(step, steps.abstract).state
     digest = hashlib.sha256()

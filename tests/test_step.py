@@ -5,7 +5,7 @@ import micro
 import numpy as np
 import pytest
 
-from wmjax import sharding, train
+from wmjax import assemble, sharding
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.metrics import fetch
@@ -15,10 +15,10 @@ def prepare(devices, *overrides):
     """Return (config, mesh, steps, batches) of a micro run on the first `devices` devices."""
     config = micro.config(*overrides)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
-    masks = Masks(config.mask.to_dict(), train.token_grid(config))
-    source = train.make_source(config, "train")
-    batches = train.make_pipeline(config, source, masks, mesh, "train")
-    return config, mesh, train.make_steps(config, mesh), batches
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+    source = assemble.make_source(config, "train")
+    batches = assemble.make_pipeline(config, source, masks, mesh, "train")
+    return config, mesh, assemble.make_steps(config, mesh), batches
 
 
 def losses(devices, *overrides, count=5):

@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom: the only room that knows every room.
+"""The training loop, read top to bottom, and validation by itself.
 
 Order of a step: take a batch, dispatch the step, write the report that fell due one step ago,
 validate, save. The loop itself never waits for the device but to stay one step ahead of it.
@@ -6,8 +6,6 @@ validate, save. The loop itself never waits for the device but to stay one step 
 
 import contextlib
 import json
-import math
-import os
 import signal
 import sys
 import time
@@ -20,25 +18,17 @@ import jax
 import ml_collections
 from clu import parameter_overview
 
+from wmjax import assemble, sharding
 from wmjax import config as configs
-from wmjax import optim, sharding
 from wmjax.checkpoint import Checkpoints
-from wmjax.data.hub import download
-from wmjax.data.lerobot import LeRobotSource
-from wmjax.data.lerobot_reader import LeRobotReader
-from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
-from wmjax.data.synthetic import FPS, SyntheticSource
-from wmjax.data.windows import stride_for
 from wmjax.errors import UserError
 from wmjax.evals import health, prediction
 from wmjax.evals import probe as probes
 from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch
-from wmjax.models import base
-from wmjax.step import Steps, TrainState, build
-from wmjax.types import WorldModelInput, WorldModelOutput
+from wmjax.step import Steps, TrainState
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -65,7 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         say(summary(config, workdir, mesh, sources, masks, state))
 
         def stream(split: str, position: int = 0) -> Pipeline:
-            return make_pipeline(config, sources[split], masks, mesh, split, position)
+            return assemble.make_pipeline(config, sources[split], masks, mesh, split, position)
 
         probe = None
         if config.train.eval_every and config.eval.probe_every:
@@ -107,7 +97,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         state, _ = take_up(config, checkpoints, steps, workdir)
     for split, source in sources.items():
         say(f"{split}: {source.describe()}")
-    batches = make_pipeline(config, sources["validation"], masks, mesh, "validation")
+    batches = assemble.make_pipeline(config, sources["validation"], masks, mesh, "validation")
     with contextlib.closing(batches):
         row = validate(steps, state, batches, config)
     say("\n".join(f"{name:40} {value:.4f}" for name, value in sorted(row.items())))
@@ -127,12 +117,12 @@ def prepare(
     """Check the configuration and open what a run needs: nothing is computed yet."""
     configs.check(config)
     if config.train.deterministic:
-        make_deterministic()
+        assemble.make_deterministic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
-    sources = {split: make_source(config, split) for split in splits}
-    masks = Masks(config.mask.to_dict(), token_grid(config))
-    return mesh, sources, masks, make_steps(config, mesh)
+    sources = {split: assemble.make_source(config, split) for split in splits}
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+    return mesh, sources, masks, assemble.make_steps(config, mesh)
 
 
 def loop(
@@ -227,7 +217,7 @@ def make_probe(
         return None
 
     def open_clips(split: str) -> Pipeline:  # cropped alike, so that labels mean the same place
-        return make_pipeline(config, sources[split], masks, mesh, "validation")
+        return assemble.make_pipeline(config, sources[split], masks, mesh, "validation")
 
     measure = probes.Probe(
         config.model.to_dict(),
@@ -251,140 +241,6 @@ def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         with (workdir / "evals.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def token_grid(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
-    """Tokens of a clip in time, down and across, as the model cuts it."""
-    model = base.abstract(**config.model)
-    return model.input_spec(config.data.frames, config.data.image_size, configs.width(config)).grid
-
-
-def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
-    """Open the recording, or the generator, that the configuration names."""
-    data = config.data
-    if data.source == "synthetic":
-        return SyntheticSource(
-            frames=data.frames,
-            height=data.image_size,
-            width=configs.width(config),
-            stride=data.stride or stride_for(FPS, data.fps),
-            seed=config.seed,
-            split=split,
-        )
-    if not data.mixture:
-        return open_dataset(data, config.eval.labels, data.root, split)
-    sources = {}
-    for name, (root, _) in (members := configs.mixture(config)).items():
-        settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
-        try:
-            sources[name] = open_dataset(settings, "", root, split)
-        except UserError as error:
-            raise UserError(f"{error}\nin data.mixture: {name}") from None
-    return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
-
-
-def open_dataset(
-    data: ml_collections.ConfigDict, labels: str, root: str | Path, split: str
-) -> Source:
-    """Open one LeRobot dataset, of a folder or of the Hub, with the labels that probes need."""
-    settings: dict[str, Any] = {
-        "cameras": data.cameras,
-        "frames": data.frames,
-        "fps": data.fps,
-        "stride": data.stride,
-        "ends": data.ends,
-        "clips_per_episode": data.clips_per_episode,
-        "split": split,
-        "val_share": data.val_share,
-        "state_key": data.state,
-        "action_key": data.action,
-    }
-    if data.reader == "lerobot":
-        return LeRobotReader(root, repo_id=data.repo_id, revision=data.revision, **settings)
-    if data.repo_id:
-        root = download(data.repo_id, data.revision, data.cameras)
-    return LeRobotSource(root, labels=labels, **settings)
-
-
-def make_pipeline(
-    config: ml_collections.ConfigDict,
-    source: Source,
-    masks: Masks,
-    mesh: jax.sharding.Mesh,
-    split: str,
-    position: int = 0,
-) -> Pipeline:
-    """Stream a split from `position`; held-out clips are cropped to the centre, not at random."""
-    data = config.data
-    return Pipeline(
-        source,
-        masks,
-        height=data.image_size,
-        width=configs.width(config),
-        batch_size=data.batch_size,
-        seed=config.seed,
-        sharding=sharding.batch_sharding(mesh),
-        crop_scale=data.crop_scale if split == "train" else None,
-        crop_aspect=data.crop_aspect,
-        threads=data.threads,
-        prefetch=data.prefetch,
-        on_error=data.on_error,
-        max_skip_share=data.max_skip_share,
-        position=position,
-    )
-
-
-def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Steps:
-    """Build the jitted functions of the run."""
-    settings = config.optim
-    learning_rate = optim.learning_rate(
-        settings.schedule,
-        peak=settings.learning_rate,
-        start=settings.start_learning_rate,
-        final=settings.final_learning_rate,
-        warmup=settings.warmup,
-        cooldown=settings.cooldown,
-        steps=settings.schedule_steps,
-    )
-
-    def ends(key: str) -> tuple[float, float]:
-        final = settings[f"final_{key}"]
-        return settings[key], settings[key] if final < 0 else final
-
-    def make_optimizer(axes: Any) -> Any:
-        return optim.adamw(
-            learning_rate,
-            optim.cosine(*ends("weight_decay"), settings.schedule_steps),
-            axes=axes,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            clip_norm=settings.clip_norm,
-        )
-
-    names, grid = list(config.mask), token_grid(config)
-
-    def in_training(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, jax.Array]:
-        return prediction.in_training(output, names) | health.in_training(output, batch)
-
-    def in_validation(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, jax.Array]:
-        return (
-            prediction.in_training(output, names)
-            | prediction.in_validation(output, batch, grid)
-            | health.in_validation(output, batch, math.prod(grid))
-        )
-
-    return build(
-        config.model.to_dict(),
-        make_optimizer,
-        learning_rate,
-        ema=optim.linear(*ends("ema"), settings.schedule_steps),
-        accumulate=settings.accumulate,
-        in_training=in_training,
-        in_validation=in_validation,
-        mesh=mesh,
-        seed=config.seed,
-    )
 
 
 def take_up(
@@ -420,7 +276,7 @@ def summary(
             table,
             *(f"{split}: {source.describe()}" for split, source in sources.items()),
             *(f"warning: {note}" for note in _notes(sources)),
-            f"masks over {' x '.join(map(str, token_grid(config)))} tokens: {masks_text}",
+            f"masks over {' x '.join(map(str, assemble.token_grid(config)))} tokens: {masks_text}",
             f"devices: {mesh.size} x {device} ({shape}); "
             f"state {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
             f"jax {jax.__version__}, python {sys.version.split()[0]}; workdir: {workdir}",
@@ -442,11 +298,6 @@ def say(text: str) -> None:
     """Print from the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def make_deterministic() -> None:
-    """Ask XLA for bit-equal results on GPUs; must come before the first use of a device."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
 
 class StopSignal:
