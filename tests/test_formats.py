@@ -35,6 +35,7 @@ from shared_data import PUSHT
 from wmjax.data import images
 from wmjax.data.mixture import Mixture
 from wmjax.errors import ClipError, UserError
+from wmjax.train import _notes
 
 CAMERA = "observation.image"
 CLIPS = (0, 70, 71, 200, 354)  # of all five episodes, the first and last window among them
@@ -406,6 +407,12 @@ def test_notes_of_a_mixture_are_its_members(pusht):
     edit_info(pusht, total_frames=1)
     mixture = Mixture({"a": open_pusht(), "b": open_pusht(pusht)}, {"a": 1.0, "b": 1.0})
     assert [note.split(": ")[1] for note in mixture.notes] == ["meta/info.json says total_frames=1"]
+
+
+def test_a_note_of_two_splits_is_shown_once(pusht):
+    edit_info(pusht, total_frames=1)
+    splits = {s: open_pusht(pusht, split=s, val_share=0.4) for s in ("train", "validation")}
+    assert _notes(splits) == splits["train"].notes == splits["validation"].notes
 
 
 def test_one_episode_leaves_none_for_validation_and_says_what_to_do(pusht):

@@ -13,9 +13,9 @@ from recordings import VIDEO, digest, open_pusht
 from shared_data import PUSHT
 
 from wmjax import config as configs
+from wmjax.assemble import make_source
 from wmjax.data import hub
 from wmjax.errors import UserError
-from wmjax.train import make_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = sorted(str(p.relative_to(PUSHT)) for p in PUSHT.rglob("*") if p.is_file())
