@@ -93,7 +93,8 @@ def _with_features(path: Path, info: dict) -> dict:
     As the converter of October 2024 wrote it: a number for the shape of a vector, width, height
     and channels for that of a camera, and the template of the videos among their descriptions.
     """
-    shapes, videos = info.get("shapes"), info.get("videos") or {}
+    shapes, videos = info.get("shapes"), info.get("videos")
+    videos = videos if isinstance(videos, dict) else {}
     kinds = {"keys": "float32", "video_keys": "video", "image_keys": "image"}
     if not isinstance(shapes, dict) or not isinstance(info.get("keys"), list):
         raise UserError(
@@ -147,15 +148,16 @@ def read_rows(
         lost.append(error)
         notes.append(f"{root}: {camera} is declared, but nothing of it is there: left out")
 
-    for name, text in (info.get("splits") or {}).items():
-        end = re.fullmatch(r"\d+:(\d+)", str(text))
-        if end and int(end[1]) > info.get("total_episodes", math.inf):
-            notes.append(
-                f"{root}: splits: {name} is {text}, of {info['total_episodes']} episodes: not "
-                "used, data.val_share decides"
-            )
     read = _rows_v30 if info["codebase_version"] == "v3.0" else _rows_v2
     rows = read(root, info, videos, leave_out, notes)
+    splits = info.get("splits")
+    for name, text in splits.items() if isinstance(splits, dict) else ():
+        end = re.fullmatch(r"\d+:(\d+)", str(text))
+        if end and int(end[1]) > len(rows):
+            notes.append(
+                f"{root}: splits: {name} is {text}, of {len(rows)} episodes: not used, "
+                "data.val_share decides"
+            )
     columns = _columns(rows[0].table)
     for camera in images:
         if camera not in columns:
