@@ -124,7 +124,7 @@ def test_a_jump_threads_and_processes_change_nothing_in_a_mixture(monkeypatch):
 def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, monkeypatch):
     config = micro.config(*real("train.num_steps=8", "train.log_every=4", "data.on_error=skip"))
     steps = assemble.make_steps(config, sharding.make_mesh())
-    monkeypatch.setattr(train, "make_steps", lambda *_: steps)
+    monkeypatch.setattr(assemble, "make_steps", lambda *_: steps)
     train.train(config, tmp_path)
     assert steps.train._cache_size() == 1
     names = ["g1_subset_v30", "pusht_sim_v3", "aloha_sim_twocam_v3"]
