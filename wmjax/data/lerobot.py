@@ -144,7 +144,8 @@ class LeRobotSource(Source):
         last = episode.length - 1
         state_TS = self._states[episode.first_row + np.minimum(steps_T, last)]
         action_TPA = self._actions[episode.first_row + np.minimum(steps_TP, last)]
-        steps = np.unique(np.minimum(steps_T, last))  # a frame that stands in is decoded once
+        # A frame that stands in is decoded once.
+        steps = list(dict.fromkeys(np.minimum(steps_T, last).tolist()))
         read = (self._read_video(episode, name, steps) for name in cameras)
         return {
             "frames_VT": [[*frames, *frames[-1:] * (self._frames - len(steps))] for frames in read],
@@ -185,9 +186,9 @@ class LeRobotSource(Source):
             }
         ]
 
-    def _read_video(self, episode: Episode, camera: str, steps_T: np.ndarray) -> list:
+    def _read_video(self, episode: Episode, camera: str, steps: list[int]) -> list:
         path, first = episode.videos[camera]
-        numbers = (first + steps_T).tolist()
+        numbers = [first + step for step in steps]
         try:
             if camera in self._images:
                 return read_images(path, camera, numbers)

@@ -82,7 +82,8 @@ class _Video:
             stream.codec_context.thread_count = 1
             self._clock = stream.time_base or Fraction(1)
             self._start = stream.start_time or 0
-            self._tick = 1 / (Fraction(fps).limit_denominator(1001) * self._clock)
+            # A float: exact enough to tell frames apart, and Fractions are slow, twice a frame.
+            self._tick = float(1 / (Fraction(fps).limit_denominator(1001) * self._clock))
             if hasattr(stream, "index_entries"):
                 self._read_index()
             else:  # PyAV 15, which lerobot pins, does not show the index: read the whole file.
@@ -120,7 +121,7 @@ class _Video:
         """Decode frame `number`: seek if its key frame lies ahead or itself behind, else go on."""
         wanted = self._start + round(number * self._tick)
         try:
-            if self._at is None or not self._key_before(wanted) <= self._at < wanted:
+            if self._at is None or not self._at < wanted or self._key_before(wanted) > self._at:
                 self._container.seek(wanted, stream=self._stream)
                 self._decoded = self._container.decode(self._stream)
             for frame in self._decoded:
