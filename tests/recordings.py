@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 from shared_data import PUSHT
 
 from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.reader import Reader
 from wmjax.data.transforms import FULL_BOX, crop_and_scale, frame_size
+from wmjax.masking import Masks
 
 VIDEO = "videos/observation.image/chunk-000/file-000.mp4"
 TABLE = "data/chunk-000/file-000.parquet"
@@ -20,6 +22,11 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 def open_pusht(root=PUSHT, **changes):
     return LeRobotSource(root, **{"frames": 4, "fps": 4, **changes})
+
+
+def reader_of(source, **settings):
+    masks = Masks({"m": {"strategy": "random", "context": 0.5, "target": 0.25}}, (2, 4, 4))
+    return Reader(source, masks, height=32, width=48, seed=0, crop_scale=(0.3, 1.0), **settings)
 
 
 def digest(clip):

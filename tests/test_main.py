@@ -1,6 +1,7 @@
 """The door: every mistake a user can make is a few lines and exit code 2, never a traceback."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -103,13 +104,14 @@ def test_a_truncated_video_stops_the_run_with_its_name(dataset, tmp_path):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    flags = ("train.num_steps=100000", "train.log_every=1")
+    flags = ("train.num_steps=100000", "train.log_every=1", "data.workers=2")
     process = subprocess.Popen(
         micro.command(tmp_path, *flags),
         env=micro.environment(1),
         cwd=micro.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
         text=True,
     )
     deadline = time.monotonic() + 120
@@ -118,10 +120,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT, said
     assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):  # of none that it started
+        os.killpg(process.pid, 0)
     (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     again = micro.run(tmp_path, f"train.num_steps={saved + 1}")
     assert f"going on from step {saved}" in again.stdout, again.stderr

@@ -103,6 +103,8 @@ def make_pipeline(
         crop_scale=data.crop_scale if split == "train" else None,
         crop_aspect=data.crop_aspect,
         threads=data.threads,
+        # What validates and probes is opened often and read briefly.
+        workers=data.workers if split == "train" else 0,
         prefetch=data.prefetch,
         on_error=data.on_error,
         max_skip_share=data.max_skip_share,

@@ -133,6 +133,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     for key, value in {
         "data.stride": data.stride,
+        "data.workers": data.workers,
         "data.clips_per_episode": data.clips_per_episode,
         "train.eval_every": config.train.eval_every,
         "eval.probe_every": config.eval.probe_every,

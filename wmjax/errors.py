@@ -17,3 +17,6 @@ class ClipError(UserError):
     def __init__(self, text: str, where: str) -> None:
         super().__init__(text)
         self.where = where
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return ClipError, (str(self), self.where)

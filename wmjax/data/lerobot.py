@@ -84,7 +84,7 @@ class LeRobotSource(Source):
         if not len(parts[split]):
             raise no_episode(split, val_share, len(rows), self.root)
         self._split = split
-        self._frames = frames
+        self.frames = frames
         wanted = [rows[i] for i in parts[split]]
         try:
             self._windows = Windows(
@@ -138,7 +138,7 @@ class LeRobotSource(Source):
         cameras = self.cameras[camera : camera + 1] if self._each else self.cameras
         position, start = self._windows[window]
         episode = self.episodes[position]
-        steps_T = start + self.stride * np.arange(self._frames)
+        steps_T = start + self.stride * np.arange(self.frames)
         steps_TP = steps_T[:, None] + np.arange(self.stride)
         there_T, there_TP = steps_T < episode.length, steps_TP < episode.length
         last = episode.length - 1
@@ -148,7 +148,7 @@ class LeRobotSource(Source):
         steps = list(dict.fromkeys(np.minimum(steps_T, last).tolist()))
         read = (self._read_video(episode, name, steps) for name in cameras)
         return {
-            "frames_VT": [[*frames, *frames[-1:] * (self._frames - len(steps))] for frames in read],
+            "frames_VT": [[*frames, *frames[-1:] * (self.frames - len(steps))] for frames in read],
             "state_TS": state_TS,
             "state_mask_TS": np.broadcast_to(there_T[:, None], state_TS.shape),
             "action_TPA": action_TPA,
@@ -161,7 +161,7 @@ class LeRobotSource(Source):
         """Return clip `index`'s episode, and the `labels` at its sampled frames, TL by name."""
         position, start = self._windows[index % len(self._windows)]
         episode = self.episodes[position]
-        steps_T = start + self.stride * np.arange(self._frames)
+        steps_T = start + self.stride * np.arange(self.frames)
         rows_T = episode.first_row + np.minimum(steps_T, episode.length - 1)
         return episode.index, {name: rows[rows_T] for name, rows in self._label_rows.items()}
 

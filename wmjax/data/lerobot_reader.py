@@ -62,7 +62,7 @@ class LeRobotReader(Source):
             width_of(Path(self._name), features, f"{name}_key", key)
             for name, key in self._keys.items()
         )
-        self._frames, self._fps, self._split = frames, meta.fps, split
+        self.frames, self._fps, self._split = frames, meta.fps, split
 
         episodes = split_episodes(meta.total_episodes, val_share)
         self._episodes = episodes[("train", "validation").index(split)]
@@ -121,7 +121,7 @@ class LeRobotReader(Source):
         except Exception as error:  # of whatever decoder lerobot uses
             where = f"{self._name}: episode {episode}"
             raise ClipError(f"{where}, frame {start}: lerobot: {_line(error)}", where) from error
-        T, P = self._frames, self.stride
+        T, P = self.frames, self.stride
         state_key, action_key = self._keys.values()
         state_TS = np.asarray(item[state_key], np.float32).reshape(T, -1)
         action_TPA = np.asarray(item[action_key], np.float32).reshape(T, P, -1)

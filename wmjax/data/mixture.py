@@ -24,9 +24,9 @@ class Mixture(Source):
         self._weights = [weights[name] / sum(weights.values()) for name in sources]
         self._starts = _starts([len(source) for source in self._sources])
         self._draw_starts = _starts([source.draws for source in self._sources])
-        self.views, self.stride, self.state_size, self.action_size = (
+        self.views, self.frames, self.stride, self.state_size, self.action_size = (
             max(getattr(source, size) for source in self._sources)
-            for size in ("views", "stride", "state_size", "action_size")
+            for size in ("views", "frames", "stride", "state_size", "action_size")
         )
 
     def __len__(self) -> int:

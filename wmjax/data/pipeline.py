@@ -1,4 +1,4 @@
-"""The path of a batch: window -> decoded frames -> crop and scale -> masks -> batch -> devices.
+"""The path of a batch: order of the draws -> clips, read ahead -> batch -> devices.
 
 A Grain graph, read top to bottom in `Pipeline`. All randomness is keyed by (seed, purpose,
 position in the endless stream), so epochs differ, resumes do not, and no two processes draw the
@@ -11,12 +11,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from wmjax.data.reader import Reader
+from wmjax.data.reader import Clip, Reader
+from wmjax.data.skips import Skips
 from wmjax.data.source import Source
-from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
+from wmjax.data.workers import Workers
 from wmjax.masking import Masks
 
-_CROP, _MASK = 0, 1  # purposes that a random stream is keyed by
 _MIX = 64  # clips within which a mixture is shuffled, each dataset having its share of them
 
 
@@ -40,6 +40,7 @@ class Pipeline:
         crop_scale: tuple[float, float] | None = None,
         crop_aspect: tuple[float, float] = (1.0, 1.0),
         threads: int = 2,
+        workers: int = 0,
         prefetch: int = 0,
         on_error: str = "raise",
         max_skip_share: float = 0.0,
@@ -48,46 +49,34 @@ class Pipeline:
         """Build the graph and start reading at `position`.
 
         batch_size: clips in the global batch; sharding: of its first axis over the mesh.
-        crop_scale: area of the random crop as a share of the frame; None: the largest centred one.
-        prefetch: clips decoded ahead, at least one a thread; 0: two batches.
-        on_error, max_skip_share: what a clip that cannot be read comes to, as in Reader.
+        crop_scale, crop_aspect: as in Reader. threads: of this process, that read clips; workers:
+        processes that do in their place. prefetch: clips read ahead, at least one for each; 0: two
+        batches. on_error: 'raise', or 'skip' clips that cannot be read, as in Reader and Skips.
         """
         import jax
 
         process, processes = jax.process_index(), jax.process_count()
         local = batch_size // processes
-        reader = Reader(source, seed=seed, on_error=on_error, max_skip_share=max_skip_share)
+        reader = Reader(
+            source,
+            masks,
+            height=height,
+            width=width,
+            seed=seed,
+            crop_scale=crop_scale,
+            crop_aspect=crop_aspect,
+            skip=on_error == "skip",
+        )
+        skips = Skips(max_skip_share)
+        self._workers = Workers(reader, workers) if workers else None
+        read, calls = reader.read, threads
+        if self._workers:
+            read, calls = self._workers.read, self._workers.calls
 
-        def load(position: int, number: int) -> dict[str, Any]:
-            index, sample, skipped = reader.read(position, number)
-            part, index_in_part = source.locate(index)
-            size = next(frame_size(frames[0]) for frames in sample["frames_VT"] if frames)
-            out_aspect = width / height
-            if crop_scale is None:
-                box = centre_box(*size, out_aspect)
-            else:
-                crop_rng = np.random.default_rng((seed, _CROP, position))
-                box = random_box(crop_rng, *size, crop_scale, crop_aspect, out_aspect)
-            context, target = masks.draw(np.random.default_rng((seed, _MASK, position)))
-            state_TS, action_TPA = sample["state_TS"], sample["action_TPA"]
-            missing_THWC = np.zeros((len(state_TS), height, width, 3), np.uint8)
-            views = [
-                crop_and_scale(frames, box, height, width) if frames else missing_THWC
-                for frames in sample["frames_VT"]
-            ]
-            return {
-                "video": np.stack(views),
-                "view_mask": np.array([bool(frames) for frames in sample["frames_VT"]]),
-                "state": state_TS,
-                "state_mask": sample.get("state_mask_TS", np.ones_like(state_TS, bool)),
-                "action": action_TPA,
-                "action_mask": sample.get("action_mask_TPA", np.ones_like(action_TPA, bool)),
-                "context": context,
-                "target": target,
-                "dataset_id": np.int32(part),
-                "sample_id": np.int32(index_in_part),
-                "skipped": skipped,
-            }
+        def load(position: int, number: int) -> Clip:
+            clip, errors = read(position, number)
+            skips.note(errors)
+            return clip
 
         def place(batch: dict[str, Any]) -> tuple[Any, np.ndarray, int]:
             from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
@@ -96,7 +85,12 @@ class Pipeline:
                 VideoObservation(
                     batch["video"], batch["view_mask"], batch["state"], batch["state_mask"]
                 ),
-                VideoTarget(batch["context"], batch["target"]),
+                VideoTarget(
+                    *(
+                        tuple(batch[f"{side}_{i}"] for i in range(len(masks.sizes)))
+                        for side in ("context", "target")
+                    )
+                ),
                 batch["action"],
                 batch["action_mask"],
                 batch["dataset_id"],
@@ -109,8 +103,8 @@ class Pipeline:
             return placed, drawn, int(batch["skipped"].sum())
 
         stream = _order(source, seed).map_with_index(load).slice(slice(process, None, processes))
-        ahead = max(prefetch or 2 * local, threads)
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        ahead = max(prefetch or 2 * local, calls)
+        reading = grain.ReadOptions(num_threads=calls, prefetch_buffer_size=ahead)
         batches = stream.to_iter_dataset(reading).batch(local, drop_remainder=True).map(place)
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
         self._batch_size = batch_size
@@ -120,15 +114,15 @@ class Pipeline:
         self._processes = processes
         self._names = [part.name for part in source.parts]
         self._drawn, self._skipped = np.zeros(len(self._names), int), 0
-        self._reader, self._reports_skips = reader, on_error == "skip"
+        self._skips, self._reports_skips = skips, on_error == "skip"
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        self._reader.check()  # before the position moves on
+        self._skips.check()  # before the position moves on
         batch, drawn, skipped = next(self._iterator)
-        self._reader.count(int(drawn.sum()), skipped)
+        self._skips.count(int(drawn.sum()), skipped)
         self._drawn += drawn
         self._skipped += skipped
         return batch
@@ -152,8 +146,10 @@ class Pipeline:
         return self._iterator.get_state()["next_index"] * self._processes
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads and processes."""
         self._iterator.close()
+        if self._workers:
+            self._workers.close()
 
 
 def _order(source: Source, seed: int) -> grain.MapDataset:

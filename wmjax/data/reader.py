@@ -1,65 +1,120 @@
-"""From the number of a draw to a clip; where that cannot be read, to another one in its place."""
+"""From the number of a draw to the arrays of a clip: window -> frames -> crop and scale -> masks.
 
-import sys
+All randomness is keyed by (seed, purpose, position in the stream). NumPy and libav, never jax:
+worker processes run this.
+"""
+
 from typing import Any
 
 import numpy as np
 
 from wmjax.data.source import Source
-from wmjax.errors import ClipError, UserError
+from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
+from wmjax.errors import ClipError
+from wmjax.masking import Masks
 
-_DRAW = 2  # purpose that these random streams are keyed by, beside those of the pipeline
+Clip = dict[str, Any]  # arrays by name, as Reader.dtype has them
+
+_CROP, _MASK, _DRAW = 0, 1, 2  # purposes that a random stream is keyed by
 _ATTEMPTS = 20  # others tried in the place of one clip
-_FEWEST = 400  # clips: a share of fewer says little
 
 
 class Reader:
-    """Reads clips of a source and keeps account of those that cannot be read.
+    """Reads the clips of a stream, each by its position and the number drawn there.
 
-    on_error: 'raise', or 'skip': a clip of the same dataset takes the place, chosen by (seed,
-    position, attempt), so that a run reads the same clips again. max_skip_share: share of the
-    clips, of at least 400, beyond which that is an error after all.
+    crop_scale: area of the random crop as a share of the frame; None: the largest centred one.
+    skip: a clip that cannot be read gives way to another of the same dataset, chosen by (seed,
+    position, attempt), so that a run reads the same clips again.
     """
 
-    def __init__(self, source: Source, *, seed: int, on_error: str, max_skip_share: float) -> None:
-        self._source, self._seed = source, seed
-        self._skips, self._max_skip_share = on_error == "skip", max_skip_share
-        self._errors: dict[str, str] = {}
-        self._named = self._read = self._skipped = 0
+    def __init__(
+        self,
+        source: Source,
+        masks: Masks,
+        *,
+        height: int,
+        width: int,
+        seed: int,
+        crop_scale: tuple[float, float] | None = None,
+        crop_aspect: tuple[float, float] = (1.0, 1.0),
+        skip: bool = False,
+    ) -> None:
+        self._source, self._masks = source, masks
+        self._height, self._width = height, width
+        self._seed, self._skip = seed, skip
+        self._crop_scale, self._crop_aspect = crop_scale, crop_aspect
 
-    def read(self, position: int, number: int) -> tuple[int, dict[str, Any], bool]:
-        """Return index and clip of draw `number`, and whether it is another in its place.
+    @property
+    def dtype(self) -> np.dtype:
+        """Name, type and shape of all that a clip consists of."""
+        source, sizes = self._source, self._masks.sizes.values()
+        state_TS = (source.frames, source.state_size)
+        action_TPA = (source.frames, source.stride, source.action_size)
+        return np.dtype(
+            [
+                ("video", np.uint8, (source.views, source.frames, self._height, self._width, 3)),
+                ("view_mask", bool, source.views),
+                ("state", np.float32, state_TS),
+                ("state_mask", bool, state_TS),
+                ("action", np.float32, action_TPA),
+                ("action_mask", bool, action_TPA),
+                *((f"context_{i}", np.int32, kept) for i, (kept, _) in enumerate(sizes)),
+                *((f"target_{i}", np.int32, hidden) for i, (_, hidden) in enumerate(sizes)),
+                ("dataset_id", np.int32),
+                ("sample_id", np.int32),
+                ("skipped", bool),
+            ],
+            align=True,
+        )
+
+    def read(self, position: int, number: int) -> tuple[Clip, list[ClipError]]:
+        """Return the clip of draw `number` at `position`, and what could not be read before it.
 
         Threads may call this at once.
         """
+        index, sample, errors = self._sample(position, number)
+        part, index_in_part = self._source.locate(index)
+        size = next(frame_size(frames[0]) for frames in sample["frames_VT"] if frames)
+        out_aspect = self._width / self._height
+        if self._crop_scale is None:
+            box = centre_box(*size, out_aspect)
+        else:
+            rng = np.random.default_rng((self._seed, _CROP, position))
+            box = random_box(rng, *size, self._crop_scale, self._crop_aspect, out_aspect)
+        context, target = self._masks.draw(np.random.default_rng((self._seed, _MASK, position)))
+        state_TS, action_TPA = sample["state_TS"], sample["action_TPA"]
+        missing_THWC = np.zeros((len(state_TS), self._height, self._width, 3), np.uint8)
+        views = [
+            crop_and_scale(frames, box, self._height, self._width) if frames else missing_THWC
+            for frames in sample["frames_VT"]
+        ]
+        clip = {
+            "video": np.stack(views),
+            "view_mask": np.array([bool(frames) for frames in sample["frames_VT"]]),
+            "state": state_TS,
+            "state_mask": sample.get("state_mask_TS", np.ones_like(state_TS, bool)),
+            "action": action_TPA,
+            "action_mask": sample.get("action_mask_TPA", np.ones_like(action_TPA, bool)),
+            **{f"context_{i}": ids for i, ids in enumerate(context)},
+            **{f"target_{i}": ids for i, ids in enumerate(target)},
+            "dataset_id": np.int32(part),
+            "sample_id": np.int32(index_in_part),
+            "skipped": bool(errors),
+        }
+        return clip, errors
+
+    def _sample(self, position: int, number: int) -> tuple[int, dict[str, Any], list[ClipError]]:
+        """Return index and sample of draw `number`, or of another in its place."""
         dataset = next(part.draws for part in self._source.parts if number in part.draws)
-        for attempt in range(1 + _ATTEMPTS):
-            rng = np.random.default_rng((self._seed, _DRAW, position, attempt))
-            if attempt:
+        errors: list[ClipError] = []
+        while True:
+            rng = np.random.default_rng((self._seed, _DRAW, position, len(errors)))
+            if errors:
                 number = int(rng.integers(dataset.start, dataset.stop))
             index = self._source.draw(number, rng)
             try:
-                return index, self._source[index], attempt > 0
+                return index, self._source[index], errors
             except ClipError as error:
-                if not self._skips or attempt == _ATTEMPTS:
+                if not self._skip or len(errors) == _ATTEMPTS:
                     raise
-                self._errors.setdefault(error.where, str(error))
-        raise AssertionError
-
-    def count(self, clips: int, skipped: int) -> None:
-        """Account for clips handed out, and name on the console what is met for the first time."""
-        self._read += clips
-        self._skipped += skipped
-        errors = list(self._errors.values())
-        for error in errors[self._named :]:
-            print(f"data.on_error=skip: {error}", file=sys.stderr, flush=True)
-        self._named = len(errors)
-
-    def check(self) -> None:
-        """Raise UserError once too many of the clips handed out were others than drawn."""
-        if self._skipped > self._max_skip_share * max(self._read, _FEWEST):
-            raise UserError(
-                f"data.max_skip_share={self._max_skip_share:g}: {self._skipped} of {self._read} "
-                f"clips could not be read, in {len(self._errors)} places; the first:\n"
-                f"{next(iter(self._errors))}"
-            )
+                errors.append(error)

@@ -24,6 +24,7 @@ class Source:
 
     # Sizes of every clip; P is the stride.
     views: int
+    frames: int
     stride: int
     state_size: int
     action_size: int

@@ -1,0 +1,189 @@
+"""Clips read by processes: the same as by threads, the same errors, and nothing left behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import micro
+import numpy as np
+import pytest
+from recordings import VIDEO, open_pusht, reader_of
+from shared_data import PUSHT
+from test_pipeline import damaged, equal, pusht, stream, take  # noqa: F401
+
+from wmjax.data.mixture import Mixture
+from wmjax.data.synthetic import SyntheticSource
+from wmjax.data.workers import Workers
+from wmjax.errors import ClipError, UserError
+
+
+@pytest.fixture
+def started():
+    """Return workers that are closed after the test."""
+    every = []
+
+    def start(reader, count=1):
+        every.append(Workers(reader, count))
+        return every[-1]
+
+    yield start
+    for workers in every:
+        workers.close()
+
+
+def running(pid):
+    """Say whether there is such a process, a dead one that was not waited for aside."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_batches_and_positions_are_those_of_threads_whatever_the_number():
+    whole = take(4, *pusht())
+    batches = stream(*pusht("data.workers=3", "data.prefetch=40"))
+    equal(whole[:2], [jax.device_get(next(batches)) for _ in range(2)])
+    assert batches.position == 16
+    batches.close()
+    equal(whole[2:], take(2, *pusht("data.workers=1"), position=16))
+
+
+def test_a_clip_is_the_same_in_every_array(started):
+    """Of a mixture whose parts lack views, numbers and, past the end of an episode, steps."""
+    common = {"frames": 4, "height": 32, "width": 48, "seed": 0, "split": "train"}
+    sources = {
+        "recorded": open_pusht(ends="repeat", clips_per_episode=9),
+        "generated": SyntheticSource(views=2, num_samples=9, **common),
+    }
+    reader = reader_of(Mixture(sources, dict.fromkeys(sources, 1)))
+    workers = started(reader)
+    for number in (0, 7, 8, 44, 45, 53):
+        (clip, _), (same, _) = reader.read(number, number), workers.read(number, number)
+        assert list(clip) == list(same) == list(reader.dtype.names)
+        for name, value in clip.items():
+            np.testing.assert_array_equal(same[name], value, strict=name != "skipped")
+
+
+def test_tables_are_held_once_for_all_processes(started, monkeypatch):
+    """What is large goes to the processes beside the pickle, which stays small."""
+    source = open_pusht()
+    source._states = np.tile(source._states, (2000, 1))
+    sizes = []
+    dump = sys.modules[Workers.__module__]._dump
+
+    def measured(reader, image):
+        parts = dump(reader, image)
+        sizes.extend(end - start for start, end in parts)
+        return parts
+
+    monkeypatch.setattr(sys.modules[Workers.__module__], "_dump", measured)
+    started(reader_of(source)).read(0, 0)
+    assert source._states.nbytes in sizes
+    assert sizes[0] < 20_000
+
+
+def test_skipped_clips_are_the_same_named_once_and_limited(damaged, capfd):  # noqa: F811
+    skip = (*damaged, "data.on_error=skip", "data.max_skip_share=0.004")
+    found = []
+    for how in ("data.threads=4", "data.workers=2"):
+        batches = stream(*skip, how)
+        taken = []
+        with pytest.raises(UserError, match=r"max_skip_share=0\.004: 2 of .*\n.*episode 1") as said:
+            taken.extend(jax.device_get(batch) for batch in batches)
+        found.append((taken, str(said.value), batches.position, batches.report()))
+        batches.close()
+    equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    said = capfd.readouterr().err.splitlines()
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    assert [line for line in said if "on_error" not in line and "episode 1" not in line] == []
+
+
+def test_errors_arrive_as_they_were(started, tmp_path):
+    root = shutil.copytree(PUSHT, tmp_path / "pusht")
+    (root / VIDEO).write_bytes((root / VIDEO).read_bytes()[:5000])
+    reader = reader_of(open_pusht(root))
+    workers = started(reader)
+    errors = []
+    for read in (reader.read, workers.read, workers.read):
+        with pytest.raises(ClipError) as error:
+            read(0, 0)
+        errors.append((str(error.value), error.value.where))
+    assert errors[0] == errors[1] == errors[2]
+
+
+def test_a_mistake_arrives_with_its_traceback_and_a_refusal_as_its_line(started):
+    reader = reader_of(open_pusht())
+    strategy, budget, options = reader._masks._masks["m"]
+    reader._masks._masks["m"] = (strategy, budget._replace(context=99), options)
+    with pytest.raises(UserError, match=r"^no mask with 99 context .*$"):
+        started(reader).read(0, 0)
+    reader._source._videos = None
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*AttributeError: 'NoneType'"):
+        started(reader).read(0, 0)
+
+
+def test_a_process_that_is_killed_is_one_line_not_a_wait():
+    batches = stream(*pusht("data.workers=2"))
+    next(batches)
+    victim, other = (process.pid for process in batches._workers._processes)
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"^data\.workers=2: .* killed by SIGKILL; .*memory"):
+        for _ in batches:
+            pass
+    batches.close()
+    assert not running(victim)
+    assert not running(other)
+
+
+def test_closing_leaves_no_process_and_no_descriptor():
+    def held():
+        return len(os.listdir("/proc/self/fd"))
+
+    take(1, *pusht("data.workers=0"))
+    before = held()
+    for _ in range(2):
+        batches = stream(*pusht("data.workers=2"))
+        pids = [process.pid for process in batches._workers._processes]
+        next(batches)
+        assert all(map(running, pids))
+        batches.close()
+        assert not any(map(running, pids))
+        del batches
+    until(lambda: held() <= before)
+
+
+def test_processes_end_with_a_parent_that_is_killed():
+    code = (
+        "from recordings import open_pusht, reader_of\n"
+        "from wmjax.data.workers import Workers\n"
+        "workers = Workers(reader_of(open_pusht()), 2)\n"
+        "print(*(process.pid for process in workers._processes), flush=True)\n"
+        "while True: workers.read(0, 0)"
+    )
+    path = os.pathsep.join([str(micro.ROOT), str(micro.ROOT / "tests")])
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=micro.environment(1) | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        pids = parent.stdout.readline().split()
+        assert len(pids) == 2, parent.stderr.read()
+        assert all(map(running, pids))
+        parent.kill()
+        until(lambda: not any(map(running, pids)))
+        assert parent.stderr.read() == ""
