@@ -216,13 +216,13 @@ def test_past_the_end_the_last_frame_stands_in_and_is_marked():
         clip = source[80 + start]
         assert [f.pts // 1024 for f in clip["frames_VT"][0]] == [80 + step for step in steps]
         rows = source.episodes[1].first_row + np.array(steps)
-        np.testing.assert_array_equal(clip["state_TS"], source._states[rows])
+        np.testing.assert_array_equal(clip["state_TS"], source._tables["observation.state"][rows])
         unclamped_T = start + 3 * np.arange(4)
         assert clip["state_mask_TS"].tolist() == [[step < 80] * 2 for step in unclamped_T]
         assert clip["action_mask_TPA"].tolist() == [
             [[step + p < 80] * 2 for p in range(3)] for step in unclamped_T
         ]
-        last = source._actions[source.episodes[1].first_row + 79]
+        last = source._tables["action"][source.episodes[1].first_row + 79]
         assert (clip["action_TPA"][~clip["action_mask_TPA"][:, :, 0]] == last).all()
     # Pixels of repeated frames are equal, and a clip that fits is the one that drop gives.
     video_THWC = crop_and_scale(source[75]["frames_VT"][0], Box(0.0, 0.0, 0.9, 0.9), 64, 64)

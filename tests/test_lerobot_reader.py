@@ -23,7 +23,7 @@ def array(values):
 class Metadata:
     def __init__(self, repo_id, root=None, revision=None):
         source = open_pusht(root)
-        self.fps, self.features, self.total_episodes = 10, source._info["features"], 5
+        self.fps, self.features, self.total_episodes = 10, source._features, 5
         self.episodes = [
             {"dataset_from_index": e.first_row, "dataset_to_index": e.first_row + e.length}
             for e in source.episodes
@@ -63,7 +63,10 @@ class Dataset:
         self._source = open_pusht(root, frames=1, stride=1)
         self._deltas = {k: [round(d * 10) for d in v] for k, v in delta_timestamps.items()}
         self._uint8 = return_uint8
-        columns = {"observation.state": self._source._states, "action": self._source._actions}
+        columns = {
+            "observation.state": self._source._tables["observation.state"],
+            "action": self._source._tables["action"],
+        }
         self.hf_dataset = Table(columns)
 
     def __getitem__(self, index):
@@ -147,7 +150,7 @@ def test_describe_and_pickle(lerobot):
     again = pickle.loads(pickle.dumps(reader))
     text = (
         f"{PUSHT}: read by lerobot, train: 5 episodes, 400 frames at 10 fps, "
-        "observation.image, stride 3 (3.333 fps), 355 windows"
+        "observation.image (96x96x3, av1), stride 3 (3.333 fps), 355 windows"
     )
     assert again.describe() == reader.describe() == text
     check_same(again, open_pusht(), [5])

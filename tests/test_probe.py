@@ -126,7 +126,7 @@ def test_eight_devices_read_the_same_features_as_one():
 
 def test_labels_of_generated_clips_are_their_states():
     source = SyntheticSource(frames=4, height=32, width=32, stride=2, seed=0, split="validation")
-    episode, labels = source.labels(3)
+    episode, labels = source.labels(0, 3)
     clip = source[3]
     assert episode == clip["episode"]
     np.testing.assert_array_equal(labels["state"].astype(np.float32), clip["state_TS"])
@@ -136,7 +136,7 @@ def test_labels_of_a_recording_are_those_of_its_clips():
     source = LeRobotSource(PUSHT, frames=4, fps=5, labels="auto", ends="repeat")
     last = len(source) - 1
     for index in (0, last):
-        episode, labels = source.labels(index)
+        episode, labels = source.labels(0, index)
         clip = source[index]
         assert episode == clip["episode"]
         assert list(labels) == ["observation.state"]
@@ -146,7 +146,7 @@ def test_labels_of_a_recording_are_those_of_its_clips():
 @needs_shared
 def test_the_state_of_the_environment_is_a_label_where_there_is_one():
     source = LeRobotSource(SHARED / "pusht_explore_v3", frames=4, fps=5, labels="auto")
-    _, labels = source.labels(0)
+    _, labels = source.labels(0, 0)
     shapes = {name: values.shape for name, values in labels.items()}
     assert shapes == {"observation.state": (4, 2), "observation.environment_state": (4, 3)}
 

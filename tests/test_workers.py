@@ -79,7 +79,7 @@ def test_a_clip_is_the_same_in_every_array(started):
 def test_tables_are_held_once_for_all_processes(started, monkeypatch):
     """What is large goes to the processes beside the pickle, which stays small."""
     source = open_pusht()
-    source._states = np.tile(source._states, (2000, 1))
+    source._tables["observation.state"] = np.tile(source._tables["observation.state"], (2000, 1))
     sizes = []
     dump = sys.modules[Workers.__module__]._dump
 
@@ -90,7 +90,7 @@ def test_tables_are_held_once_for_all_processes(started, monkeypatch):
 
     monkeypatch.setattr(sys.modules[Workers.__module__], "_dump", measured)
     started(reader_of(source)).read(0, 0)
-    assert source._states.nbytes in sizes
+    assert source._tables["observation.state"].nbytes in sizes
     assert sizes[0] < 20_000
 
 

@@ -53,7 +53,7 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
     for name, (root, _) in (members := configs.mixture(config)).items():
         settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
         try:
-            sources[name] = open_dataset(settings, "", root, split)
+            sources[name] = open_dataset(settings, config.eval.labels, root, split)
         except UserError as error:
             raise UserError(f"{error}\nin data.mixture: {name}") from None
     return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
@@ -74,12 +74,13 @@ def open_dataset(
         "val_share": data.val_share,
         "state_key": data.state,
         "action_key": data.action,
+        "labels": labels,
     }
     if data.reader == "lerobot":
         return LeRobotReader(root, repo_id=data.repo_id, revision=data.revision, **settings)
     if data.repo_id:
         root = download(data.repo_id, data.revision, data.cameras)
-    return LeRobotSource(root, labels=labels, **settings)
+    return LeRobotSource(root, **settings)
 
 
 def make_pipeline(

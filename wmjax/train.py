@@ -190,11 +190,14 @@ def loop(
 def validate(
     steps: Steps, state: TrainState, batches: Pipeline, config: ml_collections.ConfigDict
 ) -> Row:
-    """Return the mean metrics over the first eval.batches held-out batches, always the same."""
+    """Return the mean metrics over the first eval.batches held-out batches, always the same.
+
+    And what the stream tells of them: clips that were skipped, shares of a mixture.
+    """
     mean = Mean()
     for _ in range(config.eval.batches):
         mean.add(steps.validate(state, next(batches)))
-    row = prediction.finish(fetch(mean.take()))
+    row = prediction.finish(fetch(mean.take())) | batches.report()
     return {f"validation/{name}": value for name, value in row.items()}
 
 
@@ -212,8 +215,8 @@ def make_probe(
     workdir: Path,
 ) -> RunProbe | None:
     """Build the linear probe of eval.labels; None, said, where there are no labels."""
-    if not all(hasattr(source, "labels") for source in sources.values()):
-        say("no linear probe: this source gives no labels")
+    if not all(source.label_sizes for source in sources.values()):
+        say("no linear probe: no label of eval.labels is in all of the data, in one size")
         return None
 
     def open_clips(split: str) -> Pipeline:  # cropped alike, so that labels mean the same place
@@ -226,7 +229,7 @@ def make_probe(
         seed=config.seed,
         clips=config.eval.probe_clips,
         open_clips=open_clips,
-        labels={split: source.labels for split, source in sources.items()},  # type: ignore
+        labels={split: source.labels for split, source in sources.items()},
     )
 
     def probe(step: int, state: TrainState, row: Row | None = None) -> tuple[Row, str]:

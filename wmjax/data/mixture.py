@@ -15,6 +15,7 @@ class Mixture(Source):
     """Clips of named sources that differ in views, stride, and the sizes of state and action.
 
     Every clip has the most of each: views without frames, and zeros whose mask is False, fill it.
+    Its labels are those that all of them have, in one size.
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float]):
@@ -28,6 +29,12 @@ class Mixture(Source):
             max(getattr(source, size) for source in self._sources)
             for size in ("views", "frames", "stride", "state_size", "action_size")
         )
+        first, *others = (source.label_sizes for source in self._sources)
+        self.label_sizes = {
+            name: size
+            for name, size in first.items()
+            if all(sizes.get(name) == size for sizes in others)
+        }
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -48,6 +55,12 @@ class Mixture(Source):
 
     def locate(self, index: int) -> tuple[int, int]:
         return _locate(self._starts, index)
+
+    def labels(self, part: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        episode, labels = self._sources[part].labels(0, index)
+        # A number of its own for every episode of every dataset.
+        episode = episode * len(self._sources) + part
+        return episode, {name: labels[name] for name in self.label_sizes}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a clip of one of the sources, padded to the sizes of all."""

@@ -1,6 +1,6 @@
 """What the pipeline asks of a source of clips: a recording, a generator, or a mixture of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ class Source:
     stride: int
     state_size: int
     action_size: int
+    # What probes can be fitted to: numbers of each label, by its name.
+    label_sizes: Mapping[str, int] = {}
     # What was found a little wrong, and what was assumed: a line each.
     notes: Sequence[str] = ()
 
@@ -58,6 +60,10 @@ class Source:
     def locate(self, index: int) -> tuple[int, int]:
         """Return of which part clip `index` is, and its index in that."""
         return 0, index
+
+    def labels(self, part: int, index: int) -> tuple[int, Mapping[str, np.ndarray]]:
+        """Return episode and labels (TL by name, at the sampled frames) of a clip of a part."""
+        raise NotImplementedError
 
     def statistics(self) -> list[dict[str, Any]]:
         """Summarise state and action of each part, where there are recorded tables."""

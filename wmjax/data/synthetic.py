@@ -48,6 +48,7 @@ class SyntheticSource(Source):
         self.cameras = tuple(f"view{view}" for view in range(views))
         self.fps_effective = FPS / stride
         self.state_size = self.action_size = 2 * len(SHAPES)
+        self.label_sizes = {"state": self.state_size}
 
     def __len__(self) -> int:
         return self.num_samples
@@ -69,8 +70,7 @@ class SyntheticSource(Source):
             "start": 0,
         }
 
-    def labels(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
-        """Return the clip's episode, and the shapes' positions at its frames, TL by name."""
+    def labels(self, part: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
         rng, episode = self._stream(index)
         steps, _ = self._motion(rng, self._radius(rng))
         return episode, {"state": steps[:: self.stride].reshape(self.frames, -1)}

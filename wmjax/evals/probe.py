@@ -23,8 +23,9 @@ RIDGES = 10.0 ** np.arange(-5, 4)  # in units of the mean eigenvalue of the samp
 EVERY = 5  # every fifth training episode is held out to choose the ridge
 TEST_SHARE = 0.5  # held-out clips, as a share of the training ones
 
-# Of a clip: its episode, and what was recorded at its frames, TL by name.
-Labels = Callable[[int], tuple[int, Mapping[str, np.ndarray]]]
+# Of a clip, by dataset id and sample id: its episode, and what was recorded at its frames, TL by
+# name.
+Labels = Callable[[int, int], tuple[int, Mapping[str, np.ndarray]]]
 Scores = dict[str, dict[str, Any]]  # label -> r2 (mean over its numbers), r2_each, ridge
 
 
@@ -47,7 +48,7 @@ class Probe:
         model: as step.build takes it; seed: of the random weights, those that the run began with.
         target: abstract parameters of the target with their shardings. clips: of the training
         split. open_clips(split) gives WorldModelInput batches from the split's first on, to be
-        closed; labels[split] is asked by sample id.
+        closed; labels[split] is asked by dataset id and sample id.
         """
         shapes = base.abstract(**model)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
@@ -59,7 +60,8 @@ class Probe:
 
         def read(target: Any, batch: WorldModelInput) -> tuple[Array, Array, Array]:
             features = pooled(shapes, target, batch)
-            return features, scaled(batch, features.shape), batch.sample_ids_B
+            ids = jnp.stack([batch.dataset_ids_B, batch.sample_ids_B], axis=1)
+            return features, scaled(batch, features.shape), ids
 
         self._random = jax.jit(random, out_shardings=shardings)
         self._read = jax.jit(
@@ -88,7 +90,7 @@ class Probe:
         return {"trained": fit_all(features["trained"], truth), **self._baselines}
 
     def read(self, target: Any, split: str) -> tuple[np.ndarray, ...]:
-        """Return features, pixels (each clips x tubelets x numbers) and sample ids."""
+        """Return features, pixels (each clips x tubelets x numbers), dataset and sample ids."""
         parts: list[tuple[np.ndarray, ...]] = []
         clips = self._clips[split]
         batches: Iterator[WorldModelInput] = self._open(split)
@@ -103,7 +105,8 @@ class Probe:
         self, split: str, ids: np.ndarray, tubelets: int
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the clips' episodes and labels (clips x tubelets x numbers), tubelet means."""
-        episodes, labels = zip(*map(self._labels[split], ids.tolist()), strict=True)
+        asked = (self._labels[split](*pair) for pair in ids.tolist())
+        episodes, labels = zip(*asked, strict=True)
         stacked = {name: np.stack([each[name] for each in labels]) for name in labels[0]}
         return np.array(episodes), {
             name: values.reshape(len(ids), tubelets, -1, values.shape[-1]).mean(axis=2)
