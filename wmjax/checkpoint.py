@@ -3,10 +3,12 @@
 Orbax writes them asynchronously under workdir/checkpoints/STEP; the newest is taken up again.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from wmjax.errors import UserError
@@ -96,6 +98,32 @@ class Checkpoints:
                     f"restore the configuration in {self._folder.parent / 'config.json'}, "
                     f"or start afresh with another --workdir"
                 )
+
+
+def read(folder: Path, pick: Callable[[Any], Any]) -> tuple[int, Any, dict[str, Any]]:
+    """Return step, some arrays and meta of the newest checkpoint, the arrays in host memory.
+
+    pick: from the tree of what is saved, {"params": ..., "target": ..., ...}, to what is read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; wanted the checkpoints of a run")
+    with ocp.CheckpointManager(
+        folder.absolute(),
+        options=ocp.CheckpointManagerOptions(create=False),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+    ) as manager:
+        if (step := manager.latest_step()) is None:
+            raise UserError(f"{folder}: no checkpoint in it")
+        wanted = pick(manager.item_metadata(step).state.tree)
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+    return step, restored.state, restored.meta
 
 
 def _shapes(tree: Any) -> dict[str, str]:
