@@ -26,9 +26,10 @@ ARROWS: dict[str, set[str] | None] = {
     "errors": set(),
     "models": set(),
     "masking": set(),
-    "data": {"masking"},
+    "hub": set(),
+    "data": {"masking", "hub"},
     "evals": {"models", "sharding", "optim", "metrics"},
-    "weights": {"models"},
+    "weights": {"models", "hub"},
     "viz": {"models", "data", "masking"},
     "bench": EVERYTHING,
 }

@@ -110,7 +110,11 @@ def read(folder: Path, pick: Callable[[Any], Any]) -> tuple[int, Any, dict[str, 
     with ocp.CheckpointManager(
         folder.absolute(),
         options=ocp.CheckpointManagerOptions(create=False),
-        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
     ) as manager:
         if (step := manager.latest_step()) is None:
             raise UserError(f"{folder}: no checkpoint in it")

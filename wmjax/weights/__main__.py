@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from flax import traverse_util
 
@@ -15,6 +14,9 @@ from wmjax.weights.export import export
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
 from wmjax.weights.source import CONFIG, Source, open_source
+from wmjax.weights.tables import matches
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -60,6 +62,7 @@ def import_folder(source: Source, folder: Path) -> None:
     text = {
         "model": {"name": "vjepa2", **source.model} if source.model else {},
         "classifier": source.classifier,
+        "labels": source.labels,
         "clip": source.clip,
         "source": source.where,
         "notes": source.notes,
@@ -81,6 +84,7 @@ def export_folder(folder: Path, out: Path, frames: int | None, size: int | None)
         frames=frames,
         size=size,
         classifier=source.classifier or None,
+        labels=source.labels,
     )
     return f"{out}: the weights of {folder}"
 
@@ -124,11 +128,61 @@ def last_metrics(file: Path, step: int) -> dict[str, float]:
 
 def show(source: Source) -> str:
     """Return a table of the names in a source, layers joined, and what becomes of them."""
+    form, tensors = source.format, source.tensors
+    homes = [
+        (pattern, row.ours) for row in form.rows for pattern in (*row.theirs, row.gain) if pattern
+    ]
     lines = []
-    homes = {name: row.ours for row in source.format.rows for name in (*row.theirs, row.gain)}
-    for name, shape in source.tensors.shapes.items():
-        home = next((ours for theirs, ours in homes.items() if matches(theirs, name)), "")
-        home = home or ("left out" if source.format.ignores(name) else "unknown")
-        lines.append(f"{name} {shape} {source.tensors.dtypes[name]} -> {home}")
-    count = sum(math.prod(shape) for shape in source.tensors.shapes.values())
-    return "\n".join([*summarise(lines), "", *describe(source, count)])
+    for name, shape in tensors.shapes.items():
+        fits = [ours for pattern, ours in homes if matches(pattern, name)]
+        home = ", ".join(fits) or ("left out" if form.ignores(name) else "unknown")
+        lines.append(f"{name} {shape} {tensors.dtypes[name]} -> {home}")
+    return "\n".join([*summarise(lines), describe(source)])
+
+
+def describe(source: Source) -> str:
+    """Say what a source is, how large, and what was assumed."""
+    shapes, types = source.tensors.shapes, source.tensors.dtypes
+    count = sum(math.prod(shape) for shape in shapes.values())
+    size = sum(math.prod(shape) * ITEM_BYTES.get(types[name], 4) for name, shape in shapes.items())
+    arguments = {"model": source.model, "classifier": source.classifier, "clip": source.clip}
+    return "\n".join(
+        [
+            f"{source.where}: {source.format.name}",
+            f"{', '.join(source.parts)}: {len(shapes)} tensors, {count:,} parameters, "
+            f"{size / 2**20:,.1f} MiB",
+            *(
+                f"{what}: " + ", ".join(f"{key}={value}" for key, value in values.items())
+                for what, values in arguments.items()
+                if values
+            ),
+            *source.notes,
+        ]
+    )
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code; UserError passes through."""
+    flags = parse(argv)
+    if flags.command == "export":
+        if not flags.folder.is_dir():
+            raise UserError(f"{flags.folder}: no such folder")
+        imported = (flags.folder / CONFIG).is_file()
+        write = export_folder if imported else export_run
+        print(write(flags.folder, flags.out, flags.frames, flags.size))
+        return 0
+    source = open_source(flags.source, encoder=flags.encoder)
+    if flags.command == "show":
+        print(show(source))
+        return 0
+    import_folder(source, flags.folder)
+    print(f"{describe(source)}\nwritten to {flags.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,5 +1,4 @@
-"""To Hugging Face: a folder that transformers opens as VJEPA2Model or VJEPA2ForVideoClassification.
-"""
+"""To Hugging Face: a folder that transformers opens as its V-JEPA 2, with or without classes."""
 
 import json
 import math
@@ -13,7 +12,7 @@ from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from wmjax.weights.files import MODEL, write_safetensors
-from wmjax.weights.load import describe, leaves_of, wanted
+from wmjax.weights.load import abstract_model, describe, leaves_of, wanted
 from wmjax.weights.tables import VJEPA2, VJEPA2_CLASSIFIER, Format
 
 
@@ -68,9 +67,7 @@ def names_and_shapes(
     form: Format, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of theirs, in the order of the table; shapes: ours, by path."""
-    return {
-        name: shape for row in form.rows for name, shape in wanted(row, shapes[row.ours], {})
-    }
+    return {name: shape for row in form.rows for name, shape in wanted(row, shapes[row.ours], {})}
 
 
 def _tensors(form: Format, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
@@ -99,7 +96,7 @@ def _check(
     parts = {"encoder", "predictor", *(("pooler", "head") if classifier else ())}
     if params.keys() != parts:
         raise UserError(f"parameters of {', '.join(params)}; wanted {', '.join(sorted(parts))}")
-    _, abstract, _ = base.split(base.abstract(**{"name": "vjepa2", **model}))
+    _, abstract, _ = base.split(abstract_model(model))
     made = leaves_of({part: params[part] for part in ("encoder", "predictor")})
     for path, leaf in leaves_of(abstract).items():
         if path not in made or made[path].shape != leaf.shape:
@@ -193,5 +190,7 @@ def model_card(
         rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
         text += f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
     if config:
-        text += f"\n## Configuration\n\n```json\n{json.dumps(config, indent=2, sort_keys=True)}\n```\n"
+        text += (
+            f"\n## Configuration\n\n```json\n{json.dumps(config, indent=2, sort_keys=True)}\n```\n"
+        )
     return text

@@ -105,7 +105,9 @@ def open_torch(path: Path) -> dict[str, Any]:
                 f"{path}: refused: it holds more than tensors and plain values, and reading that "
                 "could run code in it"
             ) from None
-        raise UserError(f"{path}: not read by torch.load: {type(error).__name__}: {first}") from None
+        raise UserError(
+            f"{path}: not read by torch.load: {type(error).__name__}: {first}"
+        ) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds {type(found).__name__}; wanted a dict of state dicts")
     return found

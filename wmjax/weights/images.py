@@ -22,8 +22,7 @@ def inflate(kernel_DCpp: np.ndarray, ours: Shape) -> np.ndarray:
     frames, *size = ours[:3]
     kernel = kernel_DCpp.transpose(2, 3, 1, 0).astype(np.float64)
     rows, columns = (
-        np.linalg.pinv(bicubic(new, old).T)
-        for new, old in zip(size, kernel.shape[:2], strict=True)
+        np.linalg.pinv(bicubic(new, old).T) for new, old in zip(size, kernel.shape[:2], strict=True)
     )
     kernel = np.einsum("rp,cq,pqCD->rcCD", rows, columns, kernel, optimize=True)
     return np.broadcast_to(kernel / frames, ours)

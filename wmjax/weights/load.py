@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,7 +18,6 @@ from wmjax.weights.tables import Row
 
 _SHOWN = 40  # lines of names in one error
 _FLOATS = ("float32", "float16", "bfloat16")
-_PREDICTOR = ["predictor_width", "predictor_depth", "predictor_heads", "num_mask_tokens"]
 
 
 def load(source: Source, abstract: Params, model: Mapping[str, Any]) -> Params:
@@ -39,13 +39,22 @@ def load(source: Source, abstract: Params, model: Mapping[str, Any]) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_path(path)], abstract)
 
 
+def abstract_model(model: Mapping[str, Any]) -> base.BaseWorldModel:
+    """Build a V-JEPA 2 of these keyword arguments, and perhaps its name, without its numbers."""
+    try:
+        return base.abstract(**{"name": "vjepa2", **model})
+    except TypeError as error:  # an argument that there is not
+        raise UserError(f"arguments of a model: {error}") from error
+
+
 def abstract_params(source: Source) -> Params:
     """Return the shapes of all parts that the source has, as its own arguments make them."""
     parts: Params = {}
     if source.model:
-        parts |= base.split(base.abstract("vjepa2", **source.model))[1]
+        parts |= base.split(abstract_model(source.model))[1]
     if source.classifier:
-        probe = nnx.eval_shape(lambda: AttentiveClassifier(nnx.Rngs(0), **source.classifier))
+        settings = {**source.classifier, "dtype": jnp.dtype("float32"), "attention": "xla"}
+        probe = nnx.eval_shape(lambda: AttentiveClassifier(nnx.Rngs(0), **settings))
         parts |= base.split(probe)[1]
     return {part: parts[part] for part in source.parts}
 
@@ -57,11 +66,16 @@ def check(source: Source, model: Mapping[str, Any], parts: tuple[str, ...]) -> N
     """
     if not source.model:  # a probe alone
         return
-    keys = ["width", "depth", "heads", "hidden", "position_grid"] if "encoder" in parts else []
-    if not source.format.of_images:
-        keys += ["patch", "tubelet", "rope"] if "encoder" in parts else []
-        keys += _PREDICTOR if "predictor" in parts else []
     ours, theirs = describe(model), describe(source.model)
+    keys = []
+    if "encoder" in parts:
+        keys += ["width", "depth", "heads", "hidden", "position_grid"]
+        if not source.format.of_images:  # whose kernels are resized
+            keys += ["patch", "tubelet"]
+    if "predictor" in parts:
+        keys += ["predictor_width", "predictor_depth", "predictor_heads", "num_mask_tokens"]
+    if "predictor" in parts or not theirs["position_grid"]:
+        keys.append("rope")
     different = [
         f"model.{key}={ours[key]!r}, there {theirs[key]!r}"
         for key in keys
@@ -73,7 +87,7 @@ def check(source: Source, model: Mapping[str, Any], parts: tuple[str, ...]) -> N
 
 def describe(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that decides what a model computes, with its size and defaults resolved."""
-    built: Any = base.abstract(**{"name": "vjepa2", **model})
+    built: Any = abstract_model(model)
     encoder, predictor = built.encoder, built.predictor
     tubelet, patch = encoder.patch_embed.kernel.shape[:2]
     depth, _, hidden = encoder.blocks.mlp.fc1.kernel.shape

@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 
 from wmjax.errors import UserError
 from wmjax.models.encoder import SIZES
+from wmjax.models.layers import EPS
 from wmjax.weights import tables
-from wmjax.weights.files import Tensors, find, open_safetensors, open_torch, read_json, torch_tensors
+from wmjax.weights.files import (
+    Tensors,
+    find,
+    open_safetensors,
+    open_torch,
+    read_json,
+    torch_tensors,
+)
 from wmjax.weights.tables import Format
 
 CONFIG = "model.json"  # beside the weights in a folder of ours
@@ -19,7 +27,8 @@ class Source(NamedTuple):
 
     model: keyword arguments of `models.vjepa2.create` by which such a model is built; of an image
     model those of the encoder only. classifier: those of its AttentiveClassifier, or {}.
-    clip: {"frames", "size"} of a clip in training, or {} where the files do not say.
+    labels: names of its classes. clip: {"frames", "size"} of a clip in training, or {} where the
+    files do not say.
     notes: what was assumed, and what is left out.
     """
 
@@ -27,9 +36,10 @@ class Source(NamedTuple):
     format: Format
     tensors: Tensors
     model: dict[str, Any]
-    classifier: dict[str, Any]
-    clip: dict[str, int]
-    notes: tuple[str, ...]
+    classifier: dict[str, Any] = {}
+    labels: tuple[str, ...] = ()
+    clip: dict[str, int] = {}
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -78,8 +88,8 @@ def _own(folder: Path) -> Source:
         tensors,
         saved.get("model", {}),
         saved.get("classifier", {}),
+        tuple(saved.get("labels", ())),
         saved.get("clip", {}),
-        (),
     )
 
 
@@ -91,7 +101,7 @@ def _value(folder: Path, config: Mapping[str, Any], key: str, default: Any) -> A
         value, (int, float) if wanted is float else wanted
     ):
         raise UserError(f"{folder / 'config.json'}: {key}={value!r}: wanted {wanted.__name__}")
-    return value
+    return wanted(value)
 
 
 def _only(folder: Path, config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -99,7 +109,7 @@ def _only(folder: Path, config: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     for key, value in wanted.items():
         if (found := config.get(key, value)) != value:
             raise UserError(
-                f"{folder / 'config.json'}: {key}={found!r}: ours has {value!r} and no other"
+                f"{folder / 'config.json'}: {key}={found!r}: our model has {value!r} only"
             )
 
 
@@ -107,7 +117,7 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source
     def get(key: str, default: Any) -> Any:
         return _value(folder, config, key, default)
 
-    only = {"in_chans": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "pred_mlp_ratio": 4.0}
+    only = {"in_chans": 3, "hidden_act": "gelu", "layer_norm_eps": EPS, "pred_mlp_ratio": 4.0}
     _only(folder, config, {**only, "qkv_bias": True})
     width, heads = get("hidden_size", 1024), get("num_attention_heads", 16)
     model = {
@@ -125,6 +135,7 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source
     }
     clip = {"frames": get("frames_per_clip", 64), "size": get("crop_size", 256)}
     classifier: dict[str, Any] = {}
+    labels: tuple[str, ...] = ()
     if "classifier.weight" in tensors.shapes:
         classifier = {
             "width": width,
@@ -133,27 +144,35 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source
             "depth": get("num_pooler_layers", 3),
             "eps": 1e-6,
         }
+        names = config.get("id2label", {})
+        labels = tuple(names[key] for key in sorted(names, key=int))
     table = tables.VJEPA2_CLASSIFIER if classifier else tables.VJEPA2
-    return Source(str(folder), table, tensors, model, classifier, clip, ())
+    return Source(str(folder), table, tensors, model, classifier, labels, clip)
 
 
 def _vit(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
     width = _value(folder, config, "hidden_size", 768)
     hidden = _value(folder, config, "intermediate_size", 3072)
     prefix = "vit." if any(name.startswith("vit.") for name in tensors.shapes) else ""
-    return _image(folder, config, tensors, tables.vit(prefix), hidden / width)
+    return _image(folder, config, tensors, tables.vit(prefix), hidden / width, 1e-12)
 
 
 def _dinov2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
     _only(folder, config, {"use_swiglu_ffn": False})
-    ratio = _value(folder, config, "mlp_ratio", 4.0)
+    width = _value(folder, config, "hidden_size", 768)
+    ratio = int(width * _value(folder, config, "mlp_ratio", 4.0)) / width
     prefix = f"{config['model_type']}."
     there = any(name.startswith(prefix) for name in tensors.shapes)
-    return _image(folder, config, tensors, tables.dinov2(prefix if there else ""), ratio)
+    return _image(folder, config, tensors, tables.dinov2(prefix if there else ""), ratio, 1e-6)
 
 
 def _image(
-    folder: Path, config: Mapping[str, Any], tensors: Tensors, table: Format, mlp_ratio: float
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    table: Format,
+    mlp_ratio: float,
+    eps: float,
 ) -> Source:
     _only(folder, config, {"num_channels": 3, "hidden_act": "gelu", "qkv_bias": True})
     pixels, patch = (
@@ -168,13 +187,16 @@ def _image(
         "position_grid": pixels // patch,
     }
     dropped = [name for name in tensors.shapes if table.ignores(name)]
-    notes = (
-        f"an image model, patch {patch}: its kernel is resized to model.patch and spread over the "
-        "tubelet; frames are told apart only once time is learned",
+    notes = [
+        f"an image model: its patch kernel of {patch} px is resized to model.patch and spread over "
+        "the tubelet; frames look alike to it until time is learned",
         f"left out: {', '.join(dropped)}",
-        f"layer norms: epsilon {config.get('layer_norm_eps', 1e-12):g} there, 1e-06 here",
-    )
-    return Source(str(folder), table, tensors, model, {}, {}, notes)
+    ]
+    if (eps := config.get("layer_norm_eps", eps)) != EPS:
+        notes.append(
+            f"layer norms have epsilon {eps:g} there and {EPS:g} here, a negligible change"
+        )
+    return Source(str(folder), table, tensors, model, notes=tuple(notes))
 
 
 def _meta(path: Path, encoder: str) -> Source:
@@ -227,7 +249,7 @@ def _meta(path: Path, encoder: str) -> Source:
         }
         if predictor_width != 384:
             notes.append(f"heads of the predictor: {model['predictor_heads']} assumed, 32 wide")
-    return Source(str(path), tables.meta(encoder), tensors, model, {}, {}, tuple(notes))
+    return Source(str(path), tables.meta(encoder), tensors, model, notes=tuple(notes))
 
 
 def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Source:
@@ -250,7 +272,7 @@ def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Source:
         f"the first of {len(probes)} probes",
         "heads: 16 assumed, as all of Meta's evaluations have; the file does not say",
     )
-    return Source(str(path), tables.META_CLASSIFIER, tensors, {}, classifier, {}, notes)
+    return Source(str(path), tables.META_CLASSIFIER, tensors, {}, classifier, notes=notes)
 
 
 def _state_dict(key: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Row(NamedTuple):
         return "*" in self.theirs[0]
 
     def names(self, depth: int) -> list[tuple[str, ...]]:
-        """Return the names of the parts, layer by layer; one layer for a row that is not stacked."""
+        """Return the names of the parts, layer by layer; what is not stacked has one."""
         layers = range(depth if self.stacked else 1)
         return [tuple(name.replace("*", str(i)) for name in self.theirs) for i in layers]
 
