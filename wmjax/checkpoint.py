@@ -3,7 +3,6 @@
 Orbax writes them asynchronously under workdir/checkpoints/STEP; the newest is taken up again.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,40 +99,56 @@ class Checkpoints:
                 )
 
 
-def read(folder: Path, pick: Callable[[Any], Any]) -> tuple[int, Any, dict[str, Any]]:
-    """Return step, some arrays and meta of the newest checkpoint, the arrays in host memory.
+class Saved:
+    """The newest checkpoint of a run, whatever its model: `step`, `meta`, and arrays one by one.
 
-    pick: from the tree of what is saved, {"params": ..., "target": ..., ...}, to what is read.
+    shapes, dtypes: by path, as in "params.encoder.norm.scale".
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; wanted the checkpoints of a run")
-    with ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(create=False),
-        item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        },
-    ) as manager:
-        if (step := manager.latest_step()) is None:
-            raise UserError(f"{folder}: no checkpoint in it")
-        wanted = pick(manager.item_metadata(step).state.tree)
-        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True),
-                meta=ocp.args.JsonRestore(),
-            ),
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; wanted the checkpoints of a run")
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(create=False),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
         )
-    return step, restored.state, restored.meta
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"{folder}: no checkpoint in it")
+        self.step = step
+        self.meta = self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+        leaves = jax.tree_util.tree_flatten_with_path(self._manager.item_metadata(step).state.tree)
+        self._leaves = {_name(path): (path, leaf) for path, leaf in leaves[0]}
+        self.shapes = {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()}
+        self.dtypes = {name: str(leaf.dtype) for name, (_, leaf) in self._leaves.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one array in host memory."""
+        path, wanted = self._leaves[name]
+        for key in reversed(path):
+            wanted = {key.key: wanted}
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        state = self._manager.restore(
+            self.step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
+            ),
+        ).state
+        return jax.tree.leaves(state)[0]
 
 
 def _shapes(tree: Any) -> dict[str, str]:
     """Map "params.encoder.norm.scale" to "float32(1024,)" for every array of a tree."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{tuple(leaf.shape)}"
-        for path, leaf in leaves
-    }
+    return {_name(path): f"{leaf.dtype}{tuple(leaf.shape)}" for path, leaf in leaves}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

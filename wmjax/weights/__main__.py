@@ -8,7 +8,6 @@ from pathlib import Path
 
 from flax import traverse_util
 
-from wmjax import checkpoint
 from wmjax.errors import UserError
 from wmjax.weights.export import export
 from wmjax.weights.files import MODEL, write_safetensors
@@ -71,11 +70,12 @@ def import_folder(source: Source, folder: Path) -> None:
 
 
 def export_folder(folder: Path, out: Path, frames: int | None, size: int | None) -> str:
-    """Write an imported folder for transformers; return what was written."""
+    """Write an imported folder, or a run's newest checkpoint, for transformers; return a line."""
     source = open_source(folder)
     frames, size = frames or source.clip.get("frames"), size or source.clip.get("size")
     if not frames or not size:
         raise UserError(f"{folder}: frames and size of its clips unknown: give --frames and --size")
+    metrics = last_metrics(folder / "metrics.jsonl", source.step)
     flat = dict(assemble(source, leaves_of(abstract_params(source))))
     export(
         traverse_util.unflatten_dict(flat, sep="."),
@@ -85,31 +85,10 @@ def export_folder(folder: Path, out: Path, frames: int | None, size: int | None)
         size=size,
         classifier=source.classifier or None,
         labels=source.labels,
+        config=source.config,
+        metrics={"step": source.step, **metrics} if source.step else None,
     )
-    return f"{out}: the weights of {folder}"
-
-
-def export_run(workdir: Path, out: Path, frames: int | None, size: int | None) -> str:
-    """Write a run's newest checkpoint for transformers; return what was written."""
-    step, state, meta = checkpoint.read(
-        workdir / "checkpoints",
-        lambda saved: {
-            "target": saved["target"],
-            "params": {"predictor": saved["params"]["predictor"]},
-        },
-    )
-    config = meta["config"]
-    metrics = last_metrics(workdir / "metrics.jsonl", step)
-    export(
-        {"encoder": state["target"], "predictor": state["params"]["predictor"]},
-        config["model"],
-        out,
-        frames=frames or config["data"]["frames"],
-        size=size or config["data"]["image_size"],
-        config=config,
-        metrics={"step": step, **metrics},
-    )
-    return f"{out}: the EMA target encoder and the predictor of {workdir}, step {step}"
+    return "\n".join([f"{out}: the weights of {folder}", *source.notes])
 
 
 def last_metrics(file: Path, step: int) -> dict[str, float]:
@@ -167,9 +146,7 @@ def run(argv: list[str]) -> int:
     if flags.command == "export":
         if not flags.folder.is_dir():
             raise UserError(f"{flags.folder}: no such folder")
-        imported = (flags.folder / CONFIG).is_file()
-        write = export_folder if imported else export_run
-        print(write(flags.folder, flags.out, flags.frames, flags.size))
+        print(export_folder(flags.folder, flags.out, flags.frames, flags.size))
         return 0
     source = open_source(flags.source, encoder=flags.encoder)
     if flags.command == "show":

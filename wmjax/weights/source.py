@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
 from wmjax.models.encoder import SIZES
 from wmjax.models.layers import EPS
@@ -29,7 +30,7 @@ class Source(NamedTuple):
     model those of the encoder only. classifier: those of its AttentiveClassifier, or {}.
     labels: names of its classes. clip: {"frames", "size"} of a clip in training, or {} where the
     files do not say.
-    notes: what was assumed, and what is left out.
+    notes: what was assumed, and what is left out. config, step: of the run that they come from.
     """
 
     where: str
@@ -40,6 +41,8 @@ class Source(NamedTuple):
     labels: tuple[str, ...] = ()
     clip: dict[str, int] = {}
     notes: tuple[str, ...] = ()
+    config: dict[str, Any] = {}
+    step: int = 0
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -54,7 +57,9 @@ class Source(NamedTuple):
 
 
 def open_source(source: str | Path, *, encoder: str = "target_encoder") -> Source:
-    """Open a folder, a model of the Hub (OWNER/NAME) or a .pt file.
+    """Open a folder, a model of the Hub (OWNER/NAME), a .pt file, or the workdir of a run.
+
+    Of a run it is the newest checkpoint: the EMA target as encoder, and the predictor.
 
     encoder: which of the encoders in a checkpoint of Meta is taken, target_encoder (the EMA, which
     all of its evaluations use) or encoder. Raises UserError where it is no model that we know.
@@ -64,6 +69,8 @@ def open_source(source: str | Path, *, encoder: str = "target_encoder") -> Sourc
         return _meta(path, encoder)
     if (path / CONFIG).is_file():
         return _own(path)
+    if (path / "checkpoints").is_dir():
+        return _run(path)
     config = read_json(path / "config.json", "a model in safetensors with its configuration")
     kind = config.get("model_type")
     readers = {
@@ -90,6 +97,35 @@ def _own(folder: Path) -> Source:
         saved.get("classifier", {}),
         tuple(saved.get("labels", ())),
         saved.get("clip", {}),
+    )
+
+
+def _run(workdir: Path) -> Source:
+    saved = Saved(workdir / "checkpoints")
+    config = saved.meta["config"]
+    homes = {"target.": "encoder.", "params.predictor.": "predictor."}
+    names = {
+        ours + name.removeprefix(theirs): name
+        for theirs, ours in homes.items()
+        for name in saved.shapes
+        if name.startswith(theirs)
+    }
+    tensors = Tensors(
+        {ours: saved.shapes[name] for ours, name in names.items()},
+        {ours: saved.dtypes[name] for ours, name in names.items()},
+        lambda ours: saved.read(names[ours]),
+    )
+    model = {key: value for key, value in config["model"].items() if key != "pretrained"}
+    clip = {"frames": config["data"]["frames"], "size": config["data"]["image_size"]}
+    return Source(
+        str(workdir),
+        tables.own(list(names)),
+        tensors,
+        model,
+        clip=clip,
+        notes=(f"step {saved.step} of a run: the EMA target encoder and the predictor",),
+        config=config,
+        step=saved.step,
     )
 
 
