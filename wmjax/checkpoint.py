@@ -3,6 +3,7 @@
 Orbax writes them asynchronously under workdir/checkpoints/STEP; the newest is taken up again.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ class Checkpoints:
 
 
 class Saved:
-    """The newest checkpoint of a run, whatever its model: `step`, `meta`, and arrays one by one.
+    """The newest checkpoint of a run, whatever its model: `step`, `meta`, and its arrays.
 
     shapes, dtypes: by path, as in "params.encoder.norm.scale".
     """
@@ -124,16 +125,22 @@ class Saved:
         self.meta = self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
-        leaves = jax.tree_util.tree_flatten_with_path(self._manager.item_metadata(step).state.tree)
-        self._leaves = {_name(path): (path, leaf) for path, leaf in leaves[0]}
+        tree = self._manager.item_metadata(step).state.tree
+        self._leaves = {
+            _name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
         self.shapes = {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()}
         self.dtypes = {name: str(leaf.dtype) for name, (_, leaf) in self._leaves.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """Return one array in host memory."""
-        path, wanted = self._leaves[name]
-        for key in reversed(path):
-            wanted = {key.key: wanted}
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return some arrays in host memory."""
+        wanted: dict[str, Any] = {}
+        for name in names:
+            path, leaf = self._leaves[name]
+            node = wanted
+            for key in path[:-1]:
+                node = node.setdefault(key.key, {})
+            node[path[-1].key] = leaf
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         state = self._manager.restore(
             self.step,
@@ -141,7 +148,7 @@ class Saved:
                 state=ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
             ),
         ).state
-        return jax.tree.leaves(state)[0]
+        return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """From opened weights to our parameters, one at a time and straight onto their devices."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,8 +42,15 @@ def load(source: Source, abstract: Params, model: Mapping[str, Any]) -> Params:
 
 def abstract_model(model: Mapping[str, Any]) -> base.BaseWorldModel:
     """Build a V-JEPA 2 of these keyword arguments, and perhaps its name, without its numbers."""
+    computed = ("dtype", "remat", "scan", "attention")  # how, not what
+    key = {"name": "vjepa2", **{k: v for k, v in model.items() if k not in computed}}
+    return _abstract(tuple(sorted(key.items())))
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(arguments: tuple[tuple[str, Any], ...]) -> base.BaseWorldModel:
     try:
-        return base.abstract(**{"name": "vjepa2", **model})
+        return base.abstract(**dict(arguments))
     except TypeError as error:  # an argument that there is not
         raise UserError(f"arguments of a model: {error}") from error
 
