@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str] | None] = {
     "data": {"masking", "hub"},
     "evals": {"models", "sharding", "optim", "metrics"},
     "weights": {"models", "hub", "checkpoint"},
+    "initial": {"weights", "checkpoint", "step", "models"},
     "inference": {"weights", "models", "sharding", "data"},
     "viz": {"models", "data", "masking"},
     "bench": EVERYTHING,

@@ -88,16 +88,12 @@ class Checkpoints:
         return Restored(restored.state, restored.data, restored.meta)
 
     def _compare(self, step: int, abstract: TrainState) -> None:
-        saved = _shapes(self._manager.item_metadata(step).state)
-        wanted = _shapes(abstract)
-        for name in [*wanted, *saved]:
-            if saved.get(name) != wanted.get(name):
-                raise UserError(
-                    f"{self._folder / str(step)}: a checkpoint of another model. {name}: "
-                    f"{saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} wanted\n"
-                    f"restore the configuration in {self._folder.parent / 'config.json'}, "
-                    f"or start afresh with another --workdir"
-                )
+        if difference := _difference(self._manager.item_metadata(step).state, abstract):
+            raise UserError(
+                f"{self._folder / str(step)}: a checkpoint of another model. {difference}\n"
+                f"restore the configuration in {self._folder.parent / 'config.json'}, "
+                f"or start afresh with another --workdir"
+            )
 
 
 class Saved:
@@ -125,12 +121,25 @@ class Saved:
         self.meta = self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
-        tree = self._manager.item_metadata(step).state.tree
+        self._tree = tree = self._manager.item_metadata(step).state.tree
         self._leaves = {
             _name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
         self.shapes = {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()}
         self.dtypes = {name: str(leaf.dtype) for name, (_, leaf) in self._leaves.items()}
+
+    def restore(self, abstract: TrainState, what: str) -> TrainState:
+        """Restore the whole state onto the shardings of `abstract`; `what` names it in errors."""
+        if difference := _difference(self._tree, abstract):
+            raise UserError(f"{what}: a checkpoint of another model. {difference}")
+        return self._manager.restore(
+            self.step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+                )
+            ),
+        ).state
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Return some arrays in host memory."""
@@ -149,6 +158,15 @@ class Saved:
             ),
         ).state
         return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _difference(saved: Any, wanted: Any) -> str:
+    """Name the first array that is of another shape or dtype, or not there; '' where none is."""
+    there, ours = _shapes(saved), _shapes(wanted)
+    for name in [*ours, *there]:
+        if there.get(name) != ours.get(name):
+            return f"{name}: {there.get(name, 'absent')} there, {ours.get(name, 'absent')} wanted"
+    return ""
 
 
 def _shapes(tree: Any) -> dict[str, str]:

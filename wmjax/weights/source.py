@@ -30,7 +30,8 @@ class Source(NamedTuple):
     model those of the encoder only. classifier: those of its AttentiveClassifier, or {}.
     labels: names of its classes. clip: {"frames", "size"} of a clip in training, or {} where the
     files do not say.
-    notes: what was assumed, and what is left out. config, step: of the run that they come from.
+    choices: keys of the encoders in a file that has several. notes: what was assumed, and what is
+    left out. config, step: of the run that they come from.
     """
 
     where: str
@@ -43,6 +44,7 @@ class Source(NamedTuple):
     notes: tuple[str, ...] = ()
     config: dict[str, Any] = {}
     step: int = 0
+    choices: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -292,7 +294,10 @@ def _meta(path: Path, encoder: str) -> Source:
         }
         if predictor_width != 384:
             notes.append(f"heads of the predictor: {model['predictor_heads']} assumed, 32 wide")
-    return Source(str(path), tables.meta(encoder), tensors, model, notes=tuple(notes))
+    choices = tuple(key for key in ("encoder", "target_encoder") if key in found)
+    return Source(
+        str(path), tables.meta(encoder), tensors, model, notes=tuple(notes), choices=choices
+    )
 
 
 def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Source:
