@@ -87,7 +87,7 @@ def check(source: Source, model: Mapping[str, Any], parts: tuple[str, ...]) -> N
     different = [
         f"model.{key}={ours[key]!r}, there {theirs[key]!r}"
         for key in keys
-        if ours[key] != theirs[key]
+        if ours[key] != theirs[key] and key not in source.assumed
     ]
     if different:
         raise UserError(f"{source.where}: weights of another model:\n{'; '.join(different)}")

@@ -1,8 +1,9 @@
 """Open pretrained weights: which format they are in, and the model that they belong to."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
@@ -23,26 +24,28 @@ CONFIG = "model.json"  # beside the weights in a folder of ours
 _PREFIXES = ("module.backbone.", "module.", "backbone.")  # of wrappers in Meta's checkpoints
 
 
-class Source(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Source:
     """Opened weights; nothing but names and shapes is read yet.
 
     model: keyword arguments of `models.vjepa2.create` by which such a model is built; of an image
     model those of the encoder only. classifier: those of its AttentiveClassifier, or {}.
     labels: names of its classes. clip: {"frames", "size"} of a clip in training, or {} where the
-    files do not say.
-    choices: keys of the encoders in a file that has several. notes: what was assumed, and what is
-    left out. config, step: of the run that they come from.
+    files do not say. assumed: keys of model that the files do not say and shapes do not show.
+    notes: what was assumed, and what is left out. choices: keys of the encoders in a file that has
+    several. config, step: of the run that they come from.
     """
 
     where: str
     format: Format
     tensors: Tensors
     model: dict[str, Any]
-    classifier: dict[str, Any] = {}
+    classifier: dict[str, Any] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()
-    clip: dict[str, int] = {}
+    clip: dict[str, int] = dataclasses.field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     choices: tuple[str, ...] = ()
 
@@ -237,7 +240,9 @@ def _image(
         "the tubelet; frames look alike to it until time is learned",
         f"left out: {', '.join(dropped)}",
     ]
-    if (eps := config.get("layer_norm_eps", eps)) != EPS:
+    if config["model_type"] == "dinov2_with_registers":
+        notes.append("positions are resized as Dinov2Model does, without antialiasing")
+    if (eps := _value(folder, config, "layer_norm_eps", eps)) != EPS:
         notes.append(
             f"layer norms have epsilon {eps:g} there and {EPS:g} here, a negligible change"
         )
@@ -271,7 +276,6 @@ def _meta(path: Path, encoder: str) -> Source:
     hidden, _ = shape(f"{encoder}.blocks.0.mlp.fc1.weight", 2)
     depth = _count(shapes, f"{encoder}.blocks.*.norm1.weight")
     heads = {size[:2]: size[2] for size in SIZES.values()}.get((width, depth))
-    guessed = heads is None
     model = {
         "width": width,
         "depth": depth,
@@ -281,8 +285,9 @@ def _meta(path: Path, encoder: str) -> Source:
         "tubelet": tubelet,
         "rope": "tiled",
     }
-    notes = [f"the encoder is {encoder}"]
-    if guessed:
+    notes, assumed = [f"the encoder is {encoder}"], []
+    if heads is None:
+        assumed.append("heads")
         notes.append(f"heads: {model['heads']} assumed, 64 wide; the file does not say")
     if "predictor" in found:
         predictor_width, _ = shape("predictor.predictor_embed.weight", 2)
@@ -293,10 +298,16 @@ def _meta(path: Path, encoder: str) -> Source:
             "num_mask_tokens": _count(shapes, "predictor.mask_tokens.*"),
         }
         if predictor_width != 384:
+            assumed.append("predictor_heads")
             notes.append(f"heads of the predictor: {model['predictor_heads']} assumed, 32 wide")
-    choices = tuple(key for key in ("encoder", "target_encoder") if key in found)
     return Source(
-        str(path), tables.meta(encoder), tensors, model, notes=tuple(notes), choices=choices
+        str(path),
+        tables.meta(encoder),
+        tensors,
+        model,
+        assumed=tuple(assumed),
+        notes=tuple(notes),
+        choices=tuple(key for key in ("encoder", "target_encoder") if key in found),
     )
 
 
