@@ -1,7 +1,7 @@
 """A model in one line: `wmjax.load(where)`, then video in and features out.
 
-    model = wmjax.load("runs/vjepa2_aloha")      # or a folder, OWNER/NAME on the Hub, a .pt file
-    features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
+model = wmjax.load("runs/vjepa2_aloha")      # or a folder, OWNER/NAME on the Hub, a .pt file
+features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
 """
 
 from pathlib import Path
@@ -57,27 +57,30 @@ class Model:
             )
         if "encoder" not in shapes:
             raise UserError(f"{source.where}: has {', '.join(shapes)} and no encoder to feed them")
-        self._params = weights.load(source, shapes, arguments)
+        self.params = weights.load(source, shapes, arguments)
         self._spec = model.input_spec
 
-        def part(params: base.Params, name: str) -> Any:
+        def module(params: base.Params, name: str) -> Any:
             return base.merge(graphs[name], params[name])
 
         def encode(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
-            return part(params, "encoder")(video_BTHWC)
+            return module(params, "encoder")(video_BTHWC)
 
         def predict(
             params: base.Params, video_BTHWC: jax.Array, ids_BK: jax.Array, ids_BM: jax.Array
         ) -> jax.Array:
-            context_BKD = part(params, "encoder")(video_BTHWC, ids_BK)
+            context_BKD = module(params, "encoder")(video_BTHWC, ids_BK)
             grid = self._spec(*video_BTHWC.shape[1:4]).grid
-            return part(params, "predictor")(context_BKD, ids_BK, ids_BM, grid).astype(jnp.float32)
+            return module(params, "predictor")(context_BKD, ids_BK, ids_BM, grid).astype(
+                jnp.float32
+            )
 
         def classify(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
-            pooled_B1D = part(params, "pooler")(part(params, "encoder")(video_BTHWC))
-            return part(params, "head")(pooled_B1D)[:, 0].astype(jnp.float32)
+            pooled_B1D = module(params, "pooler")(module(params, "encoder")(video_BTHWC))
+            return module(params, "head")(pooled_B1D)[:, 0].astype(jnp.float32)
 
-        self._encode, self._predict, self._classify = map(jax.jit, (encode, predict, classify))
+        self._encode, self._predict = jax.jit(encode), jax.jit(predict)
+        self._classify = jax.jit(classify)
 
     def encode(self, video: Any, *, size: Size | None = None) -> jax.Array:
         """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
@@ -87,7 +90,7 @@ class Model:
         size: of the frames after a centred crop and resize, for uint8 of any size.
         """
         video_BTHWC, single = self._clips(video, size)
-        features_BND = self._encode(self._params, video_BTHWC)
+        features_BND = self._encode(self.params, video_BTHWC)
         return features_BND[0] if single else features_BND
 
     def predict(
@@ -99,7 +102,7 @@ class Model:
         clips (K,), (M,) or each its own (B, K), (B, M). Returns float32 (M, width) or
         (B, M, width): what the target, layer-normed, is in training.
         """
-        if "predictor" not in self._params:
+        if "predictor" not in self.params:
             raise UserError(f"{self._where}: an encoder without a predictor")
         video_BTHWC, single = self._clips(video, size)
         tokens = self._spec(*video_BTHWC.shape[1:4]).tokens
@@ -107,15 +110,15 @@ class Model:
             _token_ids(name, value, len(video_BTHWC), tokens)
             for name, value in (("context_ids", context_ids), ("target_ids", target_ids))
         )
-        prediction_BMD = self._predict(self._params, video_BTHWC, *ids)
+        prediction_BMD = self._predict(self.params, video_BTHWC, *ids)
         return prediction_BMD[0] if single else prediction_BMD
 
     def classify(self, video: Any, *, size: Size | None = None) -> jax.Array:
         """Return float32 logits, (classes,) or (B, classes); video, size: as for encode."""
-        if "head" not in self._params:
+        if "head" not in self.params:
             raise UserError(f"{self._where}: has no classifier")
         video_BTHWC, single = self._clips(video, size)
-        logits_BC = self._classify(self._params, video_BTHWC)
+        logits_BC = self._classify(self.params, video_BTHWC)
         return logits_BC[0] if single else logits_BC
 
     def preprocess(self, video: Any, size: Size | None = None) -> np.ndarray:
@@ -129,8 +132,8 @@ class Model:
         size = size or self._clip.get("size")
         if not size:
             raise UserError(f"{self._where}: does not say the size of its clips; give size=")
-        mean, std = np.float32(PIXEL_MEAN), np.float32(PIXEL_STD)
-        return (np.float32(_resized(frames, size)) / np.float32(255) - mean) / std
+        mean, std = (np.asarray(value, np.float32) for value in (PIXEL_MEAN, PIXEL_STD))
+        return (_resized(frames, size).astype(np.float32) / np.float32(255) - mean) / std
 
     def _clips(self, video: Any, size: Size | None) -> tuple[Any, bool]:
         """Return a batch of clips at their size, and whether it was one clip without a batch."""
@@ -185,7 +188,7 @@ def _resized(frames: Any, size: Size) -> np.ndarray:
     if frames.shape[-3:-1] == (height, width):
         return np.asarray(frames)
     clips = np.asarray(frames).reshape(-1, *frames.shape[-3:])
-    box = centre_box(*frames.shape[-3:-1], width / height)
+    box = centre_box(clips.shape[1], clips.shape[2], width / height)
     scaled = crop_and_scale(list(clips), box, height, width)
     return scaled.reshape(*frames.shape[:-3], height, width, 3)
 

@@ -84,9 +84,7 @@ def build(
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = in_microbatches(gradients, batch, key, accumulate)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, step=state.step
-        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         followed = shapes.target_params(params)
         m = ema(state.step)

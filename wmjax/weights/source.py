@@ -232,6 +232,7 @@ def _image(
         "depth": _value(folder, config, "num_hidden_layers", 12),
         "heads": _value(folder, config, "num_attention_heads", 12),
         "mlp_ratio": mlp_ratio,
+        "patch": patch,
         "position_grid": pixels // patch,
     }
     dropped = [name for name in tensors.shapes if table.ignores(name)]
