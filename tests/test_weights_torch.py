@@ -18,8 +18,8 @@ from wmjax.models import base, rope
 from wmjax.models.positions import bicubic
 from wmjax.weights import __main__ as door
 from wmjax.weights import export, load, open_source, tables
-from wmjax.weights.export import names_and_shapes
-from wmjax.weights.load import abstract_params, leaves_of
+from wmjax.weights.export import names_and_shapes, settings_of
+from wmjax.weights.load import abstract_params, describe, leaves_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -137,7 +137,7 @@ def test_halves_of_torch_become_float32(oracle, tmp_path, dtype):
 
 
 def test_a_classifier_goes_in_and_out_again(tmp_path):
-    config = vjepa2_config(num_pooler_layers=2, num_labels=5)
+    config = vjepa2_config(num_pooler_layers=2, num_labels=12)
     theirs = randomise(transformers.VJEPA2ForVideoClassification(config))
     theirs.save_pretrained(tmp_path / "in")
     door.run(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
@@ -154,10 +154,7 @@ def test_a_classifier_goes_in_and_out_again(tmp_path):
 @pytest.mark.parametrize("size", ["large", "giant"])
 def test_tables_name_all_that_transformers_has(size, tmp_path):
     """Released sizes, of which only the shapes are made; configured by what export writes."""
-    from wmjax.weights.export import _settings
-    from wmjax.weights.load import describe
-
-    settings = _settings(describe({"size": size}), 64, 256)
+    settings = settings_of(describe({"size": size}), 64, 256)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with torch.device("meta"):
         theirs = transformers.VJEPA2Model(transformers.VJEPA2Config.from_pretrained(tmp_path))
@@ -411,7 +408,7 @@ def test_a_probe_of_meta_is_its_twin(tmp_path):
     saved = {"classifiers": [as_torch(probe, "module."), {}], "epoch": 20}
     torch.save(saved, tmp_path / "ssv2.pt")
     source = open_source(tmp_path / "ssv2.pt")
-    assert source.classifier == {"width": 36, "heads": 16, "classes": 5, "depth": 2, "eps": 1e-5}
+    assert source.classifier == {"width": 36, "heads": 16, "classes": 12, "depth": 2, "eps": 1e-5}
 
     config = files.vjepa2_config(num_pooler_layers=2)
     twin = open_source(files.write(tmp_path / "twin", tensors, config))

@@ -136,7 +136,7 @@ def write_safetensors(
     The safetensors package would want all of them in memory at once. The file appears when it is
     whole.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 asks for it
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))
