@@ -29,7 +29,7 @@ from wmjax.step import TrainState
 from wmjax.weights import __main__ as door
 from wmjax.weights import export, load, open_source, tables
 from wmjax.weights.export import names_and_shapes, settings_of
-from wmjax.weights.images import inflate
+from wmjax.weights.images import Pixels
 from wmjax.weights.load import assemble, check, describe, leaves_of
 
 CLASSIFIER = {"width": 36, "heads": 2, "classes": 12, "depth": 2, "eps": 1e-6}
@@ -333,11 +333,20 @@ def test_a_resized_kernel_gives_the_same_tokens_on_resized_patches():
     """What the pseudo-inverse is for; exact where patches get larger."""
     rng = np.random.default_rng(0)
     kernel, image = rng.normal(size=(7, 3, 14, 14)), rng.normal(size=(3, 14, 14))
-    ours = inflate(kernel, (2, 16, 16, 3, 7))
+    ours = Pixels().kernel(kernel, (2, 16, 16, 3, 7), None)
     resize = bicubic(16, 14)
     larger = np.einsum("rp,cq,xpq->rcx", resize, resize, image)
     token = np.einsum("trcxd,rcx->d", ours, larger)
     np.testing.assert_allclose(token, np.einsum("dxpq,xpq->d", kernel, image), rtol=1e-9)
+
+
+@pytest.mark.parametrize("values", ["null", "[0.5]"])
+def test_a_normalisation_that_is_none(tmp_path, values):
+    files.write(tmp_path, files.draw(files.image_shapes("vit")), files.image_config("vit"))
+    text = f'{{"image_mean": [0.5, 0.5, 0.5], "image_std": {values}}}'
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"image_std=.*: wanted three numbers$"):
+        open_source(tmp_path)
 
 
 def test_swiglu_is_refused(tmp_path):
@@ -426,6 +435,7 @@ def break_config(folder, **changes):
         (lambda f: break_config(f, model_type="bert"), "model_type='bert': wanted one of vjepa2"),
         (lambda f: break_config(f, hidden_act="silu"), "hidden_act='silu': our model has 'gelu'"),
         (lambda f: break_config(f, hidden_size="36"), "hidden_size='36': wanted int"),
+        (lambda f: break_config(f, hidden_size=0), "hidden_size=0: wanted a number above 0"),
         (lambda f: break_config(f, patch_size=[4, 4]), r"patch_size=\[4, 4\]: wanted int"),
     ],
 )
@@ -445,6 +455,17 @@ def test_shards_that_are_not_there_are_named(tmp_path, tensors):
     says = "not there: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors$"
     with pytest.raises(UserError, match=says):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {"a": "../model.safetensors"}}'])
+def test_shards_stay_in_their_folder(tmp_path, tensors, index):
+    files.write(tmp_path, tensors, files.vjepa2_config())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(files.vjepa2_config()))
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"wanted a weight_map to names of files beside it$"):
+        open_source(folder)
 
 
 def test_a_file_that_is_no_model(tmp_path):

@@ -254,6 +254,23 @@ def test_a_clip_of_one_image_is_seen_as_the_image(tmp_path, kind, size):
     close(first[:, :tokens], wanted[1])
 
 
+def test_pixels_normalised_otherwise_give_the_same_tokens(tmp_path):
+    """Of bytes, which each side normalises for itself."""
+    theirs = image_model("vit")
+    theirs.save_pretrained(tmp_path)
+    mean, std = (0.5, 0.4, 0.6), (0.5, 0.3, 0.25)
+    text = json.dumps({"image_mean": mean, "image_std": std})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    source = open_source(tmp_path)
+    ours = loaded(source, {**source.model, "patch": 4, "tubelet": 2}, "encoder")
+    video = np.broadcast_to(
+        np.random.default_rng(0).integers(0, 256, (1, 1, 20, 20, 3), np.uint8), (1, 2, 20, 20, 3)
+    )
+    pixels = (torch.tensor(video[:, 0]) / 255 - torch.tensor(mean)) / torch.tensor(std)
+    wanted = theirs.embeddings.patch_embeddings(pixels.permute(0, 3, 1, 2))
+    close(jit(ours.encoder.patch_embed)(video, None), wanted)
+
+
 @pytest.mark.parametrize(("new", "old"), [(16, 14), (16, 37), (5, 5), (3, 7)])
 def test_bicubic_is_torchs(new, old):
     image = torch.randn(1, 1, old, old, dtype=torch.float64)
