@@ -54,6 +54,7 @@ def test_tokens_get_what_belongs_to_their_ids():
 
 def test_time_is_learned_from_nothing():
     """Frames look alike at first; the gradient tells them apart."""
+    assert not np.asarray(Positions(nnx.Rngs(0), 4, WIDTH).time[...]).any()
     made, grid = positions(), (2, 4, 4)
     ids = rope.all_ids(grid)
     first, second = jnp.split(made(ids, grid), 2, axis=1)

@@ -1,5 +1,6 @@
 """Weights in and out, without torch: files are written here as their formats say."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import weight_files as files
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from weight_files import MODEL, SIZES
 
@@ -22,14 +24,15 @@ from wmjax.checkpoint import Checkpoints
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
+from wmjax.models.positions import bicubic
 from wmjax.step import TrainState
 from wmjax.weights import __main__ as door
 from wmjax.weights import export, load, open_source, tables
-from wmjax.weights.export import names_and_shapes
-from wmjax.weights.images import inflate
-from wmjax.weights.load import assemble, leaves_of
+from wmjax.weights.export import names_and_shapes, settings_of
+from wmjax.weights.images import Pixels
+from wmjax.weights.load import assemble, check, describe, leaves_of
 
-CLASSIFIER = {"width": 36, "heads": 2, "classes": 5, "depth": 2, "eps": 1e-6}
+CLASSIFIER = {"width": 36, "heads": 2, "classes": 12, "depth": 2, "eps": 1e-6}
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +192,7 @@ def test_the_host_holds_one_parameter_and_one_tensor(tmp_path):
 
 def test_a_classifier_is_loaded_and_written_back(tmp_path):
     tensors = files.draw(files.classifier_shapes())
-    labels = [f"class {i}" for i in range(5)]
+    labels = [f"class {i}" for i in range(12)]
     config = files.vjepa2_config(
         num_pooler_layers=2, id2label={str(i): label for i, label in enumerate(labels)}
     )
@@ -234,6 +237,8 @@ def test_out_and_in_again_is_bit_exact(tmp_path, folder, params):
         },
     }
     export(params, MODEL, tmp_path, frames=8, size=16)
+    with safe_open(tmp_path / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
     tensors = load_file(tmp_path / "model.safetensors")
     wanted = load_file(folder / "model.safetensors")
     proj = tensors.pop("predictor.proj.weight"), wanted.pop("predictor.proj.weight")
@@ -257,16 +262,12 @@ def test_the_card_tells_of_the_training(tmp_path, params):
 
 
 def test_ratios_survive_that_transformers_cuts_the_product():
-    from wmjax.weights.export import _settings
-    from wmjax.weights.load import describe
-
     for model, hidden in (
         ({"size": "giant"}, 6144),
         ({"size": "gigantic"}, 8192),
-        (MODEL | {"width": 36, "mlp_ratio": 59 / 36}, 59),
-        ({"size": "tiny", "width": 186, "heads": 3, "mlp_ratio": 187 / 186}, 187),
+        (MODEL | {"width": 22, "heads": 1, "mlp_ratio": 30 / 22}, 30),  # 29.999999999999996
     ):
-        settings = _settings(describe(model), 16, 256)
+        settings = settings_of(describe(model), 16, 256)
         assert int(settings["hidden_size"] * settings["mlp_ratio"]) == hidden
 
 
@@ -330,15 +331,22 @@ def test_an_image_model_becomes_an_encoder(tmp_path, kind):
 
 def test_a_resized_kernel_gives_the_same_tokens_on_resized_patches():
     """What the pseudo-inverse is for; exact where patches get larger."""
-    from wmjax.models.positions import bicubic
-
     rng = np.random.default_rng(0)
     kernel, image = rng.normal(size=(7, 3, 14, 14)), rng.normal(size=(3, 14, 14))
-    ours = inflate(kernel, (2, 16, 16, 3, 7))
+    ours = Pixels().kernel(kernel, (2, 16, 16, 3, 7), None)
     resize = bicubic(16, 14)
     larger = np.einsum("rp,cq,xpq->rcx", resize, resize, image)
     token = np.einsum("trcxd,rcx->d", ours, larger)
     np.testing.assert_allclose(token, np.einsum("dxpq,xpq->d", kernel, image), rtol=1e-9)
+
+
+@pytest.mark.parametrize("values", ["null", "[0.5]"])
+def test_a_normalisation_that_is_none(tmp_path, values):
+    files.write(tmp_path, files.draw(files.image_shapes("vit")), files.image_config("vit"))
+    text = f'{{"image_mean": [0.5, 0.5, 0.5], "image_std": {values}}}'
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"image_std=.*: wanted three numbers$"):
+        open_source(tmp_path)
 
 
 def test_swiglu_is_refused(tmp_path):
@@ -398,6 +406,15 @@ def test_weights_of_another_model(folder, changes, says):
     assert str(caught.value) == f"{folder}: weights of another model:\n{says}"
 
 
+def test_rope_beside_learned_positions_is_the_predictors(folder):
+    source = open_source(folder)
+    source = dataclasses.replace(source, model=source.model | {"position_grid": 5})
+    model = source.model | {"rope": "interleaved"}
+    check(source, model, ("encoder",))
+    with pytest.raises(UserError, match=r"model\.rope='interleaved', there 'tiled'"):
+        check(source, model, ("encoder", "predictor"))
+
+
 def cut(path, bytes_left):
     path.write_bytes(path.read_bytes()[:bytes_left])
 
@@ -418,6 +435,7 @@ def break_config(folder, **changes):
         (lambda f: break_config(f, model_type="bert"), "model_type='bert': wanted one of vjepa2"),
         (lambda f: break_config(f, hidden_act="silu"), "hidden_act='silu': our model has 'gelu'"),
         (lambda f: break_config(f, hidden_size="36"), "hidden_size='36': wanted int"),
+        (lambda f: break_config(f, hidden_size=0), "hidden_size=0: wanted a number above 0"),
         (lambda f: break_config(f, patch_size=[4, 4]), r"patch_size=\[4, 4\]: wanted int"),
     ],
 )
@@ -437,6 +455,17 @@ def test_shards_that_are_not_there_are_named(tmp_path, tensors):
     says = "not there: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors$"
     with pytest.raises(UserError, match=says):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {"a": "../model.safetensors"}}'])
+def test_shards_stay_in_their_folder(tmp_path, tensors, index):
+    files.write(tmp_path, tensors, files.vjepa2_config())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(files.vjepa2_config()))
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"wanted a weight_map to names of files beside it$"):
+        open_source(folder)
 
 
 def test_a_file_that_is_no_model(tmp_path):

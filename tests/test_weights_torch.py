@@ -18,8 +18,8 @@ from wmjax.models import base, rope
 from wmjax.models.positions import bicubic
 from wmjax.weights import __main__ as door
 from wmjax.weights import export, load, open_source, tables
-from wmjax.weights.export import names_and_shapes
-from wmjax.weights.load import abstract_params, leaves_of
+from wmjax.weights.export import names_and_shapes, settings_of
+from wmjax.weights.load import abstract_params, describe, leaves_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -137,7 +137,7 @@ def test_halves_of_torch_become_float32(oracle, tmp_path, dtype):
 
 
 def test_a_classifier_goes_in_and_out_again(tmp_path):
-    config = vjepa2_config(num_pooler_layers=2, num_labels=5)
+    config = vjepa2_config(num_pooler_layers=2, num_labels=12)
     theirs = randomise(transformers.VJEPA2ForVideoClassification(config))
     theirs.save_pretrained(tmp_path / "in")
     door.run(["import", str(tmp_path / "in"), str(tmp_path / "ours")])
@@ -154,10 +154,7 @@ def test_a_classifier_goes_in_and_out_again(tmp_path):
 @pytest.mark.parametrize("size", ["large", "giant"])
 def test_tables_name_all_that_transformers_has(size, tmp_path):
     """Released sizes, of which only the shapes are made; configured by what export writes."""
-    from wmjax.weights.export import _settings
-    from wmjax.weights.load import describe
-
-    settings = _settings(describe({"size": size}), 64, 256)
+    settings = settings_of(describe({"size": size}), 64, 256)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with torch.device("meta"):
         theirs = transformers.VJEPA2Model(transformers.VJEPA2Config.from_pretrained(tmp_path))
@@ -255,6 +252,23 @@ def test_a_clip_of_one_image_is_seen_as_the_image(tmp_path, kind, size):
         close(embedded[:, mine], wanted[0])
         close(features[:, mine], last)
     close(first[:, :tokens], wanted[1])
+
+
+def test_pixels_normalised_otherwise_give_the_same_tokens(tmp_path):
+    """Of bytes, which each side normalises for itself."""
+    theirs = image_model("vit")
+    theirs.save_pretrained(tmp_path)
+    mean, std = (0.5, 0.4, 0.6), (0.5, 0.3, 0.25)
+    text = json.dumps({"image_mean": mean, "image_std": std})
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    source = open_source(tmp_path)
+    ours = loaded(source, {**source.model, "patch": 4, "tubelet": 2}, "encoder")
+    video = np.broadcast_to(
+        np.random.default_rng(0).integers(0, 256, (1, 1, 20, 20, 3), np.uint8), (1, 2, 20, 20, 3)
+    )
+    pixels = (torch.tensor(video[:, 0]) / 255 - torch.tensor(mean)) / torch.tensor(std)
+    wanted = theirs.embeddings.patch_embeddings(pixels.permute(0, 3, 1, 2))
+    close(jit(ours.encoder.patch_embed)(video, None), wanted)
 
 
 @pytest.mark.parametrize(("new", "old"), [(16, 14), (16, 37), (5, 5), (3, 7)])
@@ -411,7 +425,7 @@ def test_a_probe_of_meta_is_its_twin(tmp_path):
     saved = {"classifiers": [as_torch(probe, "module."), {}], "epoch": 20}
     torch.save(saved, tmp_path / "ssv2.pt")
     source = open_source(tmp_path / "ssv2.pt")
-    assert source.classifier == {"width": 36, "heads": 16, "classes": 5, "depth": 2, "eps": 1e-5}
+    assert source.classifier == {"width": 36, "heads": 16, "classes": 12, "depth": 2, "eps": 1e-5}
 
     config = files.vjepa2_config(num_pooler_layers=2)
     twin = open_source(files.write(tmp_path / "twin", tensors, config))

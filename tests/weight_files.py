@@ -65,7 +65,7 @@ def vjepa2_shapes(sizes=SIZES, prefix=""):
     return shapes
 
 
-def classifier_shapes(classes=5, layers=2, sizes=SIZES):
+def classifier_shapes(classes=12, layers=2, sizes=SIZES):
     """VJEPA2ForVideoClassification of transformers."""
     width = sizes["width"]
     cross = "pooler.cross_attention_layer"

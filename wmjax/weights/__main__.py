@@ -109,7 +109,7 @@ def show(source: Source) -> str:
     """Return a table of the names in a source, layers joined, and what becomes of them."""
     form, tensors = source.format, source.tensors
     homes = [
-        (pattern, row.ours) for row in form.rows for pattern in (*row.theirs, row.gain) if pattern
+        (pattern, row.ours) for row in form.rows for pattern in (*row.theirs, row.other) if pattern
     ]
     lines = []
     for name, shape in tensors.shapes.items():

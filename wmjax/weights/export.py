@@ -41,7 +41,7 @@ def export(
     sizes = describe(model)
     _check(params, model, sizes, classifier, labels)
     leaves = leaves_of(params)
-    settings = _settings(sizes, frames, size)
+    settings = settings_of(sizes, frames, size)
     if classifier:
         classes = leaves["head.bias"].shape[0]
         names = list(labels) or [f"LABEL_{i}" for i in range(classes)]
@@ -111,7 +111,7 @@ def _check(
         raise UserError(f"{len(labels)} labels for {classifier['classes']} classes")
 
 
-def _settings(sizes: Mapping[str, Any], frames: int, size: int) -> dict[str, Any]:
+def settings_of(sizes: Mapping[str, Any], frames: int, size: int) -> dict[str, Any]:
     """Return config.json."""
     width, hidden = sizes["width"], sizes["hidden"]
     ratio = hidden / width

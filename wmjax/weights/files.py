@@ -37,7 +37,8 @@ def find(source: str) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise UserError(f"{source}: no such file or folder")
-    patterns = ["config.json", "model.json", MODEL, "model-*.safetensors", _INDEX]
+    patterns = ["config.json", "preprocessor_config.json", "model.json"]
+    patterns += [MODEL, "model-*.safetensors", _INDEX]
     return snapshot(
         source,
         patterns,
@@ -66,14 +67,9 @@ def open_safetensors(folder: Path) -> Tensors:
     if (folder / MODEL).is_file():
         files = [folder / MODEL]
     elif (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX, "the index of the shards").get("weight_map", {})
-        files = [folder / name for name in sorted(set(index.values()))]
+        files = _shards(folder)
     else:
         raise UserError(f"{folder}: no {MODEL} and no {_INDEX} in it")
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise UserError(f"{folder}: {_INDEX} names shards that are not there: {', '.join(absent)}")
-
     tensors, home = Tensors({}, {}, lambda name: home[name].get_tensor(name)), {}
     for file in files:
         try:
@@ -86,6 +82,18 @@ def open_safetensors(folder: Path) -> Tensors:
             tensors.shapes[name] = tuple(view.get_shape())
             tensors.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
     return tensors
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the files that the index of a folder names, all of them there and in the folder."""
+    named = read_json(folder / _INDEX, "the index of the shards").get("weight_map")
+    names = sorted(set(named.values())) if isinstance(named, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{folder / _INDEX}: wanted a weight_map to names of files beside it")
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{folder}: {_INDEX} names shards that are not there: {', '.join(absent)}")
+    return [folder / name for name in names]
 
 
 def open_torch(path: Path) -> dict[str, Any]:
@@ -136,7 +144,7 @@ def write_safetensors(
     The safetensors package would want all of them in memory at once. The file appears when it is
     whole.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 asks for it
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))

@@ -134,10 +134,9 @@ def _fill(host: np.ndarray, row: Row, source: Source) -> None:
     layers = host if row.stacked else host[None]
     for index, (layer, names) in enumerate(zip(layers, row.names(len(layers)), strict=True)):
         parts = np.split(layer, len(names), axis=-1)  # views
+        other = source.tensors.read(row.other.replace("*", str(index))) if row.other else None
         for part, name in zip(parts, names, strict=True):
-            part[...] = row.layout.ours(source.tensors.read(name), part.shape)
-        if row.gain:
-            layer *= source.tensors.read(row.gain.replace("*", str(index))).astype(np.float32)
+            part[...] = row.layout.ours(source.tensors.read(name), part.shape, other)
 
 
 def _match(source: Source, leaves: Mapping[str, Any]) -> None:
@@ -181,8 +180,8 @@ def wanted(
     for index, names in enumerate(row.names(shape[0])):
         for name in names:
             yield name, row.layout.shape(row.one(shape), found.get(name, ()))
-        if row.gain:
-            yield row.gain.replace("*", str(index)), shape[-1:]
+        if row.layout.other:
+            yield row.other.replace("*", str(index)), row.layout.other(shape)
 
 
 def summarise(lines: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Open pretrained weights: which format they are in, and the model that they belong to."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from wmjax.weights.files import (
     read_json,
     torch_tensors,
 )
+from wmjax.weights.images import Pixels
 from wmjax.weights.tables import Format
 
 CONFIG = "model.json"  # beside the weights in a folder of ours
@@ -141,14 +142,13 @@ def _run(workdir: Path) -> Source:
     )
 
 
-def _value(folder: Path, config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Return a value of config.json; transformers leaves out what is as by default."""
-    value = config.get(key, default)
-    wanted = float if isinstance(default, float) else type(default)
-    if isinstance(value, bool) is not isinstance(default, bool) or not isinstance(
-        value, (int, float) if wanted is float else wanted
-    ):
+def _value(folder: Path, config: Mapping[str, Any], key: str, default: float) -> Any:
+    """Return a number of config.json; transformers leaves out what is as by default."""
+    value, wanted = config.get(key, default), type(default)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else int):
         raise UserError(f"{folder / 'config.json'}: {key}={value!r}: wanted {wanted.__name__}")
+    if value <= 0:
+        raise UserError(f"{folder / 'config.json'}: {key}={value!r}: wanted a number above 0")
     return wanted(value)
 
 
@@ -162,7 +162,7 @@ def _only(folder: Path, config: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 
 
 def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
-    def get(key: str, default: Any) -> Any:
+    def get(key: str, default: float) -> Any:
         return _value(folder, config, key, default)
 
     only = {"in_chans": 3, "hidden_act": "gelu", "layer_norm_eps": EPS, "pred_mlp_ratio": 4.0}
@@ -200,30 +200,42 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source
 
 def _vit(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
     width = _value(folder, config, "hidden_size", 768)
-    hidden = _value(folder, config, "intermediate_size", 3072)
-    prefix = "vit." if any(name.startswith("vit.") for name in tensors.shapes) else ""
-    return _image(folder, config, tensors, tables.vit(prefix), hidden / width, 1e-12)
+    ratio = _value(folder, config, "intermediate_size", 3072) / width
+    return _image(folder, config, tensors, tables.vit, ratio, 1e-12)
 
 
 def _dinov2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
     _only(folder, config, {"use_swiglu_ffn": False})
     width = _value(folder, config, "hidden_size", 768)
     ratio = int(width * _value(folder, config, "mlp_ratio", 4.0)) / width
-    prefix = f"{config['model_type']}."
-    there = any(name.startswith(prefix) for name in tensors.shapes)
-    return _image(folder, config, tensors, tables.dinov2(prefix if there else ""), ratio, 1e-6)
+    return _image(folder, config, tensors, tables.dinov2, ratio, 1e-6)
+
+
+def _pixels(folder: Path) -> Pixels | None:
+    """Return how the model's images are normalised; None where the folder does not say."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    found = read_json(path, "how images are normalised")
+    mean_std = []
+    for key in Pixels._fields:
+        value = found.get(f"image_{key}")
+        if not isinstance(value, list) or len(value) != 3:
+            raise UserError(f"{path}: image_{key}={value!r}: wanted three numbers")
+        mean_std.append(tuple(value))
+    return Pixels(*mean_std)
 
 
 def _image(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Tensors,
-    table: Format,
+    table_of: Callable[[str, Pixels], Format],
     mlp_ratio: float,
     eps: float,
 ) -> Source:
     _only(folder, config, {"num_channels": 3, "hidden_act": "gelu", "qkv_bias": True})
-    pixels, patch = (
+    side, patch = (
         _value(folder, config, key, default)
         for key, default in (("image_size", 224), ("patch_size", 16))
     )
@@ -233,14 +245,22 @@ def _image(
         "heads": _value(folder, config, "num_attention_heads", 12),
         "mlp_ratio": mlp_ratio,
         "patch": patch,
-        "position_grid": pixels // patch,
+        "position_grid": side // patch,
     }
+    wrapped = f"{config['model_type']}."  # in a model with a head
+    prefix = wrapped if any(name.startswith(wrapped) for name in tensors.shapes) else ""
+    pixels = _pixels(folder)
+    table = table_of(prefix, pixels or Pixels())
     dropped = [name for name in tensors.shapes if table.ignores(name)]
     notes = [
         f"an image model: its patch kernel of {patch} px is resized to model.patch and spread over "
         "the tubelet; frames look alike to it until time is learned",
         f"left out: {', '.join(dropped)}",
     ]
+    if pixels is None:
+        notes.append("no preprocessor_config.json: pixels taken as normalised as ours are")
+    elif pixels != Pixels():
+        notes.append("its normalisation of pixels is folded into the patch embedding")
     if config["model_type"] == "dinov2_with_registers":
         notes.append("positions are resized as Dinov2Model does, without antialiasing")
     if (eps := _value(folder, config, "layer_norm_eps", eps)) != EPS:

@@ -5,7 +5,7 @@ A row serves both directions. No files are touched here, and nothing runs on a d
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,15 @@ Shape = tuple[int, ...]
 class Layout(NamedTuple):
     """How a tensor of theirs lies in ours, both without the axis of the layers.
 
-    shape: of theirs, from (shape of ours, shape found); ours: from (theirs, shape of ours);
-    theirs: from ours, or None where that is not a way to go.
+    shape: of theirs, from (shape of ours, shape found); ours: from (theirs, shape of ours, the
+    other tensor of the row); theirs: from ours, or None where that is not a way to go. other: shape
+    of the other tensor where it has no row of its own.
     """
 
     shape: Callable[[Shape, Shape], Shape]
-    ours: Callable[[np.ndarray, Shape], np.ndarray]
-    theirs: Callable[[np.ndarray], np.ndarray] | None
+    ours: Callable[[np.ndarray, Shape, Any], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray] | None = None
+    other: Callable[[Shape], Shape] | None = None
 
 
 def _permuted(*axes: int) -> Layout:
@@ -31,30 +33,32 @@ def _permuted(*axes: int) -> Layout:
     back = [axes.index(axis) for axis in range(len(axes))]
     return Layout(
         lambda ours, _: tuple(ours[axis] for axis in axes),
-        lambda theirs, _: theirs.transpose(back),
+        lambda theirs, *_: theirs.transpose(back),
         lambda ours: ours.transpose(axes),
     )
 
 
-SAME = Layout(lambda ours, _: ours, lambda theirs, _: theirs, lambda ours: ours)
+SAME = Layout(lambda ours, _: ours, lambda theirs, *_: theirs, lambda ours: ours)
 LINEAR = _permuted(1, 0)
 CONV3D = _permuted(4, 3, 0, 1, 2)
-IMAGE_PATCH = Layout(images.patch_shape, images.inflate, None)
-IMAGE_POSITIONS = Layout(images.position_shape, images.positions, None)
+# With LayerScale, the other tensor, multiplied into it.
+SCALED = Layout(SAME.shape, images.scaled, other=lambda ours: ours[-1:])
+SCALED_LINEAR = Layout(LINEAR.shape, images.scaled_linear, other=lambda ours: ours[-1:])
+POSITIONS = Layout(images.position_shape, images.positions)
 
 
 class Row(NamedTuple):
     """One of our parameters and what it is in a file.
 
     ours: its path, as in encoder.norm.scale. theirs: names; `*` counts our first axis, the layers,
-    and several names are parts side by side along our last axis. gain: a vector that our last axis
-    is multiplied by (LayerScale).
+    and several names are parts side by side along our last axis. other: a further tensor that the
+    layout takes.
     """
 
     ours: str
     theirs: tuple[str, ...]
     layout: Layout = SAME
-    gain: str = ""
+    other: str = ""
 
     @property
     def stacked(self) -> bool:
@@ -74,22 +78,20 @@ class Row(NamedTuple):
 class Format(NamedTuple):
     """A table with its name. ignored: patterns of names that we have no use for.
 
-    zeros: our paths that the format knows nothing of and that begin at zero.
+    zeros: our paths that the format knows nothing of and that begin at zero. of_images: for an
+    encoder alone, whose patch may have any size.
     """
 
     name: str
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
-
-    @property
-    def of_images(self) -> bool:
-        return any(row.layout is IMAGE_PATCH for row in self.rows)
+    of_images: bool = False
 
     def part(self, name: str) -> str | None:
         """Return the part of our model, as in "encoder", that a name of theirs belongs to."""
         for row in self.rows:
-            if any(matches(pattern, name) for pattern in (*row.theirs, row.gain)):
+            if any(matches(pattern, name) for pattern in (*row.theirs, row.other)):
                 return row.ours.partition(".")[0]
         return None
 
@@ -108,16 +110,26 @@ def _norm(ours: str, theirs: str) -> list[Row]:
 
 
 def _linear(ours: str, *theirs: str, gain: str = "") -> list[Row]:
+    kernel, bias = (SCALED_LINEAR, SCALED) if gain else (LINEAR, SAME)
     return [
-        Row(f"{ours}.kernel", tuple(f"{name}.weight" for name in theirs), LINEAR, gain),
-        Row(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), SAME, gain),
+        Row(f"{ours}.kernel", tuple(f"{name}.weight" for name in theirs), kernel, gain),
+        Row(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), bias, gain),
     ]
 
 
-def _patches(ours: str, theirs: str, layout: Layout) -> list[Row]:
+def _tubelets(ours: str, theirs: str) -> list[Row]:
     return [
-        Row(f"{ours}.kernel", (f"{theirs}.weight",), layout),
+        Row(f"{ours}.kernel", (f"{theirs}.weight",), CONV3D),
         Row(f"{ours}.bias", (f"{theirs}.bias",)),
+    ]
+
+
+def _patches(ours: str, theirs: str, pixels: images.Pixels) -> list[Row]:
+    kernel = Layout(images.patch_shape, pixels.kernel)
+    bias = Layout(SAME.shape, pixels.bias)
+    return [
+        Row(f"{ours}.kernel", (f"{theirs}.weight",), kernel),
+        Row(f"{ours}.bias", (f"{theirs}.bias",), bias, f"{theirs}.weight"),
     ]
 
 
@@ -149,7 +161,7 @@ def _vjepa2(prefix: str) -> tuple[Row, ...]:
     qkv = ("attention.query", "attention.key", "attention.value")
     encoder, predictor = f"{prefix}encoder", f"{prefix}predictor"
     return (
-        *_patches("encoder.patch_embed", f"{encoder}.embeddings.patch_embeddings.proj", CONV3D),
+        *_tubelets("encoder.patch_embed", f"{encoder}.embeddings.patch_embeddings.proj"),
         *_blocks("encoder.blocks", f"{encoder}.layer.*", qkv, "attention.proj"),
         *_norm("encoder.norm", f"{encoder}.layernorm"),
         *_linear("predictor.embed", f"{predictor}.embeddings.predictor_embeddings"),
@@ -197,7 +209,7 @@ def meta(encoder: str) -> Format:
     return Format(
         f"V-JEPA 2 checkpoint of Meta, {encoder}",
         (
-            *_patches("encoder.patch_embed", f"{encoder}.patch_embed.proj", CONV3D),
+            *_tubelets("encoder.patch_embed", f"{encoder}.patch_embed.proj"),
             *_blocks("encoder.blocks", f"{encoder}.blocks.*", qkv, "attn.proj"),
             *_norm("encoder.norm", f"{encoder}.norm"),
             *_linear("predictor.embed", "predictor.predictor_embed"),
@@ -230,19 +242,17 @@ META_CLASSIFIER = Format(
 def _image(
     name: str,
     prefix: str,
+    pixels: images.Pixels,
     norms: tuple[str, str],
     mlp: tuple[str, str],
     gains: tuple[str, str] = ("", ""),
 ) -> Format:
-    """Return the table of an image transformer; prefix: of its names in a model with a head."""
     embeddings = f"{prefix}embeddings"
     return Format(
         name,
         (
-            *_patches(
-                "encoder.patch_embed", f"{embeddings}.patch_embeddings.projection", IMAGE_PATCH
-            ),
-            Row("encoder.positions.space", (f"{embeddings}.position_embeddings",), IMAGE_POSITIONS),
+            *_patches("encoder.patch_embed", f"{embeddings}.patch_embeddings.projection", pixels),
+            Row("encoder.positions.space", (f"{embeddings}.position_embeddings",), POSITIONS),
             *_blocks(
                 "encoder.blocks",
                 f"{prefix}encoder.layer.*",
@@ -260,26 +270,21 @@ def _image(
             "classifier.",
         ),
         zeros=("encoder.positions.time",),
+        of_images=True,
     )
 
 
-def vit(prefix: str = "") -> Format:
-    return _image(
-        "ViTModel of transformers",
-        prefix,
-        ("layernorm_before", "layernorm_after"),
-        ("intermediate.dense", "output.dense"),
-    )
+def vit(prefix: str, pixels: images.Pixels) -> Format:
+    """Return the table of ViTModel; prefix: of its names in a model with a head."""
+    norms, mlp = ("layernorm_before", "layernorm_after"), ("intermediate.dense", "output.dense")
+    return _image("ViTModel of transformers", prefix, pixels, norms, mlp)
 
 
-def dinov2(prefix: str = "") -> Format:
-    return _image(
-        "Dinov2Model of transformers",
-        prefix,
-        ("norm1", "norm2"),
-        ("mlp.fc1", "mlp.fc2"),
-        ("layer_scale1.lambda1", "layer_scale2.lambda1"),
-    )
+def dinov2(prefix: str, pixels: images.Pixels) -> Format:
+    """Return the table of Dinov2Model; prefix: of its names in a model with a head."""
+    norms, mlp = ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2")
+    gains = ("layer_scale1.lambda1", "layer_scale2.lambda1")
+    return _image("Dinov2Model of transformers", prefix, pixels, norms, mlp, gains)
 
 
 def own(names: list[str]) -> Format:
