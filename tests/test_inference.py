@@ -22,7 +22,7 @@ VIDEO = RNG.integers(0, 256, (4, 12, 16, 3), np.uint8)  # THWC: 2 x 3 x 4 tokens
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A classifier as transformers saves it."""
-    tensors = weight_files.draw(weight_files.classifier_shapes())
+    tensors = weight_files.draw(weight_files.classifier_shapes(classes=5))
     config = weight_files.vjepa2_config(
         id2label={str(i): f"class {i}" for i in range(5)}, num_pooler_layers=2
     )
