@@ -124,8 +124,7 @@ def activations(seed):
         model = VJEPA2ForVideoClassification(
             config_of(
                 *(parity.MODEL, clip),
-                num_labels=parity.CLASSES,
-                num_pooler_layers=parity.PROBE_DEPTH,
+                **{"num_labels": parity.CLASSES, "num_pooler_layers": parity.PROBE_DEPTH},
             )
         ).eval()
         randomise(model, seed)  # the same for every clip
@@ -239,7 +238,35 @@ def training_loss(model, target, video, masks):
     return sum(losses) / len(losses)
 
 
+def probing(seed):
+    """Return a run of the reference's probe training (evals/video_classification_frozen).
+
+    Weights, features and labels of every step, and the parameters after all, by their names.
+    """
+    config = config_of(
+        *(parity.STEP_MODEL, parity.STEP_CLIP),
+        **{"num_labels": parity.CLASSES, "num_pooler_layers": parity.PROBE_DEPTH},
+    )
+    model = VJEPA2ForVideoClassification(config).train()
+    randomise(model, seed)
+    del model.vjepa2
+    arrays, rng = weights_of(model), np.random.default_rng(seed)
+    shape = (parity.PROBE_STEPS, 4, 10, parity.STEP_MODEL["width"])
+    arrays["features"] = rng.standard_normal(shape).astype(np.float32)
+    arrays["labels"] = rng.integers(0, parity.CLASSES, shape[:2])
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=parity.PROBE_DECAY)
+    for step in range(parity.PROBE_STEPS):
+        (group,) = optimizer.param_groups
+        progress = (step + 1) / parity.PROBE_STEPS
+        group["lr"] = parity.PROBE_RATE * 0.5 * (1 + math.cos(math.pi * progress))
+        logits = model.classifier(model.pooler(torch.from_numpy(arrays["features"][step])))
+        optimizer.zero_grad()
+        functional.cross_entropy(logits, torch.from_numpy(arrays["labels"][step])).backward()
+        optimizer.step()
+    return arrays | {f"params/{n}": p.detach().numpy() for n, p in model.named_parameters()}
+
+
 if __name__ == "__main__":
-    for make in (activations, training):
+    for make in (activations, training, probing):
         path = Path(__file__).parent / "data" / f"parity_{make.__name__}.npz"
         np.savez_compressed(path, **make(seed=0))

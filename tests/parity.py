@@ -43,10 +43,11 @@ STEP_CLIP = (4, 3, 5)
 STEPS, SCHEDULE_STEPS = 3, 4
 RATES = {"start": 1e-4, "peak": 5.25e-4, "final": 1e-6, "warmup": 0.5}
 DECAY, EMA = (0.04, 0.4), (0.9, 0.98)
+PROBE_STEPS, PROBE_RATE, PROBE_DECAY = 4, 1e-3, 0.4
 
 
 def reference(kind, what):
-    """Return the arrays of oracle.py's activations or training.
+    """Return the arrays that a function of oracle.py makes.
 
     kind: golden, as kept in a file; live, made now by transformers from another seed.
     """
