@@ -41,12 +41,12 @@ def config_of(model, clip, **settings):
 
 
 @torch.no_grad()
-def randomise(model, seed):
+def randomise(model, seed, spread=0.15):
     """Draw weights that half precision stores exactly, larger than at the start of training."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
-        value = 1 + 0.2 * noise if "norm" in name and "weight" in name else 0.15 * noise
+        value = 1 + 0.2 * noise if "norm" in name and "weight" in name else spread * noise
         p.copy_(value.half().float())
 
 

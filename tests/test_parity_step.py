@@ -50,7 +50,8 @@ def ours(reference):
     masks = [(reference[f"context_ids/{i}"], reference[f"target_ids/{i}"]) for i in range(2)]
     batch = batch_of(reference["video"][:, None], masks)
     params = params_of(reference, "weights/")
-    state = steps.init().replace(params=params, target=params["encoder"])
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), steps.abstract)
+    state = state.replace(params=params, target=params["encoder"])
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, steps.abstract))
     losses, gradients, rates = [], [], []
     moment = jax.tree.map(np.zeros_like, params)

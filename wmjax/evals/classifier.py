@@ -4,7 +4,10 @@ The protocol of facebookresearch/vjepa2 (evals/video_classification_frozen): one
 learning rate and weight decay, AdamW that decays every parameter, no warm-up, a cosine to 0. The
 figure is the best probe's top-1, so it is chosen on the clips that it is measured on; the table of
 all shows by how much. Unlike there, all probes start from the same weights and so differ by their
-settings alone. The caller encodes the clips.
+settings alone. The caller encodes the clips:
+
+    probes = fit(batches, mesh, steps=9_000, seed=0, classes=174, heads=16, dtype=jnp.bfloat16)
+    print(table(evaluate(probes, held_out_batches, mesh)))
 
 Legend, besides that of types:
     G  probes of the grid, learning rates times weight decays      L  classes
@@ -50,6 +53,7 @@ def fit(
     *,
     steps: int,
     seed: int,
+    classes: int,
     rates: tuple[float, ...] = RATES,
     decays: tuple[float, ...] = DECAYS,
     **classifier: Any,
@@ -57,14 +61,13 @@ def fit(
     """Train a probe for every rate and decay, each step on the next batch of (BND, B).
 
     batches: features, and labels that count from 0; -1 marks a row that is only filler. All of one
-    shape, or the step compiles again. classifier: of AttentiveClassifier, but for the width.
+    shape, or the step compiles again. classifier: the other settings of AttentiveClassifier.
     Raises UserError where they end early or a label is no class.
     """
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
         raise UserError(f"the probe's batches: there are none, wanted {steps}")
-    classes = classifier["classes"]
     placed = itertools.chain(
         [_placed(first, classes, mesh)], (_placed(batch, classes, mesh) for batch in stream)
     )
@@ -73,13 +76,12 @@ def fit(
     shares = np.asarray(optim.cosine(1.0, 0.0, steps)(jnp.arange(steps)))
 
     def create() -> AttentiveClassifier:
-        key = jax.random.key(seed)
-        return AttentiveClassifier(nnx.Rngs(key), width=first[0].shape[-1], **classifier)
+        rngs, width = nnx.Rngs(jax.random.key(seed)), first[0].shape[-1]
+        return AttentiveClassifier(rngs, width=width, classes=classes, **classifier)
 
     graph = base.split(nnx.eval_shape(create))[0]
 
-    def init() -> Any:
-        params = base.split(create())[1]
+    def stack(params: base.Params) -> Any:
         one = params, optimizer.init(params)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(settings), *x.shape)), one)
 
@@ -105,7 +107,8 @@ def fit(
         out_shardings=everywhere,
         donate_argnums=0,
     )
-    state = jax.jit(init, out_shardings=everywhere)()
+    params = jax.device_get(jax.jit(lambda: base.split(create())[1])())
+    state = jax.jit(stack, out_shardings=everywhere)(params)
     settings_G = jax.device_put(np.asarray(settings, np.float32), everywhere)
     done = 0
     for share, (features_BND, labels_B) in zip(shares, placed, strict=False):
@@ -119,8 +122,8 @@ def fit(
 def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh) -> dict[str, Any]:
     """Score every probe on all batches of (BVND, B); the softmax is averaged over the views.
 
-    labels: as for fit. Returns top1, learning_rate and weight_decay of the best probe, which
-    `best` counts, and `all`: the same three of every one.
+    labels: as for fit. Returns top1, learning_rate and weight_decay of the best probe, its index
+    as `best`, and as `all` the same three of every probe.
     """
     right, count = [], 0
     for batch in batches:
