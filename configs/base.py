@@ -7,6 +7,9 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "seed": 0,  # decides initialisation, order of the data, crops and masks
+            # Weights to begin with: another run's workdir (its optimizer state too), an imported
+            # folder, a folder of transformers, OWNER/NAME on the Hub, or a .pt file of Meta.
+            "init_from": "",
             "model": {
                 "name": "vjepa2",  # a file in wmjax/models
                 "size": "large",  # tiny small base large huge giant gigantic
@@ -16,6 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "mlp_ratio": 0.0,
                 "patch": 16,  # pixels of a patch, both ways
                 "tubelet": 2,  # frames of a patch
+                "pretrained": "",  # image model that the encoder begins as: folder or OWNER/NAME
+                "position_grid": 0,  # side of its table of positions, in place of rope; 0: none
                 "rope": "tiled",  # tiled: as released with V-JEPA 2; interleaved: 2.1; or sincos
                 "predictor_width": 384,
                 "predictor_depth": 12,

@@ -17,12 +17,30 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Train on one of the eight, which take turns on a CPU: faster where sharding is no matter."""
+def use_one_device(monkeypatch):
     import jax
 
     from wmjax import sharding
 
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Train on one of the eight, which take turns on a CPU: faster where sharding is no matter."""
+    use_one_device(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def micro_run(tmp_path_factory):
+    """Workdir of a micro run of three steps, to be read only."""
+    import micro
+
+    from wmjax import train
+
+    workdir = tmp_path_factory.mktemp("micro_run")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_one_device(monkeypatch)
+        assert train.train(micro.config("train.num_steps=3"), workdir) == 0
+    return workdir

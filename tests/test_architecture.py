@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 EVERYTHING = None
 # Room -> the rooms it may import, besides itself, types and errors. A new room gets a line here.
 ARROWS: dict[str, set[str] | None] = {
-    "__init__": {"config"},
+    "__init__": {"config", "inference"},
     "main": {"config", "train"},
     "train": EVERYTHING,
     "assemble": {"config", "step", "models", "sharding", "optim", "data", "masking", "evals"},
@@ -26,9 +26,12 @@ ARROWS: dict[str, set[str] | None] = {
     "errors": set(),
     "models": set(),
     "masking": set(),
-    "data": {"masking"},
+    "hub": set(),
+    "data": {"masking", "hub"},
     "evals": {"models", "sharding", "optim", "metrics"},
-    "weights": {"models"},
+    "weights": {"models", "hub", "checkpoint"},
+    "initial": {"weights", "checkpoint", "step", "models"},
+    "inference": {"weights", "models", "sharding", "data"},
     "viz": {"models", "data", "masking"},
     "bench": EVERYTHING,
 }

@@ -12,6 +12,7 @@ from wmjax.masking import Masks
 PARAMETERS = {  # encoder and predictor with ten mask tokens, from the reference's table of sizes
     "debug_world_model": 4_694_256,
     "vjepa2_aloha": 303_885_312 + 22_086_016,
+    "vjepa2_cooldown": 303_885_312 + 22_086_016,
     "vjepa2_libero": 303_885_312 + 22_086_016,
     "vjepa2_low_mem": 303_885_312 + 22_086_016,
     "vjepa2_world_model": 86_236_416 + 21_889_152,
@@ -31,7 +32,7 @@ def test_it_trains_two_steps_at_a_reduced_size(name, tmp_path):
     shrunk = [
         *(o for o in micro.OVERRIDES if not o.startswith(("train.num_steps", "optim"))),
         *("train.num_steps=2", "data.source=synthetic", "data.fps=10", "model.patch=8"),
-        "model.dtype=float32",
+        *("model.dtype=float32", "init_from=", "optim.accumulate=2"),
     ]
     assert train.train(configs.load(name, shrunk), tmp_path) == 0
     assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2]

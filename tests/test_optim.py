@@ -94,9 +94,9 @@ def test_adamw_with_schedules_agrees_with_numpy(clip_norm):
     )
     found = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     state = optimizer.init(found)
-    for grads in grads_of_steps:
+    for step, grads in enumerate(grads_of_steps):
         grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
-        updates, state = jax.jit(optimizer.update)(grads, state, found)
+        updates, state = jax.jit(optimizer.update)(grads, state, found, step=jnp.asarray(step))
         found = jax.tree.map(jnp.add, found, updates)
     wanted = numpy_adamw(
         params,

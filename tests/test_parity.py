@@ -1,109 +1,59 @@
-"""Our encoder and predictor against transformers' VJEPA2Model, activation by activation.
+"""Our encoder, predictor and classifier against transformers', activation by activation.
 
-The golden file holds weights, inputs and activations; data/make_vjepa2_golden.py made it.
+Both against a file that oracle.py wrote and, where torch is installed, against transformers itself
+with other weights, clips and masks.
 """
 
 import operator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 from clips import batch_of
 from flax import nnx
 
 from wmjax.models import base, rope
+from wmjax.models.classifier import AttentiveClassifier
 
-GOLDEN = Path(__file__).parent / "data" / "vjepa2_golden.npz"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as arrays:
-        return dict(arrays)
+F32 = jnp.dtype("float32")
 
 
-def params_of(golden):
-    """Return transformers' weights in our layout."""
-
-    def get(name):
-        return golden[f"weights/{name}"].astype(np.float32)
-
-    def norm(name):
-        return {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
-
-    def linear(*names):  # side by side
-        return {
-            "kernel": np.concatenate([get(f"{n}.weight") for n in names]).T,
-            "bias": np.concatenate([get(f"{n}.bias") for n in names]),
-        }
-
-    def blocks(name, depth):
-        layers = [
-            {
-                "norm1": norm(f"{name}.{i}.norm1"),
-                "attention": {
-                    "qkv": linear(
-                        *(f"{name}.{i}.attention.{x}" for x in ("query", "key", "value"))
-                    ),
-                    "proj": linear(f"{name}.{i}.attention.proj"),
-                },
-                "norm2": norm(f"{name}.{i}.norm2"),
-                "mlp": {"fc1": linear(f"{name}.{i}.mlp.fc1"), "fc2": linear(f"{name}.{i}.mlp.fc2")},
-            }
-            for i in range(depth)
-        ]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-
-    patches = "encoder.embeddings.patch_embeddings.proj"
-    return {
-        "encoder": {
-            "patch_embed": {
-                "kernel": get(f"{patches}.weight").transpose(2, 3, 4, 1, 0),
-                "bias": get(f"{patches}.bias"),
-            },
-            "blocks": blocks("encoder.layer", 3),
-            "norm": norm("encoder.layernorm"),
-        },
-        "predictor": {
-            "embed": linear("predictor.embeddings.predictor_embeddings"),
-            "mask_tokens": get("predictor.embeddings.mask_tokens"),
-            "blocks": blocks("predictor.layer", 2),
-            "norm": norm("predictor.layernorm"),
-            "proj": linear("predictor.proj"),
-        },
-    }
+@pytest.fixture(scope="module", params=["golden", "live"])
+def reference(request):
+    return parity.reference(request.param, "activations")
 
 
-@pytest.fixture(scope="module")
-def model(golden):
-    abstract = nnx.eval_shape(
-        lambda: base.create(
-            "vjepa2",
+def world_model(reference):
+    model = nnx.eval_shape(
+        lambda: base.create("vjepa2", nnx.Rngs(0), dtype="float32", **parity.MODEL)
+    )
+    weights = parity.getter(reference, "weights/vjepa2.")
+    return filled(model, parity.world_params(weights, parity.MODEL))
+
+
+def classifier(reference, eps):
+    model = nnx.eval_shape(
+        lambda: AttentiveClassifier(
             nnx.Rngs(0),
-            width=32,
-            depth=3,
-            heads=2,
-            mlp_ratio=2.0,
-            patch=4,
-            predictor_width=52,
-            predictor_depth=2,
-            predictor_heads=2,
-            num_mask_tokens=3,
-            dtype="float32",
+            **{"width": parity.MODEL["width"], "heads": parity.MODEL["heads"]},
+            **{"classes": parity.CLASSES, "depth": parity.PROBE_DEPTH, "eps": eps, "dtype": F32},
         )
     )
-    graphdef, shapes, _ = base.split(abstract)
-    params = params_of(golden)
+    weights = parity.getter(reference, "weights/")
+    return filled(model, parity.classifier_params(weights, parity.PROBE_DEPTH))
+
+
+def filled(model, params):
+    graphdef, shapes, _ = base.split(model)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     return base.merge(graphdef, jax.tree.map(jnp.asarray, params))
 
 
-def run_blocks(part, x, ids, grid, name):
+def run_blocks(blocks, x, table, name):
     """Run a stack block by block; return every block's output by name."""
-    graphdef, params = nnx.split(part.blocks)
-    table = rope.table(ids, grid, part.width // part.heads, part.rope_kind)
+    graphdef, params = nnx.split(blocks)
     found = {}
     for layer in range(len(params["norm1"]["scale"])):
         one_layer = jax.tree.map(operator.itemgetter(layer), params)
@@ -111,39 +61,79 @@ def run_blocks(part, x, ids, grid, name):
     return found
 
 
-@pytest.mark.parametrize("clip", ["square", "wide"])
-def test_every_activation_is_as_in_transformers(golden, model, clip):
-    def activations(video, context_ids, target_ids):
-        grid = model.input_spec(*video.shape[1:4]).grid
-        found = {}
-        for name, ids in (("full", None), ("context", context_ids)):
-            x = found[f"{name}/embed"] = model.encoder.patch_embed(video, ids)
-            positions = rope.all_ids(grid) if ids is None else ids
-            found |= run_blocks(model.encoder, x, positions, grid, name)
-            found[f"{name}/norm"] = model.encode(video, ids)
-        ids = jnp.concatenate([context_ids, target_ids], axis=1)
-        x = jnp.asarray(golden[f"{clip}/predictor/embed"])
-        found |= run_blocks(model.predictor, x, ids, grid, "predictor")
-        prediction = model.predict(found["context/norm"], context_ids, target_ids, grid)
-        return found | {"predictor/output": prediction}
-
-    ids = (golden[f"{clip}/{name}_ids"].astype(np.int32) for name in ("context", "target"))
-    for name, ours in jax.jit(activations)(golden[f"{clip}/video"], *ids).items():
-        wanted = golden[f"{clip}/{name}"]
+def check(found, reference, clip):
+    assert found
+    for name, ours in found.items():
+        wanted = reference[f"{clip}/{name}"]
         assert ours.shape == wanted.shape, name
         assert np.abs(ours - wanted).max() <= 1e-5 * np.abs(wanted).max(), name
 
 
+@pytest.mark.parametrize("clip", parity.CLIPS)
+def test_every_activation_of_encoder_and_predictor(reference, clip):
+    model = world_model(reference)
+
+    def table(part, ids, grid):
+        return rope.table(ids, grid, part.width // part.heads, part.rope_kind)
+
+    def activations(video, context_ids, target_ids, predictor_input):
+        grid = model.input_spec(*video.shape[1:4]).grid
+        found = {}
+        for name, ids in (("full", None), ("context", context_ids)):
+            x = found[f"{name}/embed"] = model.encoder.patch_embed(video, ids)
+            where = table(model.encoder, rope.all_ids(grid) if ids is None else ids, grid)
+            found |= run_blocks(model.encoder.blocks, x, where, name)
+            found[f"{name}/norm"] = model.encode(video, ids)
+        where = table(model.predictor, jnp.concatenate([context_ids, target_ids], axis=1), grid)
+        found["predictor/embed"] = model.predictor.embed(found["context/norm"])
+        blocks = run_blocks(model.predictor.blocks, predictor_input, where, "predictor")
+        found |= blocks
+        found["predictor/norm"] = model.predictor.norm(list(blocks.values())[-1])
+        prediction = model.predict(found["context/norm"], context_ids, target_ids, grid)
+        return found | {"predictor/output": prediction}
+
+    ids = (reference[f"{clip}/{name}_ids"].astype(np.int32) for name in ("context", "target"))
+    found = jax.jit(activations)(
+        reference[f"{clip}/video"], *ids, reference[f"{clip}/predictor/input"]
+    )
+    check(found, reference, clip)
+
+
+def classify(model, features, name):
+    found = run_blocks(model.pooler.blocks, features, None, name)
+    return found | {
+        f"{name}/pooled": model.pooler(features)[:, 0],
+        f"{name}/logits": model(features),
+    }
+
+
+@pytest.mark.parametrize("clip", parity.CLIPS)
+def test_every_activation_of_the_classifier(reference, clip):
+    model = classifier(reference, eps=1e-6)
+    features = reference[f"{clip}/full/norm"]
+    check(jax.jit(lambda x: classify(model, x, "classifier"))(features), reference, clip)
+
+
+@pytest.mark.parametrize("eps", parity.EPSILONS)
+def test_the_classifiers_epsilon(reference, eps):
+    model = classifier(reference, eps)
+    features = 0.03 * reference["square/full/norm"]
+    check(jax.jit(lambda x: classify(model, x, f"faint_{eps:g}"))(features), reference, "square")
+
+
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
-def test_loss_is_that_of_the_golden_features(golden, model, exponent):
+def test_the_loss_is_that_of_the_references_features(reference, exponent):
     """Target and context encoder are the same here, as at step 0."""
-    full, target_ids = golden["wide/full/norm"], golden["wide/target_ids"]
+    video, full, context_ids, target_ids = (
+        reference[f"wide/{name}"] for name in ("video", "full/norm", "context_ids", "target_ids")
+    )
     mean, variance = full.mean(-1, keepdims=True), full.var(-1, keepdims=True)
     wanted = np.take_along_axis((full - mean) / np.sqrt(variance + 1e-5), target_ids[..., None], 1)
-    error = np.abs(golden["wide/predictor/output"] - wanted)
+    error = np.abs(reference["wide/predictor/output"] - wanted)
 
+    model = world_model(reference)
     model = type(model)(model.encoder, model.predictor, loss_exp=exponent)
-    batch = batch_of(golden["wide/video"][:, None], [(golden["wide/context_ids"], target_ids)])
+    batch = batch_of(video[:, None], [(context_ids, target_ids)])
     target = model.target_params(base.split(model)[1])
     loss, _ = model.loss(target, batch, jax.random.key(0))
     assert float(loss) == pytest.approx((error**exponent).mean() / exponent, rel=1e-6)

@@ -8,7 +8,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {"get_config": "wmjax.config", "list_configs": "wmjax.config"}
+_HOME = {
+    "get_config": "wmjax.config",
+    "list_configs": "wmjax.config",
+    "load": "wmjax.inference",
+}
 
 __all__ = ["__version__", *_HOME]
 

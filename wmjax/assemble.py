@@ -31,7 +31,7 @@ from wmjax.types import WorldModelInput, WorldModelOutput
 
 def token_grid(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     """Tokens of a clip in time, down and across, as the model cuts it."""
-    model = base.abstract(**config.model)
+    model = base.abstract(**configs.model_arguments(config))
     return model.input_spec(config.data.frames, config.data.image_size, configs.width(config)).grid
 
 
@@ -154,7 +154,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> St
         )
 
     return build(
-        config.model.to_dict(),
+        configs.model_arguments(config),
         make_optimizer,
         learning_rate,
         ema=optim.linear(*ends("ema"), settings.schedule_steps),

@@ -3,10 +3,12 @@
 Orbax writes them asynchronously under workdir/checkpoints/STEP; the newest is taken up again.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from wmjax.errors import UserError
@@ -86,22 +88,92 @@ class Checkpoints:
         return Restored(restored.state, restored.data, restored.meta)
 
     def _compare(self, step: int, abstract: TrainState) -> None:
-        saved = _shapes(self._manager.item_metadata(step).state)
-        wanted = _shapes(abstract)
-        for name in [*wanted, *saved]:
-            if saved.get(name) != wanted.get(name):
-                raise UserError(
-                    f"{self._folder / str(step)}: a checkpoint of another model. {name}: "
-                    f"{saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} wanted\n"
-                    f"restore the configuration in {self._folder.parent / 'config.json'}, "
-                    f"or start afresh with another --workdir"
+        if difference := _difference(self._manager.item_metadata(step).state, abstract):
+            raise UserError(
+                f"{self._folder / str(step)}: a checkpoint of another model. {difference}\n"
+                f"restore the configuration in {self._folder.parent / 'config.json'}, "
+                f"or start afresh with another --workdir"
+            )
+
+
+class Saved:
+    """The newest checkpoint of a run, whatever its model: `step`, `meta`, and its arrays.
+
+    shapes, dtypes: by path, as in "params.encoder.norm.scale".
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; wanted the checkpoints of a run")
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(create=False),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"{folder}: no checkpoint in it")
+        self.step = step
+        self.meta = self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+        self._tree = tree = self._manager.item_metadata(step).state.tree
+        self._leaves = {
+            _name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        self.shapes = {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()}
+        self.dtypes = {name: str(leaf.dtype) for name, (_, leaf) in self._leaves.items()}
+
+    def restore(self, abstract: TrainState, what: str) -> TrainState:
+        """Restore the whole state onto the shardings of `abstract`; `what` names it in errors."""
+        if difference := _difference(self._tree, abstract):
+            raise UserError(f"{what}: a checkpoint of another model. {difference}")
+        return self._manager.restore(
+            self.step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
                 )
+            ),
+        ).state
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return some arrays in host memory."""
+        wanted: dict[str, Any] = {}
+        for name in names:
+            path, leaf = self._leaves[name]
+            node = wanted
+            for key in path[:-1]:
+                node = node.setdefault(key.key, {})
+            node[path[-1].key] = leaf
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        state = self._manager.restore(
+            self.step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
+            ),
+        ).state
+        return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _difference(saved: Any, wanted: Any) -> str:
+    """Name the first array that is of another shape or dtype, or not there; '' where none is."""
+    there, ours = _shapes(saved), _shapes(wanted)
+    for name in [*ours, *there]:
+        if there.get(name) != ours.get(name):
+            return f"{name}: {there.get(name, 'absent')} there, {ours.get(name, 'absent')} wanted"
+    return ""
 
 
 def _shapes(tree: Any) -> dict[str, str]:
     """Map "params.encoder.norm.scale" to "float32(1024,)" for every array of a tree."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{tuple(leaf.shape)}"
-        for path, leaf in leaves
-    }
+    return {_name(path): f"{leaf.dtype}{tuple(leaf.shape)}" for path, leaf in leaves}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

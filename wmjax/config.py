@@ -99,6 +99,11 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"data.frames={data.frames}: not divisible by the tubelet, "
             f"model.tubelet={model.tubelet}; wanted a multiple of it"
         )
+    if config.init_from and model.pretrained:
+        raise UserError(
+            f"init_from={config.init_from!r} with model.pretrained={model.pretrained!r}: "
+            "wanted one of them"
+        )
     _check_origin(config)
     _check_mixture(config)
     _choice(config, "data.source", ("lerobot", "synthetic"))
@@ -228,6 +233,11 @@ def _check_mixture(config: ml_collections.ConfigDict) -> None:
                     f"data.members.{name}.{key}: not a setting of one dataset"
                     f"{_suggest(key, _OF_A_MEMBER)}; there are: {', '.join(_OF_A_MEMBER)}"
                 )
+
+
+def model_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Return name and keyword arguments of the model; what it is pretrained on is none of them."""
+    return {key: value for key, value in config.model.to_dict().items() if key != "pretrained"}
 
 
 def width(config: ml_collections.ConfigDict) -> int:

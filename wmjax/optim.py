@@ -67,16 +67,21 @@ def adamw(
     b2: float,
     eps: float,
     clip_norm: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW whose decay leaves out biases and norms, as the reference's parameter groups do.
+
+    update takes `step`, which the schedules follow: a run that starts from another's moments goes
+    on with their count, and has schedules of its own.
 
     clip_norm: gradients of a larger global norm are scaled down to it; 0: none are.
     """
     decays = decay_mask(axes)
     adam = optax.scale_by_adam(b1, b2, eps)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rate, decay = learning_rate(state.count), weight_decay(state.count)
+    def update(
+        grads: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any
+    ) -> tuple[Any, Any]:
+        rate, decay = learning_rate(step), weight_decay(step)
         if clip_norm:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(optax.tree.norm(grads), 1e-12))
             grads = jax.tree.map(lambda grad: scale * grad, grads)
@@ -89,7 +94,7 @@ def adamw(
             decays,
         ), state
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def decay_mask(axes: Any) -> Any:

@@ -46,7 +46,7 @@ class Steps(NamedTuple):
 
 def build(
     model: dict[str, Any],
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    make_optimizer: Callable[[Any], optax.GradientTransformationExtraArgs],
     schedule: optax.Schedule,
     *,
     ema: optax.Schedule,
@@ -84,7 +84,7 @@ def build(
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = in_microbatches(gradients, batch, key, accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         followed = shapes.target_params(params)
         m = ema(state.step)
@@ -157,7 +157,7 @@ def _with_shardings(
     state: TrainState,
     axes: Any,
     target_axes: Any,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
 ) -> TrainState:
     """Attach to every abstract array of the state the sharding of the parameter it belongs to."""

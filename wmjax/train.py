@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from clu import parameter_overview
 
-from wmjax import assemble, sharding
+from wmjax import assemble, initial, sharding
 from wmjax import config as configs
 from wmjax.checkpoint import Checkpoints
 from wmjax.data.pipeline import Pipeline
@@ -116,6 +116,8 @@ def prepare(
 ) -> tuple[jax.sharding.Mesh, dict[str, Source], Masks, Steps]:
     """Check the configuration and open what a run needs: nothing is computed yet."""
     configs.check(config)
+    if config.model.pretrained:
+        config.model.position_grid = initial.position_grid(config.model.pretrained)
     if config.train.deterministic:
         assemble.make_deterministic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -223,7 +225,7 @@ def make_probe(
         return assemble.make_pipeline(config, sources[split], masks, mesh, "validation")
 
     measure = probes.Probe(
-        config.model.to_dict(),
+        configs.model_arguments(config),
         steps.abstract.target,
         mesh,
         seed=config.seed,
@@ -249,10 +251,18 @@ def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
 def take_up(
     config: ml_collections.ConfigDict, checkpoints: Checkpoints, steps: Steps, workdir: Path
 ) -> tuple[TrainState, int]:
-    """Return the newest state and its position in the data, or a fresh state and 0."""
+    """Return the newest state and its position in the data, or what a run begins with and 0."""
     newest = checkpoints.latest()
     if newest is None:
-        return steps.init(), 0
+        state, origin = initial.make_state(
+            steps,
+            configs.model_arguments(config),
+            init_from=config.init_from,
+            pretrained=config.model.pretrained,
+        )
+        if origin:
+            say(origin)
+        return state, 0
     state, data, meta = checkpoints.restore(newest, steps.abstract)
     say(f"going on from step {newest} in {workdir}")
     for line in configs.differences(meta["config"], configs.plain(config)):

@@ -8,6 +8,7 @@ from wmjax.data.lerobot_format import read_info
 from wmjax.data.lerobot_paths import templates
 from wmjax.data.recording import choose_cameras
 from wmjax.errors import UserError
+from wmjax.hub import snapshot
 
 
 @functools.cache
@@ -42,29 +43,12 @@ def _pattern(template: str, camera: str) -> str:
 
 
 def _snapshot(repo_id: str, revision: str, patterns: list[str]) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
     where = f"data.repo_id={repo_id!r}" + (f", data.revision={revision!r}" if revision else "")
-    try:
-        return Path(
-            snapshot_download(
-                repo_id, repo_type="dataset", revision=revision or None, allow_patterns=patterns
-            )
-        )
-    except errors.GatedRepoError:
-        fault = (
-            f"gated: accept its terms on https://huggingface.co/datasets/{repo_id}, then log in "
-            "with `hf auth login`"
-        )
-    except errors.RepositoryNotFoundError:
-        fault = "no such dataset on the Hub, or a private one: check the name, or `hf auth login`"
-    except errors.RevisionNotFoundError:
-        fault = "the dataset has no such branch, tag or commit"
-    except errors.LocalEntryNotFoundError:
-        fault = (
-            "the Hub cannot be reached, and not all that is needed is in the cache; fetch it where "
-            "there is a network, or give a folder: --config.data.root=DIR"
-        )
-    except Exception as error:  # whatever else a network or a proxy may come up with
-        fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    raise UserError(f"{where}: {fault}")
+    return snapshot(
+        repo_id,
+        patterns,
+        kind="dataset",
+        revision=revision,
+        where=where,
+        instead="give a folder: --config.data.root=DIR",
+    )

@@ -11,6 +11,7 @@ from wmjax.errors import UserError
 from wmjax.models import rope
 from wmjax.models.base import InputSpec
 from wmjax.models.layers import Block, LayerNorm, check_remat, run
+from wmjax.models.positions import Positions
 
 SIZES = {  # width, depth, heads, mlp_ratio; from large on as released with V-JEPA 2 and 2.1
     "tiny": (192, 12, 3, 4.0),
@@ -70,11 +71,13 @@ class Encoder(nnx.Module):
         patch: int,
         tubelet: int,
         rope_kind: str,
+        position_grid: int,
         dtype: jnp.dtype,
         remat: str,
         scan: bool,
         attention: str,
     ):
+        """position_grid: side of a learned table of positions in place of rope_kind; 0: none."""
         rope.check(rope_kind, width, heads)
         check_remat(remat)
         self.patch_embed = PatchEmbed(rngs, tubelet, patch, width, dtype)
@@ -89,6 +92,7 @@ class Encoder(nnx.Module):
             attention=attention,
         )
         self.norm = LayerNorm((width,), ("embed",))
+        self.positions = Positions(rngs, position_grid, width) if position_grid else None
         self.width, self.heads, self.rope_kind = width, heads, rope_kind
         self.remat, self.scan = remat, scan
 
@@ -104,9 +108,13 @@ class Encoder(nnx.Module):
         grid = self.input_spec(*video_BTHWC.shape[1:4]).grid
         x_BND = self.patch_embed(video_BTHWC, ids_BN)
         ids = rope.all_ids(grid) if ids_BN is None else ids_BN
-        if self.rope_kind == "sincos":
-            x_BND = x_BND + rope.sincos(ids, grid, self.width).astype(x_BND.dtype)
-        table = rope.table(ids, grid, self.width // self.heads, self.rope_kind)
+        table = None
+        if self.positions is not None:
+            x_BND = x_BND + self.positions(ids, grid).astype(x_BND.dtype)
+        else:
+            if self.rope_kind == "sincos":
+                x_BND = x_BND + rope.sincos(ids, grid, self.width).astype(x_BND.dtype)
+            table = rope.table(ids, grid, self.width // self.heads, self.rope_kind)
         return self.norm(run(self.blocks, x_BND, table, self.scan, self.remat))
 
 

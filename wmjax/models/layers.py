@@ -20,7 +20,7 @@ from flax import nnx
 from wmjax.errors import UserError
 from wmjax.models import rope
 
-EPS = 1e-6  # of every layer norm inside the models
+EPS = 1e-6  # of every layer norm inside encoders and predictors
 
 # What the backward pass recomputes; "dots" keeps the outputs of the products with parameters.
 REMAT = {
@@ -38,12 +38,13 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...]):
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float = EPS):
         self.scale = nnx.Param(jnp.ones(shape), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
+        self.eps = eps
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        return layer_norm(x_BND, EPS) * self.scale[None, None] + self.bias[None, None]
+        return layer_norm(x_BND, self.eps) * self.scale[None, None] + self.bias[None, None]
 
 
 class Linear(nnx.Module):
@@ -114,7 +115,7 @@ def _scores_backward(
 _scores.defvjp(lambda query, key: (_scores(query, key), (query, key)), _scores_backward)
 
 
-def _xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array) -> jax.Array:
+def xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array) -> jax.Array:
     """Attend from everywhere to everywhere, softmax in float32."""
     weight_BHNN = jax.nn.softmax(_scores(query_BNHd, key_BNHd) * query_BNHd.shape[-1] ** -0.5)
     return jnp.einsum("bhqk,bkhd->bqhd", weight_BHNN.astype(value_BNHd.dtype), value_BNHd)
@@ -144,16 +145,27 @@ class Attention(nnx.Module):
         if self.implementation == "cudnn":
             y_BNHd = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         else:
-            y_BNHd = _xla_attention(query, key, value)
+            y_BNHd = xla_attention(query, key, value)
         return self.proj(y_BNHd.reshape(B, N, D))
 
 
 class MLP(nnx.Module):
+    """depth: of the stack that it belongs to; None for one that is in none."""
+
     def __init__(
-        self, rngs: nnx.Rngs, depth: int, width: int, hidden: int, embed: str, dtype: jnp.dtype
+        self,
+        rngs: nnx.Rngs,
+        depth: int | None,
+        width: int,
+        hidden: int,
+        embed: str,
+        dtype: jnp.dtype,
     ):
-        self.fc1 = Linear(rngs, (depth, width, hidden), ("layers", embed, "mlp"), dtype)
-        self.fc2 = Linear(rngs, (depth, hidden, width), ("layers", "mlp", embed), dtype, True)
+        stack, axes = ((), ()) if depth is None else ((depth,), ("layers",))
+        self.fc1 = Linear(rngs, (*stack, width, hidden), (*axes, embed, "mlp"), dtype)
+        self.fc2 = Linear(
+            rngs, (*stack, hidden, width), (*axes, "mlp", embed), dtype, depth is not None
+        )
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.gelu(self.fc1(x_BND), approximate=False))
@@ -173,10 +185,11 @@ class Block(nnx.Module):
         embed: str,
         dtype: jnp.dtype,
         attention: str,
+        eps: float = EPS,
     ):
-        self.norm1 = LayerNorm((depth, width), ("layers", embed))
+        self.norm1 = LayerNorm((depth, width), ("layers", embed), eps)
         self.attention = Attention(rngs, depth, width, heads, embed, dtype, attention)
-        self.norm2 = LayerNorm((depth, width), ("layers", embed))
+        self.norm2 = LayerNorm((depth, width), ("layers", embed), eps)
         self.mlp = MLP(rngs, depth, width, hidden, embed, dtype)
 
     def __call__(self, x_BND: jax.Array, table: rope.Table | None) -> jax.Array:

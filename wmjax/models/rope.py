@@ -60,13 +60,15 @@ def sincos(ids_BN: jax.Array, grid: Grid, width: int) -> jax.Array:
 
     Sines then cosines within each part (V-JEPA 1 and 2 without RoPE, `uniform_power` off).
     """
-    parts = []
-    for position_BN, size in zip(
-        _positions(ids_BN, grid), (width // 2, width // 4, width // 4), strict=True
-    ):
-        angle_BNF = position_BN[:, :, None] * _frequencies(size // 2)
-        parts += [jnp.sin(angle_BNF), jnp.cos(angle_BNF)]
-    return jnp.concatenate(parts, axis=-1)
+    sizes = (width // 2, width // 4, width // 4)
+    axes = zip(_positions(ids_BN, grid), sizes, strict=True)
+    return jnp.concatenate([sincos_along(position, size) for position, size in axes], axis=-1)
+
+
+def sincos_along(position_BN: jax.Array, size: int) -> jax.Array:
+    """Return the embedding (B, N, size) of positions on one axis: sines, then cosines."""
+    angle_BNF = position_BN[:, :, None] * _frequencies(size // 2)
+    return jnp.concatenate([jnp.sin(angle_BNF), jnp.cos(angle_BNF)], axis=-1)
 
 
 def check(kind: str, width: int, heads: int, prefix: str = "model.") -> None:

@@ -33,6 +33,7 @@ def create(
     patch: int = 16,
     tubelet: int = 2,
     rope: str = "tiled",
+    position_grid: int = 0,
     predictor_width: int = 384,
     predictor_depth: int = 12,
     predictor_heads: int = 12,
@@ -44,7 +45,11 @@ def create(
     scan: bool = True,
     attention: str = "auto",
 ) -> "VJEPA2":
-    """Build the model; width, depth, heads and mlp_ratio of 0 are as the size says."""
+    """Build the model; width, depth, heads and mlp_ratio of 0 are as the size says.
+
+    position_grid: side of the encoder's learned table of positions, for weights of an image model;
+    rope is then the predictor's alone.
+    """
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype!r}: wanted one of {', '.join(DTYPES)}")
     common: dict[str, Any] = {
@@ -56,7 +61,14 @@ def create(
     }
     encoder_size = resolve_size(size, width, depth, heads, mlp_ratio)
     return VJEPA2(
-        encoder=Encoder(rngs, **encoder_size, patch=patch, tubelet=tubelet, **common),
+        encoder=Encoder(
+            rngs,
+            **encoder_size,
+            patch=patch,
+            tubelet=tubelet,
+            position_grid=position_grid,
+            **common,
+        ),
         predictor=Predictor(
             rngs,
             encoder_width=encoder_size["width"],

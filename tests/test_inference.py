@@ -1,0 +1,129 @@
+"""wmjax.load: one object, whatever the weights were, and what it computes."""
+
+import jax.numpy as jnp
+import micro
+import numpy as np
+import pytest
+import weight_files
+from flax import traverse_util
+
+import wmjax
+from wmjax import config as configs
+from wmjax.checkpoint import Saved
+from wmjax.errors import UserError
+from wmjax.models import base
+from wmjax.models.layers import layer_norm
+
+SIZES = weight_files.SIZES
+RNG = np.random.default_rng(0)
+VIDEO = RNG.integers(0, 256, (4, 12, 16, 3), np.uint8)  # THWC: 2 x 3 x 4 tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A classifier as transformers saves it."""
+    tensors = weight_files.draw(weight_files.classifier_shapes(classes=5))
+    config = weight_files.vjepa2_config(
+        id2label={str(i): f"class {i}" for i in range(5)}, num_pooler_layers=2
+    )
+    return weight_files.write(tmp_path_factory.mktemp("model"), tensors, config)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return wmjax.load(folder)
+
+
+def test_it_encodes_one_clip_as_a_batch_of_one(model):
+    features = model.encode(VIDEO)
+    assert features.shape == (24, SIZES["width"])
+    assert features.dtype == jnp.float32
+    batch = model.encode(np.stack([VIDEO, VIDEO[::-1]]))
+    np.testing.assert_allclose(batch[0], features, atol=1e-5)
+    assert np.abs(batch[1] - features).max() > 0.1
+
+
+def test_floats_are_normalised_already_and_uint8_is_not(model):
+    normalised = model.preprocess(VIDEO, size=(12, 16))
+    assert normalised.dtype == np.float32
+    np.testing.assert_allclose(model.encode(normalised), model.encode(VIDEO), atol=1e-5)
+    assert np.abs(model.encode(VIDEO / np.float32(255)) - model.encode(VIDEO)).max() > 0.1
+
+
+def test_uint8_is_cropped_and_resized_on_request(model):
+    large = np.repeat(np.repeat(VIDEO, 3, axis=1), 3, axis=2)
+    assert model.encode(large, size=16).shape == (32, SIZES["width"])
+    assert model.preprocess(np.stack([large] * 2)).shape == (2, 4, 16, 16, 3)  # as in config.json
+    bars = np.zeros((4, 16, 48, 3), np.uint8)
+    bars[:, :, 16:32] = 200  # the centre, which a crop to a square keeps
+    same = model.encode(np.full((4, 16, 16, 3), 200, np.uint8))
+    np.testing.assert_allclose(model.encode(bars, size=16), same, atol=1e-5)
+
+
+def test_it_is_compiled_once_a_shape(folder):
+    model = wmjax.load(folder)
+    for frames in (4, 6, 4, 6, 4):
+        model.encode(np.zeros((frames, 8, 8, 3), np.uint8))
+    assert model._encode._cache_size() == 2
+
+
+def test_it_predicts_from_the_context_alone(model):
+    context, target = [0, 1, 2, 5], [7, 20]
+    prediction = model.predict(VIDEO, context, target)
+    assert prediction.shape == (2, SIZES["width"])
+    rows, columns = np.divmod(7 % 12, 4)
+    changed = VIDEO.copy()
+    changed[:2, 4 * rows : 4 * rows + 4, 4 * columns : 4 * columns + 4] ^= 255  # pixels of token 7
+    np.testing.assert_array_equal(model.predict(changed, context, target), prediction)
+    assert np.abs(model.encode(changed) - model.encode(VIDEO)).max() > 0.1
+    batch = model.predict(np.stack([VIDEO] * 2), [context, [3, 4, 8, 9]], [target, target])
+    np.testing.assert_allclose(batch[0], prediction, atol=1e-5)
+    assert np.abs(batch[1] - prediction).max() > 1e-3
+
+
+def test_it_classifies_and_names_the_classes(model):
+    logits = model.classify(VIDEO)
+    assert logits.shape == (5,)
+    assert model.labels[2] == "class 2"
+
+
+def test_a_run_gives_its_target_and_predictor(micro_run):
+    model = wmjax.load(micro_run)
+    assert model.config["data"]["image_size"] == 32
+    saved = Saved(micro_run / "checkpoints")
+    arrays = saved.read(name for name in saved.shapes if name.startswith("target."))
+    target = traverse_util.unflatten_dict(arrays, sep=".")["target"]
+    clip = RNG.integers(0, 256, (1, 4, 32, 32, 3), np.uint8)
+    built = base.abstract(**configs.model_arguments(micro.config()))
+    wanted = built.target_features(target, clip)  # layer-normed
+    np.testing.assert_allclose(layer_norm(model.encode(clip), 1e-5), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.encode(VIDEO[0]), r"\(12, 16, 3\): wanted THWC or BTHWC"),
+        (lambda m: m.encode(VIDEO[:3]), "frames of the clips=3: wanted a multiple of tubelet=2"),
+        (lambda m: m.encode(VIDEO[:, :10]), "height of the clips=10: .* patch=4"),
+        (lambda m: m.encode(VIDEO.astype(int)), "int64: wanted uint8, or floats"),
+        (lambda m: m.encode(np.float32(VIDEO), size=16), "only uint8 is resized"),
+        (lambda m: m.preprocess(np.float32(VIDEO)), "preprocess takes uint8"),
+        (lambda m: m.predict(VIDEO, [0], [24]), "target_ids from 24 to 24: the clip has 24 tokens"),
+        (lambda m: m.predict(VIDEO, [0.5], [1]), "context_ids .* wanted whole numbers"),
+        (lambda m: m.predict(VIDEO, [[0], [1]], [1]), "context_ids for 2 clips: the video has 1"),
+    ],
+)
+def test_a_mistake_gets_a_line(model, call, message):
+    with pytest.raises(UserError, match=message):
+        call(model)
+
+
+def test_weights_without_the_part_that_is_asked_for(tmp_path):
+    tensors = weight_files.draw(weight_files.image_shapes("vit"))
+    folder = weight_files.write(tmp_path, tensors, weight_files.image_config("vit"))
+    model = wmjax.load(folder)
+    assert model.encode(VIDEO).shape == (24, 36)
+    with pytest.raises(UserError, match="an encoder without a predictor"):
+        model.predict(VIDEO, [0], [1])
+    with pytest.raises(UserError, match="no classifier"):
+        model.classify(VIDEO)

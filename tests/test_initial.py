@@ -1,0 +1,120 @@
+"""What a run begins with: another run's state, pretrained weights, or an image model."""
+
+import jax
+import micro
+import numpy as np
+import pytest
+import weight_files
+
+import wmjax
+from wmjax import assemble, initial, sharding, train
+from wmjax import config as configs
+from wmjax.checkpoint import Saved
+from wmjax.errors import UserError
+
+SIZES = weight_files.SIZES | {"num_mask_tokens": 10}
+OVERRIDES = (
+    *(f"model.{key}={value}" for key, value in weight_files.MODEL.items() if "mask" not in key),
+    "data.image_size=16",
+)
+
+
+def begin(config):
+    steps = assemble.make_steps(config, sharding.make_mesh())
+    return initial.make_state(
+        steps,
+        configs.model_arguments(config),
+        init_from=config.init_from,
+        pretrained=config.model.pretrained,
+    )
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model as transformers saves it."""
+    tensors = weight_files.draw(weight_files.vjepa2_shapes(SIZES))
+    config = weight_files.vjepa2_config(SIZES)
+    return weight_files.write(tmp_path_factory.mktemp("model"), tensors, config)
+
+
+def test_another_run_gives_parameters_target_and_moments(micro_run):
+    state, origin = begin(micro.config(f"init_from={micro_run}"))
+    assert "at step 3" in origin
+    assert int(state.step) == 0
+    assert int(state.opt_state.count) == 3
+    saved = Saved(micro_run / "checkpoints")
+    arrays = saved.read(saved.shapes)
+    assert same(arrays.pop("step"), 3)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    ours = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    del ours["step"]
+    assert same(ours, arrays)
+
+
+def test_schedules_follow_the_new_run_and_moments_the_old_one(
+    micro_run, tmp_path, capsys, one_device
+):
+    overrides = ["optim.schedule=linear", "optim.warmup=0", "optim.schedule_steps=4"]
+    config = micro.config(f"init_from={micro_run}", *overrides, "train.num_steps=2")
+    assert train.train(config, tmp_path) == 0
+    assert f"begins as {micro_run} was at step 3" in capsys.readouterr().out
+    rates = [row["learning_rate"] for row in micro.rows(tmp_path)]
+    peak, final = config.optim.learning_rate, config.optim.final_learning_rate
+    wanted = [final + (peak - final) * share for share in (3 / 4, 2 / 4)]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-5)
+    assert Saved(tmp_path / "checkpoints").read(["opt_state.count"])["opt_state.count"] == 5
+    config.init_from = "gone"  # what it began with is not asked for again
+    config.train.num_steps = 3
+    assert train.train(config, tmp_path) == 0
+
+
+def test_a_run_of_another_model_is_refused_with_the_parameter(micro_run):
+    with pytest.raises(UserError, match=r"init_from=.*another model.*encoder.*wanted"):
+        begin(micro.config(f"init_from={micro_run}", "model.width=96"))
+
+
+def test_a_model_of_transformers_gives_encoder_predictor_and_target(folder):
+    state, origin = begin(micro.config(f"init_from={folder}", *OVERRIDES))
+    model = wmjax.load(folder)
+    assert same(state.params, model.params)
+    assert same(state.target, model.params["encoder"])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    assert "fresh: optimizer state" in origin
+    shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)]
+    pointers = [shard.unsafe_buffer_pointer() for shard in shards]
+    assert len(set(pointers)) == len(pointers)  # the step donates each of them
+
+
+def test_an_image_model_gives_encoder_and_target_and_its_positions(tmp_path, capsys, one_device):
+    tensors = weight_files.draw(weight_files.image_shapes("vit"))
+    folder = weight_files.write(tmp_path / "vit", tensors, weight_files.image_config("vit"))
+    config = micro.config(
+        *(*OVERRIDES, "model.depth=2", f"model.pretrained={folder}"),
+        *("train.num_steps=1", "optim.learning_rate=0", "optim.start_learning_rate=0"),
+    )
+    assert train.train(config, tmp_path / "run") == 0
+    assert "fresh: predictor, optimizer state" in capsys.readouterr().out
+    model = wmjax.load(tmp_path / "run")
+    assert model.config["model"]["position_grid"] == 5
+    positions = tensors["embeddings.position_embeddings"][0, 1:].reshape(5, 5, 36)
+    np.testing.assert_array_equal(model.params["encoder"]["positions"]["space"], positions)
+    assert train.train(config, tmp_path / "run") == 0  # finished: nothing is loaded again
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["init_from=a", "model.pretrained=b"], "wanted one of them"),
+        (["init_from={folder}"], r"model\.width=48, there 36"),
+        (["model.pretrained={folder}"], "wanted an image model.*--config.init_from="),
+        (["init_from=/nowhere"], "/nowhere: no such file or folder"),
+    ],
+)
+def test_a_mistake_gets_a_line(folder, overrides, message, tmp_path):
+    config = micro.config(*(override.format(folder=folder) for override in overrides))
+    with pytest.raises(UserError, match=message):
+        train.train(config, tmp_path)

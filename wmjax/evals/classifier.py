@@ -1,0 +1,190 @@
+"""Classes read off frozen features by attentive probes, trained with many settings at once.
+
+The protocol of facebookresearch/vjepa2 (evals/video_classification_frozen): one probe for each
+learning rate and weight decay, AdamW that decays every parameter, no warm-up, a cosine to 0. The
+figure is the best probe's top-1, so it is chosen on the clips that it is measured on; the table of
+all shows by how much. Unlike there, all probes start from the same weights and so differ by their
+settings alone. The caller encodes the clips:
+
+    probes = fit(batches, mesh, steps=9_000, seed=0, classes=174, heads=16, dtype=jnp.bfloat16)
+    print(table(evaluate(probes, held_out_batches, mesh)))
+
+Legend, besides that of types:
+    G  probes of the grid, learning rates times weight decays      L  classes
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from wmjax import optim, sharding
+from wmjax.errors import UserError
+from wmjax.models import base
+from wmjax.models.classifier import AttentiveClassifier
+from wmjax.types import Array
+
+RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+DECAYS = (0.01, 0.1, 0.4, 0.8)
+
+
+class Probes(NamedTuple):
+    """Probes trained side by side: their parameters stacked, the rate and decay of each."""
+
+    graph: nnx.GraphDef
+    params: base.Params
+    settings: list[tuple[float, float]]
+
+    def classifier(self, index: int) -> AttentiveClassifier:
+        """Return one of them by itself."""
+        return base.merge(self.graph, jax.tree.map(lambda leaf: leaf[index], self.params))
+
+
+def fit(
+    batches: Iterable[tuple[Array, Array]],
+    mesh: Mesh,
+    *,
+    steps: int,
+    seed: int,
+    classes: int,
+    rates: tuple[float, ...] = RATES,
+    decays: tuple[float, ...] = DECAYS,
+    **classifier: Any,
+) -> Probes:
+    """Train a probe for every rate and decay, each step on the next batch of (BND, B).
+
+    batches: features, and labels that count from 0; -1 marks a row that is only filler. All of one
+    shape, or the step compiles again. classifier: the other settings of AttentiveClassifier.
+    Raises UserError where they end early or a label is no class.
+    """
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise UserError(f"the probe's batches: there are none, wanted {steps}")
+    placed = itertools.chain(
+        [_placed(first, classes, mesh)], (_placed(batch, classes, mesh) for batch in stream)
+    )
+    settings = list(itertools.product(rates, decays))
+    optimizer = optax.scale_by_adam()  # betas and epsilon as PyTorch has them by default
+    shares = np.asarray(optim.cosine(1.0, 0.0, steps)(jnp.arange(steps)))
+
+    def create() -> AttentiveClassifier:
+        rngs, width = nnx.Rngs(jax.random.key(seed)), first[0].shape[-1]
+        return AttentiveClassifier(rngs, width=width, classes=classes, **classifier)
+
+    graph = base.split(nnx.eval_shape(create))[0]
+
+    def stack(params: base.Params) -> Any:
+        one = params, optimizer.init(params)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(settings), *x.shape)), one)
+
+    def update(
+        state: Any,
+        setting: jax.Array,
+        share: jax.Array,
+        features_BND: jax.Array,
+        labels_B: jax.Array,
+    ) -> Any:
+        def loss(params: base.Params) -> jax.Array:
+            return cross_entropy(base.merge(graph, params)(features_BND), labels_B)
+
+        (params, moments), (rate, decay) = state, setting
+        grads, rate = jax.grad(loss)(params), share * rate
+        with jax.numpy_dtype_promotion("standard"):  # Adam's decay ** count is float ** int
+            moves, moments = optimizer.update(grads, moments)
+        return jax.tree.map(lambda p, move: p - rate * (move + decay * p), params, moves), moments
+
+    everywhere = sharding.replicated(mesh)
+    step = jax.jit(
+        jax.vmap(update, in_axes=(0, 0, None, None, None)),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
+    params = jax.device_get(jax.jit(lambda: base.split(create())[1])())
+    state = jax.jit(stack, out_shardings=everywhere)(params)
+    settings_G = jax.device_put(np.asarray(settings, np.float32), everywhere)
+    done = 0
+    for share, (features_BND, labels_B) in zip(shares, placed, strict=False):
+        state = step(state, settings_G, share, features_BND, labels_B)
+        done += 1
+    if done < steps:
+        raise UserError(f"the probe's batches: they end after {done}, wanted {steps}")
+    return Probes(graph, state[0], settings)
+
+
+def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh) -> dict[str, Any]:
+    """Score every probe on all batches of (BVND, B); the softmax is averaged over the views.
+
+    labels: as for fit. Returns top1, learning_rate and weight_decay of the best probe, its index
+    as `best`, and as `all` the same three of every probe.
+    """
+    right, count = [], 0
+    for batch in batches:
+        placed = _placed(batch, _classes(probes.params), mesh)
+        right.append(_count_right(probes.graph, probes.params, *placed))
+        count += int(np.sum(np.asarray(batch[1]) >= 0))
+    if not count:
+        raise UserError("the probe's held-out batches: no labelled clip among them, wanted some")
+    right_G = np.sum(jax.device_get(right), axis=0)
+    rows = [
+        {"top1": int(each) / count, "learning_rate": rate, "weight_decay": decay}
+        for each, (rate, decay) in zip(right_G, probes.settings, strict=True)
+    ]
+    best = int(np.argmax(right_G))
+    return {**rows[best], "best": best, "all": rows}
+
+
+def cross_entropy(logits_BL: jax.Array, labels_B: jax.Array) -> jax.Array:
+    """Return the mean over the rows that have a label; 0 where none has."""
+    there_B = labels_B >= 0
+    each_B = optax.softmax_cross_entropy_with_integer_labels(logits_BL, jnp.maximum(labels_B, 0))
+    count = jnp.sum(there_B, dtype=jnp.float32)
+    return jnp.sum(jnp.where(there_B, each_B, 0.0)) / jnp.maximum(count, 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _count_right(
+    graph: nnx.GraphDef, params: base.Params, features_BVND: jax.Array, labels_B: jax.Array
+) -> jax.Array:
+    """Return how many rows each probe names rightly (G,); one that diverged names none."""
+    B, V = features_BVND.shape[:2]
+    rows = features_BVND.reshape(B * V, *features_BVND.shape[2:])
+
+    def one(params: base.Params) -> jax.Array:
+        share_BVL = jax.nn.softmax(base.merge(graph, params)(rows)).reshape(B, V, -1)
+        share_BL = jnp.mean(share_BVL, axis=1)
+        right_B = (jnp.argmax(share_BL, axis=1) == labels_B) & jnp.isfinite(share_BL[:, 0])
+        return jnp.sum(right_B, dtype=jnp.int32)
+
+    return jax.lax.map(one, params)  # one after another: memory for one
+
+
+def _classes(params: base.Params) -> int:
+    return params["head"]["bias"].shape[-1]
+
+
+def _placed(batch: tuple[Array, Array], classes: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Split a batch over the devices; refuse labels that are no class."""
+    features, labels_B = batch[0], np.asarray(batch[1], np.int32)
+    if labels_B.max() >= classes:
+        raise UserError(f"the probe's labels: {labels_B.max()}, wanted below classes={classes}")
+    sharding.check_batch(mesh, len(labels_B))
+    return jax.device_put((features, labels_B), sharding.batch_sharding(mesh))
+
+
+def table(scores: dict[str, Any]) -> str:
+    """Lay out the top-1 of all probes for the console: a line a learning rate, a column a decay."""
+    top1 = {(row["learning_rate"], row["weight_decay"]): row["top1"] for row in scores["all"]}
+    rates, decays = (list(dict.fromkeys(values)) for values in zip(*top1, strict=True))
+    lines = ["top-1 in %, by weight decay   " + "".join(f"{decay:>8g}" for decay in decays)]
+    for rate in rates:
+        cells = "".join(f"{100 * top1[rate, decay]:8.2f}" for decay in decays)
+        lines.append(f"  learning rate {rate:<14g}{cells}")
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""A model in one line: `wmjax.load(where)`, then video in and features out.
+
+model = wmjax.load("runs/vjepa2_aloha")      # or a folder, OWNER/NAME on the Hub, a .pt file
+features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from wmjax import sharding, weights
+from wmjax.data.transforms import centre_box, crop_and_scale
+from wmjax.errors import UserError
+from wmjax.models import base
+from wmjax.models.classifier import AttentiveClassifier
+from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
+
+Size = int | tuple[int, int]
+
+
+class Model:
+    """Frozen weights and what is computed with them; made by `load`.
+
+    config: the resolved configuration of the run, or of other weights what their files say, always
+    with the arguments of the model under "model". labels: names of the classes, if any. notes: what
+    was assumed of the weights, and left out.
+    """
+
+    def __init__(
+        self, source: weights.Source, dtype: str | None = None, mesh: Mesh | None = None
+    ) -> None:
+        arguments = {"name": "vjepa2", **source.model}
+        arguments |= {"remat": "none", "dtype": dtype or "float32"}
+        self.config: dict[str, Any] = source.config or {
+            "model": source.model,
+            "classifier": source.classifier,
+            "clip": source.clip,
+        }
+        self.labels, self.notes = source.labels, source.notes
+        self._where, self._clip = source.where, source.clip
+        model: Any = base.abstract(**arguments)
+        modules: dict[str, Any] = {"encoder": model.encoder, "predictor": model.predictor}
+        if source.classifier:
+            settings = {**source.classifier, "dtype": model.encoder.patch_embed.dtype}
+            probe = nnx.eval_shape(lambda: AttentiveClassifier(nnx.Rngs(0), **settings))
+            modules |= {"pooler": probe.pooler, "head": probe.head}
+        graphs, shapes = {}, {}
+        for part in source.parts:
+            graphs[part], abstract, axes = base.split(modules[part])
+            shapes[part] = jax.tree.map(
+                lambda leaf, names: _placed(leaf, names, mesh), abstract, axes
+            )
+        if "encoder" not in shapes:
+            raise UserError(f"{source.where}: has {', '.join(shapes)} and no encoder to feed them")
+        self.params = weights.load(source, shapes, arguments)
+        self._spec = model.input_spec
+
+        def module(params: base.Params, name: str) -> Any:
+            return base.merge(graphs[name], params[name])
+
+        def encode(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
+            return module(params, "encoder")(video_BTHWC)
+
+        def predict(
+            params: base.Params, video_BTHWC: jax.Array, ids_BK: jax.Array, ids_BM: jax.Array
+        ) -> jax.Array:
+            context_BKD = module(params, "encoder")(video_BTHWC, ids_BK)
+            grid = self._spec(*video_BTHWC.shape[1:4]).grid
+            return module(params, "predictor")(context_BKD, ids_BK, ids_BM, grid).astype(
+                jnp.float32
+            )
+
+        def classify(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
+            pooled_B1D = module(params, "pooler")(module(params, "encoder")(video_BTHWC))
+            return module(params, "head")(pooled_B1D)[:, 0].astype(jnp.float32)
+
+        self._encode, self._predict = jax.jit(encode), jax.jit(predict)
+        self._classify = jax.jit(classify)
+
+    def encode(self, video: Any, *, size: Size | None = None) -> jax.Array:
+        """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
+
+        video: THWC or BTHWC; uint8 RGB is normalised, floats are taken as normalised already. Any
+        length and size that tubelet and patch divide; tokens go by time, then rows, then columns.
+        size: of the frames after a centred crop and resize, for uint8 of any size.
+        """
+        video_BTHWC, single = self._clips(video, size)
+        features_BND = self._encode(self.params, video_BTHWC)
+        return features_BND[0] if single else features_BND
+
+    def predict(
+        self, video: Any, context_ids: Any, target_ids: Any, *, size: Size | None = None
+    ) -> jax.Array:
+        """Return features predicted for target tokens from the context tokens alone.
+
+        video, size: as for encode. context_ids, target_ids: numbers of tokens, the same for all
+        clips (K,), (M,) or each its own (B, K), (B, M). Returns float32 (M, width) or
+        (B, M, width): what the target, layer-normed, is in training.
+        """
+        if "predictor" not in self.params:
+            raise UserError(f"{self._where}: an encoder without a predictor")
+        video_BTHWC, single = self._clips(video, size)
+        tokens = self._spec(*video_BTHWC.shape[1:4]).tokens
+        ids = (
+            _token_ids(name, value, len(video_BTHWC), tokens)
+            for name, value in (("context_ids", context_ids), ("target_ids", target_ids))
+        )
+        prediction_BMD = self._predict(self.params, video_BTHWC, *ids)
+        return prediction_BMD[0] if single else prediction_BMD
+
+    def classify(self, video: Any, *, size: Size | None = None) -> jax.Array:
+        """Return float32 logits, (classes,) or (B, classes); video, size: as for encode."""
+        if "head" not in self.params:
+            raise UserError(f"{self._where}: has no classifier")
+        video_BTHWC, single = self._clips(video, size)
+        logits_BC = self._classify(self.params, video_BTHWC)
+        return logits_BC[0] if single else logits_BC
+
+    def preprocess(self, video: Any, size: Size | None = None) -> np.ndarray:
+        """Return uint8 RGB, THWC or BTHWC of any size, as float32 that is cropped and normalised.
+
+        size: height and width in pixels, or one for both; None: as in training.
+        """
+        frames = _checked(video)
+        if frames.dtype != np.uint8:
+            raise UserError(f"video of {frames.dtype}: preprocess takes uint8")
+        size = size or self._clip.get("size")
+        if not size:
+            raise UserError(f"{self._where}: does not say the size of its clips; give size=")
+        mean, std = (np.asarray(value, np.float32) for value in (PIXEL_MEAN, PIXEL_STD))
+        return (_resized(frames, size).astype(np.float32) / np.float32(255) - mean) / std
+
+    def _clips(self, video: Any, size: Size | None) -> tuple[Any, bool]:
+        """Return a batch of clips at their size, and whether it was one clip without a batch."""
+        frames = _checked(video)
+        if size is not None:
+            if frames.dtype != np.uint8:
+                raise UserError(f"size={size} for video of {frames.dtype}: only uint8 is resized")
+            frames = _resized(frames, size)
+        elif frames.dtype not in (np.uint8, np.float32):
+            frames = frames.astype(np.float32)
+        single = frames.ndim == 4
+        clips = frames[None] if single else frames
+        self._spec(*clips.shape[1:4])  # before anything is compiled
+        return clips, single
+
+
+def load(
+    where: str | Path,
+    *,
+    encoder: str = "target_encoder",
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+) -> Model:
+    """Load a model from wherever it is.
+
+    where: the workdir of a run (its newest checkpoint), a folder of `python -m wmjax.weights
+    import`, a folder of transformers with config.json and safetensors, OWNER/NAME on the Hugging
+    Face Hub, or a .pt file of Meta. encoder: which one of a .pt file. dtype: of the products,
+    float32 (default) or bfloat16, for which GPUs have fused attention. mesh: devices that the
+    parameters are split over, as sharding.make_mesh arranges them; None: the default one.
+    """
+    return Model(weights.open_source(where, encoder=encoder), dtype, mesh)
+
+
+def _placed(leaf: Any, axes: tuple, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    where = sharding.parameter_sharding(mesh, axes, leaf.shape) if mesh else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _checked(video: Any) -> Any:
+    frames = video if isinstance(video, jax.Array) else np.asarray(video)
+    if frames.ndim not in (4, 5) or frames.shape[-1] != 3:
+        raise UserError(f"video of shape {frames.shape}: wanted THWC or BTHWC with 3 channels")
+    if frames.dtype != np.uint8 and not jnp.issubdtype(frames.dtype, jnp.floating):
+        raise UserError(f"video of {frames.dtype}: wanted uint8, or floats normalised already")
+    return frames
+
+
+def _resized(frames: Any, size: Size) -> np.ndarray:
+    """Crop to the centre and scale, on the host, as held-out clips are in training."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if frames.shape[-3:-1] == (height, width):
+        return np.asarray(frames)
+    clips = np.asarray(frames).reshape(-1, *frames.shape[-3:])
+    box = centre_box(clips.shape[1], clips.shape[2], width / height)
+    scaled = crop_and_scale(list(clips), box, height, width)
+    return scaled.reshape(*frames.shape[:-3], height, width, 3)
+
+
+def _token_ids(name: str, value: Any, batch: int, tokens: int) -> np.ndarray:
+    ids = np.asarray(value)
+    if ids.ndim not in (1, 2) or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{name} of shape {ids.shape}, {ids.dtype}: wanted whole numbers, a row")
+    if ids.min() < 0 or ids.max() >= tokens:
+        raise UserError(f"{name} from {ids.min()} to {ids.max()}: the clip has {tokens} tokens")
+    if ids.ndim == 2 and len(ids) != batch:
+        raise UserError(f"{name} for {len(ids)} clips: the video has {batch}")
+    return np.broadcast_to(ids.astype(np.int32), (batch, ids.shape[-1]))

@@ -1,0 +1,165 @@
+"""The door: `python -m wmjax.weights import SRC DIR`, `export DIR OUT` and `show SRC`."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from flax import traverse_util
+
+from wmjax.errors import UserError
+from wmjax.weights.export import export
+from wmjax.weights.files import MODEL, write_safetensors
+from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
+from wmjax.weights.source import CONFIG, Source, open_source
+from wmjax.weights.tables import matches
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m wmjax.weights",
+        description="Weights in and out.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    source = "a folder (safetensors), OWNER/NAME on the Hugging Face Hub, or a .pt file of Meta"
+    reads = commands.add_parser("import", help="to a folder of wmjax")
+    reads.add_argument("source", metavar="SRC", help=source)
+    reads.add_argument("folder", metavar="DIR", type=Path)
+    writes = commands.add_parser("export", help="to a folder for transformers")
+    writes.add_argument("folder", metavar="DIR", type=Path, help="an imported one, or a run's")
+    writes.add_argument("out", metavar="OUT", type=Path)
+    writes.add_argument("--frames", type=int, help="of a clip, where DIR does not say")
+    writes.add_argument("--size", type=int, help="of a clip in pixels, where DIR does not say")
+    shows = commands.add_parser("show", help="names, shapes and sizes")
+    shows.add_argument("source", metavar="SRC", help=source)
+    for command in (reads, shows):
+        command.add_argument(
+            "--encoder",
+            default="target_encoder",
+            help="which one of a .pt file (target_encoder, the EMA; or encoder)",
+        )
+    return parser.parse_args(argv)
+
+
+def import_folder(source: Source, folder: Path) -> None:
+    """Write a source as model.safetensors under our paths, and model.json beside it."""
+    leaves = leaves_of(abstract_params(source))
+    arrays = assemble(source, leaves)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(
+            folder / MODEL,
+            {path: leaf.shape for path, leaf in leaves.items()},
+            (array for _, array in arrays),
+        )
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+    text = {
+        "model": {"name": "vjepa2", **source.model} if source.model else {},
+        "classifier": source.classifier,
+        "labels": source.labels,
+        "clip": source.clip,
+        "source": source.where,
+        "notes": source.notes,
+    }
+    (folder / CONFIG).write_text(json.dumps(text, indent=2) + "\n")
+
+
+def export_folder(folder: Path, out: Path, frames: int | None, size: int | None) -> str:
+    """Write an imported folder, or a run's newest checkpoint, for transformers; return a line."""
+    source = open_source(folder)
+    frames, size = frames or source.clip.get("frames"), size or source.clip.get("size")
+    if not frames or not size:
+        raise UserError(f"{folder}: frames and size of its clips unknown: give --frames and --size")
+    metrics = last_metrics(folder / "metrics.jsonl", source.step)
+    flat = dict(assemble(source, leaves_of(abstract_params(source))))
+    export(
+        traverse_util.unflatten_dict(flat, sep="."),
+        source.model,
+        out,
+        frames=frames,
+        size=size,
+        classifier=source.classifier or None,
+        labels=source.labels,
+        config=source.config,
+        metrics={"step": source.step, **metrics} if source.step else None,
+    )
+    return "\n".join([f"{out}: the weights of {folder}", *source.notes])
+
+
+def last_metrics(file: Path, step: int) -> dict[str, float]:
+    """Return the last value by this step of the loss, of validation and of probes."""
+    found: dict[str, float] = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        row = json.loads(line)
+        if row["step"] <= step:
+            found |= row
+    return {
+        key: value
+        for key, value in found.items()
+        if key == "loss" or key.startswith(("validation/", "probe/"))
+    }
+
+
+def show(source: Source) -> str:
+    """Return a table of the names in a source, layers joined, and what becomes of them."""
+    form, tensors = source.format, source.tensors
+    homes = [
+        (pattern, row.ours) for row in form.rows for pattern in (*row.theirs, row.other) if pattern
+    ]
+    lines = []
+    for name, shape in tensors.shapes.items():
+        fits = [ours for pattern, ours in homes if matches(pattern, name)]
+        home = ", ".join(fits) or ("left out" if form.ignores(name) else "unknown")
+        lines.append(f"{name} {shape} {tensors.dtypes[name]} -> {home}")
+    return "\n".join([*summarise(lines), describe(source)])
+
+
+def describe(source: Source) -> str:
+    """Say what a source is, how large, and what was assumed."""
+    shapes, types = source.tensors.shapes, source.tensors.dtypes
+    count = sum(math.prod(shape) for shape in shapes.values())
+    size = sum(math.prod(shape) * ITEM_BYTES.get(types[name], 4) for name, shape in shapes.items())
+    arguments = {"model": source.model, "classifier": source.classifier, "clip": source.clip}
+    return "\n".join(
+        [
+            f"{source.where}: {source.format.name}",
+            f"{', '.join(source.parts)}: {len(shapes)} tensors, {count:,} parameters, "
+            f"{size / 2**20:,.1f} MiB",
+            *(
+                f"{what}: " + ", ".join(f"{key}={value}" for key, value in values.items())
+                for what, values in arguments.items()
+                if values
+            ),
+            *source.notes,
+        ]
+    )
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code; UserError passes through."""
+    flags = parse(argv)
+    if flags.command == "export":
+        if not flags.folder.is_dir():
+            raise UserError(f"{flags.folder}: no such folder")
+        print(export_folder(flags.folder, flags.out, flags.frames, flags.size))
+        return 0
+    source = open_source(flags.source, encoder=flags.encoder)
+    if flags.command == "show":
+        print(show(source))
+        return 0
+    import_folder(source, flags.folder)
+    print(f"{describe(source)}\nwritten to {flags.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

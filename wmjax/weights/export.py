@@ -1,0 +1,196 @@
+"""To Hugging Face: a folder that transformers opens as its V-JEPA 2, with or without classes."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmjax.errors import UserError
+from wmjax.models import base
+from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
+from wmjax.weights.files import MODEL, write_safetensors
+from wmjax.weights.load import abstract_model, describe, leaves_of, wanted
+from wmjax.weights.tables import VJEPA2, VJEPA2_CLASSIFIER, Format
+
+
+def export(
+    params: base.Params,
+    model: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    frames: int,
+    size: int,
+    classifier: Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Write model.safetensors, config.json and README.md, the model card, into a folder.
+
+    params: encoder and predictor, and with a classifier pooler and head; arrays that this process
+    holds whole, fetched one by one. model, classifier: the keyword arguments they were made with.
+    frames, size: of the clips; transformers counts positions in square frames of this size. labels:
+    names of the classes. config, metrics: plain, what the card tells of the training.
+
+    Raises UserError for a model that transformers would compute in another way.
+    """
+    form = VJEPA2_CLASSIFIER if classifier else VJEPA2
+    sizes = describe(model)
+    _check(params, model, sizes, classifier, labels)
+    leaves = leaves_of(params)
+    settings = settings_of(sizes, frames, size)
+    if classifier:
+        classes = leaves["head.bias"].shape[0]
+        names = list(labels) or [f"LABEL_{i}" for i in range(classes)]
+        settings |= {
+            "architectures": ["VJEPA2ForVideoClassification"],
+            "num_pooler_layers": leaves["pooler.blocks.norm1.scale"].shape[0],
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    shapes = names_and_shapes(form, {path: leaf.shape for path, leaf in leaves.items()})
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / MODEL, shapes, _tensors(form, leaves))
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        card = model_card(settings, config or {}, metrics or {})
+        (folder / "README.md").write_text(card)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def names_and_shapes(
+    form: Format, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of theirs, in the order of the table; shapes: ours, by path."""
+    return {name: shape for row in form.rows for name, shape in wanted(row, shapes[row.ours], {})}
+
+
+def _tensors(form: Format, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    for row in form.rows:
+        host = np.asarray(leaves[row.ours])
+        assert row.layout.theirs is not None
+        for layer in host if row.stacked else host[None]:
+            for part in np.split(layer, len(row.theirs), axis=-1):
+                yield row.layout.theirs(part)
+
+
+def _check(
+    params: base.Params,
+    model: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    classifier: Mapping[str, Any] | None,
+    labels: Sequence[str],
+) -> None:
+    wants = {"rope": "tiled", "position_grid": 0, "mask_index": 1}
+    for key, value in wants.items():
+        if sizes[key] != value:
+            raise UserError(
+                f"model.{key}={sizes[key]!r}: transformers computes {value!r} and no other, so "
+                "that its features would not be this model's"
+            )
+    parts = {"encoder", "predictor", *(("pooler", "head") if classifier else ())}
+    if params.keys() != parts:
+        raise UserError(f"parameters of {', '.join(params)}; wanted {', '.join(sorted(parts))}")
+    _, abstract, _ = base.split(abstract_model(model))
+    made = leaves_of({part: params[part] for part in ("encoder", "predictor")})
+    for path, leaf in leaves_of(abstract).items():
+        if path not in made or made[path].shape != leaf.shape:
+            found = made[path].shape if path in made else "absent"
+            raise UserError(f"{path}: {found}; wanted {leaf.shape}, as these arguments make it")
+    if classifier and classifier["heads"] != sizes["heads"]:
+        raise UserError(
+            f"heads={classifier['heads']} of the classifier: transformers gives it as many as the "
+            f"encoder has, {sizes['heads']}"
+        )
+    if labels and classifier and len(labels) != classifier["classes"]:
+        raise UserError(f"{len(labels)} labels for {classifier['classes']} classes")
+
+
+def settings_of(sizes: Mapping[str, Any], frames: int, size: int) -> dict[str, Any]:
+    """Return config.json."""
+    width, hidden = sizes["width"], sizes["hidden"]
+    ratio = hidden / width
+    if int(width * ratio) != hidden:  # transformers cuts the product to a whole number
+        ratio = math.nextafter(ratio, math.inf)
+    return {
+        "architectures": ["VJEPA2Model"],
+        "model_type": "vjepa2",
+        "dtype": "float32",
+        "patch_size": sizes["patch"],
+        "tubelet_size": sizes["tubelet"],
+        "crop_size": size,
+        "frames_per_clip": frames,
+        "in_chans": 3,
+        "hidden_size": width,
+        "num_hidden_layers": sizes["depth"],
+        "num_attention_heads": sizes["heads"],
+        "mlp_ratio": ratio,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
+        "pred_hidden_size": sizes["predictor_width"],
+        "pred_num_hidden_layers": sizes["predictor_depth"],
+        "pred_num_attention_heads": sizes["predictor_heads"],
+        "pred_num_mask_tokens": sizes["num_mask_tokens"],
+        "pred_mlp_ratio": 4.0,
+    }
+
+
+_CARD = """\
+---
+library_name: transformers
+tags: [video, vjepa2, wmjax]
+---
+
+# V-JEPA 2 trained with wmjax
+
+{width} wide, {depth} blocks; clips of {frames} frames of {size} x {size} pixels, patches of
+{tubelet} x {patch} x {patch}. The weights are float32.
+
+```python
+import torch
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("FOLDER").eval()
+video = torch.rand(1, {frames}, 3, {size}, {size})  # RGB in 0..1
+mean, std = torch.tensor({mean}), torch.tensor({std})
+video = (video - mean[:, None, None]) / std[:, None, None]
+with torch.no_grad():
+    output = model(video{arguments}).{output}
+```
+
+transformers counts positions in square frames of {size} pixels: give it no others.
+"""
+
+
+def model_card(
+    settings: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, float]
+) -> str:
+    """Return the text of the model card."""
+    classifies = "id2label" in settings
+    text = _CARD.format(
+        width=settings["hidden_size"],
+        depth=settings["num_hidden_layers"],
+        frames=settings["frames_per_clip"],
+        size=settings["crop_size"],
+        tubelet=settings["tubelet_size"],
+        patch=settings["patch_size"],
+        architecture=settings["architectures"][0],
+        arguments="" if classifies else ", skip_predictor=True",
+        output="logits" if classifies else "last_hidden_state",
+        mean=list(PIXEL_MEAN),
+        std=list(PIXEL_STD),
+    )
+    if metrics:
+        rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
+        text += f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
+    if config:
+        text += (
+            f"\n## Configuration\n\n```json\n{json.dumps(config, indent=2, sort_keys=True)}\n```\n"
+        )
+    return text

@@ -1,0 +1,160 @@
+"""Files of tensors, read one tensor at a time: safetensors, and torch's .pt; and written.
+
+Nothing here knows whose names they are. jax is not imported.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  by it NumPy, and so safetensors, know bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from wmjax.errors import UserError
+from wmjax.hub import snapshot
+
+MODEL = "model.safetensors"
+_INDEX = f"{MODEL}.index.json"
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Tensors(NamedTuple):
+    """What a file holds. read: a tensor by its name, in its own dtype, as an array of its own."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    read: Callable[[str], np.ndarray]
+
+
+def find(source: str) -> Path:
+    """Return a folder or a file by its path, or the folder of a model on the Hub, OWNER/NAME."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise UserError(f"{source}: no such file or folder")
+    patterns = ["config.json", "preprocessor_config.json", "model.json"]
+    patterns += [MODEL, "model-*.safetensors", _INDEX]
+    return snapshot(
+        source,
+        patterns,
+        kind="model",
+        revision="",
+        where=f"{source}: no such folder, and as a model of the Hub",
+        instead="give a folder",
+    )
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the object in a JSON file; `what` names it where it is absent."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; wanted {what}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}; wanted {what}")
+    return value
+
+
+def open_safetensors(folder: Path) -> Tensors:
+    """Open the model.safetensors of a folder, or the shards that its index names."""
+    if (folder / MODEL).is_file():
+        files = [folder / MODEL]
+    elif (folder / _INDEX).is_file():
+        files = _shards(folder)
+    else:
+        raise UserError(f"{folder}: no {MODEL} and no {_INDEX} in it")
+    tensors, home = Tensors({}, {}, lambda name: home[name].get_tensor(name)), {}
+    for file in files:
+        try:
+            opened = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: no safetensors file, or not all of it: {error}") from None
+        for name in opened.keys():  # noqa: SIM118  not a dict
+            view = opened.get_slice(name)
+            home[name] = opened
+            tensors.shapes[name] = tuple(view.get_shape())
+            tensors.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
+    return tensors
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the files that the index of a folder names, all of them there and in the folder."""
+    named = read_json(folder / _INDEX, "the index of the shards").get("weight_map")
+    names = sorted(set(named.values())) if isinstance(named, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{folder / _INDEX}: wanted a weight_map to names of files beside it")
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{folder}: {_INDEX} names shards that are not there: {', '.join(absent)}")
+    return [folder / name for name in names]
+
+
+def open_torch(path: Path) -> dict[str, Any]:
+    """Return what torch.save wrote, its tensors left in the file, by the weights-only reader."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: torch reads such files and is not installed: pip install 'wmjax[torch]'"
+        ) from None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what an unreadable file raises differs with what is wrong
+        first = (str(error).splitlines() or [""])[0]
+        if type(error).__name__ == "UnpicklingError":
+            raise UserError(
+                f"{path}: refused: it holds more than tensors and plain values, and reading that "
+                "could run code in it"
+            ) from None
+        raise UserError(
+            f"{path}: not read by torch.load: {type(error).__name__}: {first}"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds {type(found).__name__}; wanted a dict of state dicts")
+    return found
+
+
+def torch_tensors(tensors: Mapping[str, Any]) -> Tensors:
+    """Wrap the tensors of state dicts."""
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name].detach()
+        # torch and NumPy share no bfloat16; float32 holds every number of it.
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+    return Tensors(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+        read,
+    )
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]
+) -> None:
+    """Write float32 tensors, made one by one in the order of their shapes.
+
+    The safetensors package would want all of them in memory at once. The file appears when it is
+    whole.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 asks for it
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert tensor.shape == shape, (tensor.shape, shape)
+            file.write(np.ascontiguousarray(tensor, "<f4").reshape(-1).data)
+    os.replace(part, path)
