@@ -1,5 +1,7 @@
 """Mixtures of datasets that differ in everything: one shape, the shares asked for, exact resume."""
 
+import shutil
+
 import jax
 import micro
 import numpy as np
@@ -77,6 +79,34 @@ def test_each_dataset_is_gone_through_evenly_at_its_own_pace(two):
     assert set(counts[:40]) == {8, 9}  # 336 draws of 40
     assert set(counts[40:]) == {16}  # 112 draws of 7
     assert list(drawn[:64]) != list(drawn[64:128])
+
+
+def test_labels_are_those_that_all_have_in_one_size_and_belong_to_their_clips(tmp_path, capsys):
+    again = shutil.copytree(PUSHT, tmp_path / "again")
+    overrides = (f"data.mixture={PUSHT}:1,{again}:2", "data.source=lerobot", "data.ends=repeat")
+    config = micro.config(*overrides, "data.fps=5")
+    source = assemble.make_source(config, "train")
+    assert source.label_sizes == {"observation.state": 2}
+    owners = {}
+    for batch in take(4, *overrides, "data.fps=5"):
+        ids = zip(batch.dataset_ids_B.tolist(), batch.sample_ids_B.tolist(), strict=True)
+        for row, (part, index) in enumerate(ids):
+            episode, labels = source.labels(part, index)
+            state_TS = batch.observation.state_BTS[row]
+            np.testing.assert_array_equal(labels["observation.state"], state_TS)
+            assert owners.setdefault(episode, part) == part
+    assert set(owners.values()) == {0, 1}
+    with pytest.raises(UserError, match=r"eval\.labels='speed'.*\nin data\.mixture: pusht_sim_v3$"):
+        assemble.make_source(micro.config(*overrides, "eval.labels=speed"), "train")
+
+
+def test_without_a_common_label_there_is_no_probe_and_a_line_says_so(two, capsys):
+    two["wide"].label_sizes = {"state": 6, "other": 1}
+    assert Mixture(two, {"wide": 1, "narrow": 1}).label_sizes == {"state": 6}
+    two["wide"].label_sizes = {"state": 8}
+    mixed = Mixture(two, {"wide": 1, "narrow": 1})
+    assert train.make_probe(None, {"train": mixed}, None, None, None, None) is None
+    assert capsys.readouterr().out.startswith("no linear probe: ")
 
 
 @needs_shared

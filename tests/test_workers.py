@@ -15,6 +15,7 @@ from recordings import VIDEO, open_pusht, reader_of
 from shared_data import PUSHT
 from test_pipeline import damaged, equal, pusht, stream, take  # noqa: F401
 
+from wmjax import assemble
 from wmjax.data.mixture import Mixture
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.data.workers import Workers
@@ -58,6 +59,17 @@ def test_batches_and_positions_are_those_of_threads_whatever_the_number():
     assert batches.position == 16
     batches.close()
     equal(whole[2:], take(2, *pusht("data.workers=1"), position=16))
+
+
+def test_as_many_processes_as_threads_but_no_more_than_cores(monkeypatch):
+    def count(*overrides):
+        return assemble.count_workers(micro.config(*overrides).data)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert count() == 0  # generated video, a hundred steps of it
+    assert count("data.workers=-1", "data.threads=4") == 4
+    assert count("data.workers=-1", "data.threads=16") == 6
+    assert count("data.workers=9", "data.threads=2") == 9
 
 
 def test_a_clip_is_the_same_in_every_array(started):
