@@ -151,7 +151,9 @@ def test_a_jump_threads_and_processes_change_nothing_in_a_mixture(monkeypatch):
 
 
 @needs_shared
-def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, monkeypatch):
+def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(
+    one_device, tmp_path, monkeypatch
+):
     config = micro.config(*real("train.num_steps=8", "train.log_every=4", "data.on_error=skip"))
     steps = assemble.make_steps(config, sharding.make_mesh())
     monkeypatch.setattr(assemble, "make_steps", lambda *_: steps)
