@@ -78,8 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "crop_scale": (0.3, 1.0),  # area of the random crop, as a share of the frame
                 "crop_aspect": (0.75, 1.35),  # width over height, log-uniform
                 "val_share": 0.05,  # share of the episodes held out (at least one)
-                "threads": 16,  # that decode, in this process
-                "workers": 0,  # processes that decode in their place, for small frames
+                "threads": 16,  # clips read at once
+                "workers": -1,  # processes that read; -1: threads or cores, the fewer; 0: none
                 "prefetch": 0,  # clips decoded ahead; 0: two batches
                 "on_error": "raise",  # a clip that cannot be read; skip: another in its place
                 "max_skip_share": 0.05,  # of the clips, 400 at least; beyond it the run stops

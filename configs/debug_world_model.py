@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.update(predictor_width=144, predictor_depth=2, predictor_heads=6)
     config.model.update(dtype="float32", remat="none")
     config.data.update(
-        source="synthetic", frames=8, fps=10.0, image_size=48, batch_size=4, threads=2
+        source="synthetic", frames=8, fps=10.0, image_size=48, batch_size=4, threads=2, workers=0
     )
     config.data.update(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0))
     config.optim.update(learning_rate=5e-4, schedule_steps=100, warmup=0.1, ema=0.99)

@@ -96,6 +96,7 @@ def test_a_wrong_override_says_what_is_wanted(override, parts):
         ("data.fps=-1", ["data.fps=-1"]),
         ("data.ends=loop", ["data.ends='loop'", "drop, repeat"]),
         ("data.stride=-1", ["data.stride=-1"]),
+        ("data.workers=-2", ["data.workers=-2", "-1"]),
     ],
 )
 def test_values_that_contradict_are_refused_before_anything_is_loaded(override, parts):

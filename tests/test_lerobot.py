@@ -509,6 +509,14 @@ def test_tables_at_odds(pusht, path, column, change, error):
     check(error, open_pusht, pusht)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_number_that_is_none_is_found_where_it_is(pusht, value):
+    edit_column(pusht / TABLE, "action", lambda v: [*v[:200], [v[200][0], float(value)], *v[201:]])
+    error = rf"^.*{TABLE}: episode 2: action\[1\] is {value} at frame 40; wanted finite numbers$"
+    check(error, open_pusht, pusht)
+    assert len(open_pusht(pusht, val_share=0.2)) > 0  # it lies in what is held out
+
+
 def test_no_episodes(tmp_path, pusht):
     pq.write_table(pq.read_table(pusht / EPISODES)[:0], pusht / EPISODES)
     check(r"meta/episodes: no episodes", open_pusht, pusht)

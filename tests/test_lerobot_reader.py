@@ -9,6 +9,7 @@ import pytest
 from recordings import open_pusht
 from shared_data import PUSHT
 
+from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.lerobot_reader import LeRobotReader
 from wmjax.data.transforms import FULL_BOX, crop_and_scale
 from wmjax.errors import ClipError, UserError
@@ -28,6 +29,11 @@ class Metadata:
             {"dataset_from_index": e.first_row, "dataset_to_index": e.first_row + e.length}
             for e in source.episodes
         ]
+
+
+def empty_metadata(self, repo_id, root=None, revision=None):
+    self.fps, self.features = 10, open_pusht(root)._features
+    self.total_episodes, self.episodes = 0, []
 
 
 class Table:
@@ -174,6 +180,51 @@ def test_what_lerobot_raises_is_one_line(lerobot, monkeypatch):
         LeRobotReader(PUSHT, **SETTINGS)
     with pytest.raises(UserError, match=r"data\.root='nowhere': no folder meta"):
         LeRobotReader("nowhere", **SETTINGS)
+
+
+def test_labels_and_what_is_wrong_are_those_of_the_native_reader(lerobot, monkeypatch):
+    settings = {**SETTINGS, "labels": "auto", "ends": "repeat", "val_share": 0.4}
+    readers = [kind(PUSHT, **settings) for kind in (LeRobotReader, LeRobotSource)]
+    assert readers[0].label_sizes == readers[1].label_sizes == {"observation.state": 2}
+    for index in (0, 100, len(readers[0]) - 1):
+        (episode, labels), (same, wanted) = (reader.labels(0, index) for reader in readers)
+        assert episode == same == readers[0][index]["episode"]
+        np.testing.assert_array_equal(labels["observation.state"], wanted["observation.state"])
+        np.testing.assert_array_equal(labels["observation.state"], readers[0][index]["state_TS"])
+    for changes in (
+        {"state_key": "joints"},
+        {"action_key": "observation.image"},
+        {"labels": "speed"},
+        {"frames": 40},
+        {"split": "validation"},
+    ):
+        said = []
+        for kind in (LeRobotReader, LeRobotSource):
+            with pytest.raises(UserError) as error:
+                kind(PUSHT, **SETTINGS | changes)
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
+def test_numbers_that_cannot_be_are_one_line(lerobot, monkeypatch):
+    opened = lerobot.LeRobotDataset.__init__
+    rows = {}
+
+    def changed(self, *args, **kwargs):
+        opened(self, *args, **kwargs)
+        self.hf_dataset._columns["action"] = rows["action"]
+
+    monkeypatch.setattr(lerobot.LeRobotDataset, "__init__", changed)
+    rows["action"] = np.zeros((400, 2), np.float32)
+    rows["action"][200, 1] = np.nan
+    with pytest.raises(UserError, match=rf"^{PUSHT}: episode 2: action\[1\] is nan at frame 40; "):
+        LeRobotReader(PUSHT, **SETTINGS)
+    rows["action"] = np.array([np.zeros(1 + i % 2) for i in range(400)], object)
+    with pytest.raises(UserError, match=rf"^{PUSHT}: action: not 2 numbers in every row"):
+        LeRobotReader(PUSHT, **SETTINGS)
+    monkeypatch.setattr(Metadata, "__init__", empty_metadata)
+    with pytest.raises(UserError, match=r"leaves no train episode of the 0 in .*pusht_sim_v3$"):
+        LeRobotReader(PUSHT, **SETTINGS)
 
 
 def test_without_lerobot_the_extra_is_named(monkeypatch):

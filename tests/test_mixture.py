@@ -1,5 +1,7 @@
 """Mixtures of datasets that differ in everything: one shape, the shares asked for, exact resume."""
 
+import shutil
+
 import jax
 import micro
 import numpy as np
@@ -79,6 +81,34 @@ def test_each_dataset_is_gone_through_evenly_at_its_own_pace(two):
     assert list(drawn[:64]) != list(drawn[64:128])
 
 
+def test_labels_are_those_that_all_have_in_one_size_and_belong_to_their_clips(tmp_path, capsys):
+    again = shutil.copytree(PUSHT, tmp_path / "again")
+    overrides = (f"data.mixture={PUSHT}:1,{again}:2", "data.source=lerobot", "data.ends=repeat")
+    config = micro.config(*overrides, "data.fps=5")
+    source = assemble.make_source(config, "train")
+    assert source.label_sizes == {"observation.state": 2}
+    owners = {}
+    for batch in take(4, *overrides, "data.fps=5"):
+        ids = zip(batch.dataset_ids_B.tolist(), batch.sample_ids_B.tolist(), strict=True)
+        for row, (part, index) in enumerate(ids):
+            episode, labels = source.labels(part, index)
+            state_TS = batch.observation.state_BTS[row]
+            np.testing.assert_array_equal(labels["observation.state"], state_TS)
+            assert owners.setdefault(episode, part) == part
+    assert set(owners.values()) == {0, 1}
+    with pytest.raises(UserError, match=r"eval\.labels='speed'.*\nin data\.mixture: pusht_sim_v3$"):
+        assemble.make_source(micro.config(*overrides, "eval.labels=speed"), "train")
+
+
+def test_without_a_common_label_there_is_no_probe_and_a_line_says_so(two, capsys):
+    two["wide"].label_sizes = {"state": 6, "other": 1}
+    assert Mixture(two, {"wide": 1, "narrow": 1}).label_sizes == {"state": 6}
+    two["wide"].label_sizes = {"state": 8}
+    mixed = Mixture(two, {"wide": 1, "narrow": 1})
+    assert train.make_probe(None, {"train": mixed}, None, None, None, None) is None
+    assert capsys.readouterr().out.startswith("no linear probe: ")
+
+
 @needs_shared
 def test_a_batch_of_three_robots_has_one_shape_and_says_what_is_there():
     rows = [0, 0, 0]
@@ -121,7 +151,9 @@ def test_a_jump_threads_and_processes_change_nothing_in_a_mixture(monkeypatch):
 
 
 @needs_shared
-def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, monkeypatch):
+def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(
+    one_device, tmp_path, monkeypatch
+):
     config = micro.config(*real("train.num_steps=8", "train.log_every=4", "data.on_error=skip"))
     steps = assemble.make_steps(config, sharding.make_mesh())
     monkeypatch.setattr(assemble, "make_steps", lambda *_: steps)

@@ -1,16 +1,19 @@
 """The stream of batches: keyed by position, exact after a jump, the same for any process count."""
 
+import contextlib
 import itertools
 import shutil
+import types
 
 import av
 import jax
 import micro
 import numpy as np
 import pytest
+from clu import metrics
 from shared_data import PUSHT, SHARED, needs_shared
 
-from wmjax import assemble, sharding
+from wmjax import assemble, sharding, train
 from wmjax.data.source import Source
 from wmjax.errors import ClipError, UserError
 from wmjax.masking import Masks
@@ -72,7 +75,7 @@ def test_threads_and_prefetch_change_nothing():
 
 
 def test_every_window_is_seen_once_an_epoch_and_epochs_differ():
-    overrides = pusht("data.batch_size=8", "data.val_share=0.0")
+    overrides = pusht("data.batch_size=8", "data.val_share=0.0", "data.stride=17")
     windows = len(assemble.make_source(micro.config(*overrides), "train"))
     assert windows % 8  # so that a batch straddles the epochs
     ids = np.concatenate([b.sample_ids_B for b in take(-(-2 * windows // 8), *overrides)])
@@ -82,7 +85,7 @@ def test_every_window_is_seen_once_an_epoch_and_epochs_differ():
 
 
 def test_a_window_seen_again_gets_another_crop_and_mask():
-    batches = take(100, *pusht())
+    batches = take(30, *pusht("data.stride=17"))
     seen = {}
     for batch in batches:
         for row, window in enumerate(batch.sample_ids_B):
@@ -249,6 +252,22 @@ def test_too_many_skipped_clips_stop_the_run_where_it_was(damaged):
         taken.extend(itertools.islice(batches, 50))
     assert batches.position == 8 * len(taken) > 0
     batches.close()
+
+
+def test_validation_reports_what_it_skipped(damaged):
+    """Half of the held-out episodes are damaged; the model is none of this test's business."""
+    skip = ("data.on_error=skip", "data.max_skip_share=1.0", "data.val_share=0.4")
+    config = micro.config(*damaged, *skip, "eval.batches=5")
+    source = assemble.make_source(config, "validation")
+    assert [episode.index for episode in source.episodes] == [1, 3]
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+    batches = assemble.make_pipeline(config, source, masks, sharding.make_mesh(), "validation")
+    figure = metrics.Average.from_model_output(np.ones(1))
+    steps = types.SimpleNamespace(validate=lambda *_: {"l1": figure, "l1_mean_token": figure})
+    with contextlib.closing(batches):
+        row = train.validate(steps, None, batches, config)
+    assert row["validation/relative"] == 1
+    assert 0 < row["validation/data_skipped"] < 40
 
 
 def test_only_clips_are_skipped_not_mistakes():

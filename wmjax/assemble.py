@@ -105,12 +105,20 @@ def make_pipeline(
         crop_aspect=data.crop_aspect,
         threads=data.threads,
         # What validates and probes is opened often and read briefly.
-        workers=data.workers if split == "train" else 0,
+        workers=count_workers(data) if split == "train" else 0,
         prefetch=data.prefetch,
         on_error=data.on_error,
         max_skip_share=data.max_skip_share,
         position=position,
     )
+
+
+def count_workers(data: ml_collections.ConfigDict) -> int:
+    """Processes that read clips: data.workers, where -1 means data.threads, up to one a core."""
+    if data.workers >= 0:
+        return data.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(data.threads, cores or 1)
 
 
 def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Steps:

@@ -138,7 +138,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     for key, value in {
         "data.stride": data.stride,
-        "data.workers": data.workers,
         "data.clips_per_episode": data.clips_per_episode,
         "train.eval_every": config.train.eval_every,
         "eval.probe_every": config.eval.probe_every,
@@ -149,6 +148,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     }.items():
         if value < 0:
             raise UserError(f"{key}={value}: wanted 0 or above")
+    if data.workers < -1:
+        raise UserError(f"data.workers={data.workers}: wanted -1 (as data.threads), 0 or above")
     shares = {
         "optim.ema": optim.ema,
         "optim.final_ema": max(optim.final_ema, 0),  # below 0: as optim.ema

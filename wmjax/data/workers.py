@@ -90,11 +90,11 @@ class Workers:
 
     def _lost(self, process: subprocess.Popen) -> UserError:
         code = process.wait()
-        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        return UserError(
-            f"data.workers={len(self._processes)}: one of these processes {end}; if that was for "
-            "lack of memory, fewer of them need less"
-        )
+        if code < 0:
+            end = f"was killed by {signal.Signals(-code).name}: out of memory? fewer need less"
+        else:
+            end = f"ended with code {code}; it may have said why, above"
+        return UserError(f"data.workers={len(self._processes)}: one of these processes {end}")
 
     def close(self) -> None:
         """End the processes, whatever they are at."""
