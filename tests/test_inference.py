@@ -1,5 +1,6 @@
 """wmjax.load: one object, whatever the weights were, and what it computes."""
 
+import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
@@ -85,6 +86,25 @@ def test_it_classifies_and_names_the_classes(model):
     logits = model.classify(VIDEO)
     assert logits.shape == (5,)
     assert model.labels[2] == "class 2"
+
+
+def test_a_classifier_may_lie_by_itself(folder, model, tmp_path):
+    """As Meta's probes do: encoder from one place, classifier from another."""
+    tensors = weight_files.draw(weight_files.vjepa2_shapes(), seed=1)
+    encoder = weight_files.write(tmp_path / "encoder", tensors, weight_files.vjepa2_config())
+    both = wmjax.load(encoder, probe=folder)
+    assert both.labels == model.labels
+    assert np.abs(both.encode(VIDEO) - model.encode(VIDEO)).max() > 0.1
+    leaves = zip(*(jax.tree.leaves(m.params["pooler"]) for m in (both, model)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in leaves)
+    assert both.classify(VIDEO).shape == (5,)
+    with pytest.raises(UserError, match="no classifier in it; wanted one for probe="):
+        wmjax.load(folder, probe=encoder)
+    narrow = weight_files.SIZES | {"width": 24}
+    tensors = weight_files.draw(weight_files.vjepa2_shapes(narrow))
+    other = weight_files.write(tmp_path / "o", tensors, weight_files.vjepa2_config(narrow))
+    with pytest.raises(UserError, match="a classifier of features 36 wide; the encoder's are 24"):
+        wmjax.load(other, probe=folder)
 
 
 def test_a_run_gives_its_target_and_predictor(micro_run):

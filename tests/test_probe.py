@@ -95,7 +95,7 @@ def test_the_table_has_its_three_rows_on_the_console_and_in_json(one_device, tmp
 def test_an_untrained_model_is_evaluated_as_what_it_is(one_device, tmp_path, capsys):
     assert train.evaluate(micro.config(*PROBING), tmp_path) == 0
     said = capsys.readouterr().out
-    assert "no checkpoint; this is the untrained model" in said
+    assert "no checkpoint; this is what a run begins with" in said
     table = json.loads((tmp_path / "evals.jsonl").read_text())["probe"]
     assert table["trained"] == table["random"]
 

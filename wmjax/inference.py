@@ -4,6 +4,7 @@ model = wmjax.load("runs/vjepa2_aloha")      # or a folder, OWNER/NAME on the Hu
 features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +33,49 @@ class Model:
     """
 
     def __init__(
-        self, source: weights.Source, dtype: str | None = None, mesh: Mesh | None = None
+        self,
+        source: weights.Source,
+        probe: weights.Source | None = None,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         arguments = {"name": "vjepa2", **source.model}
         arguments |= {"remat": "none", "dtype": dtype or "float32"}
+        settings = (probe or source).classifier
         self.config: dict[str, Any] = source.config or {
             "model": source.model,
-            "classifier": source.classifier,
+            "classifier": settings,
             "clip": source.clip,
         }
-        self.labels, self.notes = source.labels, source.notes
+        self.labels = (probe or source).labels
+        self.notes = source.notes + (probe.notes if probe else ())
         self._where, self._clip = source.where, source.clip
         model: Any = base.abstract(**arguments)
         modules: dict[str, Any] = {"encoder": model.encoder, "predictor": model.predictor}
-        if source.classifier:
-            settings = {**source.classifier, "dtype": model.encoder.patch_embed.dtype}
-            probe = nnx.eval_shape(lambda: AttentiveClassifier(nnx.Rngs(0), **settings))
-            modules |= {"pooler": probe.pooler, "head": probe.head}
-        graphs, shapes = {}, {}
-        for part in source.parts:
-            graphs[part], abstract, axes = base.split(modules[part])
-            shapes[part] = jax.tree.map(
-                lambda leaf, names: _placed(leaf, names, mesh), abstract, axes
-            )
-        if "encoder" not in shapes:
-            raise UserError(f"{source.where}: has {', '.join(shapes)} and no encoder to feed them")
-        self.params = weights.load(source, shapes, arguments)
+        if settings:
+            if settings["width"] != model.encoder.width:
+                raise UserError(
+                    f"{(probe or source).where}: a classifier of features {settings['width']} "
+                    f"wide; the encoder's are {model.encoder.width}"
+                )
+            settings = {**settings, "dtype": model.encoder.patch_embed.dtype}
+            classifier = nnx.eval_shape(lambda: AttentiveClassifier(nnx.Rngs(0), **settings))
+            modules |= {"pooler": classifier.pooler, "head": classifier.head}
+        graphs: dict[str, Any] = {}
+
+        def read(origin: weights.Source, parts: Iterable[str]) -> base.Params:
+            shapes = {}
+            for part in parts:
+                graphs[part], abstract, axes = base.split(modules[part])
+                shapes[part] = jax.tree.map(
+                    lambda leaf, names: _placed(leaf, names, mesh), abstract, axes
+                )
+            return weights.load(origin, shapes, arguments)
+
+        theirs = ("pooler", "head") if probe else ()
+        self.params = read(source, (part for part in source.parts if part not in theirs))
+        if probe:
+            self.params |= read(probe, theirs)
         self._spec = model.input_spec
 
         def module(params: base.Params, name: str) -> Any:
@@ -154,6 +172,7 @@ def load(
     where: str | Path,
     *,
     encoder: str = "target_encoder",
+    probe: str | Path | None = None,
     dtype: str | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -161,11 +180,21 @@ def load(
 
     where: the workdir of a run (its newest checkpoint), a folder of `python -m wmjax.weights
     import`, a folder of transformers with config.json and safetensors, OWNER/NAME on the Hugging
-    Face Hub, or a .pt file of Meta. encoder: which one of a .pt file. dtype: of the products,
-    float32 (default) or bfloat16, for which GPUs have fused attention. mesh: devices that the
-    parameters are split over, as sharding.make_mesh arranges them; None: the default one.
+    Face Hub, or a .pt file of Meta. encoder: which one of a .pt file. probe: where a classifier
+    lies by itself, as Meta's evaluations write them. dtype: of the products, float32 (default) or
+    bfloat16, for which GPUs have fused attention. mesh: devices that the parameters are split over,
+    as sharding.make_mesh arranges them; None: the default one.
     """
-    return Model(weights.open_source(where, encoder=encoder), dtype, mesh)
+    source = weights.open_source(where, encoder=encoder)
+    if "encoder" not in source.parts:
+        raise UserError(
+            f"{source.where}: has {', '.join(source.parts)} and no encoder to feed them; "
+            "wanted an encoder, with this as probe="
+        )
+    classifier = weights.open_source(probe) if probe is not None else None
+    if classifier and not classifier.classifier:
+        raise UserError(f"{classifier.where}: no classifier in it; wanted one for probe=")
+    return Model(source, classifier, dtype, mesh)
 
 
 def _placed(leaf: Any, axes: tuple, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

@@ -50,7 +50,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 f"to begin anew: another --workdir"
             )
             return 0
-        state, position = take_up(config, checkpoints, steps, workdir)
+        if start:
+            say(f"going on from step {start} in {workdir}")
+        state, position = take_up(config, checkpoints, steps)
         write_config(config, workdir)
         say(summary(config, workdir, mesh, sources, masks, state))
 
@@ -92,9 +94,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     mesh, sources, masks, steps = prepare(config, ("train", "validation"))
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest() or 0
-        if not step:
-            say(f"{workdir}: no checkpoint; this is the untrained model")
-        state, _ = take_up(config, checkpoints, steps, workdir)
+        what = f"step {step}" if step else "no checkpoint; this is what a run begins with"
+        say(f"{workdir}: {what}")
+        state, _ = take_up(config, checkpoints, steps)
     for split, source in sources.items():
         say(f"{split}: {source.describe()}")
     batches = assemble.make_pipeline(config, sources["validation"], masks, mesh, "validation")
@@ -249,7 +251,7 @@ def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
 
 
 def take_up(
-    config: ml_collections.ConfigDict, checkpoints: Checkpoints, steps: Steps, workdir: Path
+    config: ml_collections.ConfigDict, checkpoints: Checkpoints, steps: Steps
 ) -> tuple[TrainState, int]:
     """Return the newest state and its position in the data, or what a run begins with and 0."""
     newest = checkpoints.latest()
@@ -264,7 +266,6 @@ def take_up(
             say(origin)
         return state, 0
     state, data, meta = checkpoints.restore(newest, steps.abstract)
-    say(f"going on from step {newest} in {workdir}")
     for line in configs.differences(meta["config"], configs.plain(config)):
         say(f"  changed since: {line}")
     return state, data["position"]
@@ -289,7 +290,7 @@ def summary(
             table,
             *(f"{split}: {source.describe()}" for split, source in sources.items()),
             *(f"warning: {note}" for note in _notes(sources)),
-            f"masks over {' x '.join(map(str, assemble.token_grid(config)))} tokens: {masks_text}",
+            f"masks over {' x '.join(map(str, masks.grid))} tokens: {masks_text}",
             f"devices: {mesh.size} x {device} ({shape}); "
             f"state {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
             f"jax {jax.__version__}, python {sys.version.split()[0]}; workdir: {workdir}",
