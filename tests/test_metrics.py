@@ -60,6 +60,7 @@ def tensorboard_scalars(folder):
     return found
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(tmp_path, capsys):
     train.train(micro.config("log.tensorboard=True", "train.eval_every=2"), tmp_path)
     rows = micro.rows(tmp_path)

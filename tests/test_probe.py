@@ -109,7 +109,7 @@ def test_eight_devices_read_the_same_features_as_one():
         masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
         steps = assemble.make_steps(config, mesh)
         measure = probe.Probe(
-            *(config.model.to_dict(), steps.abstract.target, mesh),
+            *(configs.model_arguments(config), steps.abstract.target, mesh),
             seed=config.seed,
             clips=16,
             open_clips=lambda split, rest=(source, masks, mesh): assemble.make_pipeline(

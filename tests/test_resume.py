@@ -44,6 +44,7 @@ def test_ten_steps_and_ten_more_equal_twenty_to_the_last_bit(tmp_path, devices):
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_finished_run_says_so_and_how_to_go_on(tmp_path, capsys):
     assert train.train(micro.config(), tmp_path) == 0
     assert (tmp_path / "checkpoints" / "4").is_dir()
@@ -54,6 +55,7 @@ def test_a_finished_run_says_so_and_how_to_go_on(tmp_path, capsys):
     assert "--config.train.num_steps=8" in said
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_checkpoint_of_another_model_is_refused_by_its_first_parameter(tmp_path):
     train.train(micro.config("train.num_steps=1"), tmp_path)
     with pytest.raises(UserError, match=r"params\.\S+: float32\(.*48.*\) there, .*64.*\) wanted"):
@@ -62,6 +64,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_first_parameter(tmp_pat
         train.train(micro.config("model.depth=3"), tmp_path)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_what_changed_since_the_last_run_is_said(tmp_path, capsys):
     train.train(micro.config("train.num_steps=1"), tmp_path)
     train.train(micro.config("optim.weight_decay=0.5"), tmp_path)
@@ -69,6 +72,7 @@ def test_what_changed_since_the_last_run_is_said(tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["weight_decay"] == 0.5
 
 
+@pytest.mark.usefixtures("one_device")
 def test_rows_of_steps_that_were_lost_are_dropped_from_the_metrics(tmp_path):
     """A kill after step 4 with the newest checkpoint at 2 leaves rows that are run again."""
     train.train(micro.config("checkpoint.every=2"), tmp_path)

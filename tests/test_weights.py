@@ -567,7 +567,7 @@ def test_a_run_is_exported_with_its_target(tmp_path, params, capsys):
     ("arguments", "says"),
     [
         (["export", "gone", "out"], "gone: no such folder"),
-        (["export", ".", "out"], "checkpoints: no such folder; wanted the checkpoints of a run"),
+        (["export", ".", "out"], r"config\.json: no such file; wanted .*or the workdir of a run"),
         (["import", "nothing/here/", "out"], "nothing/here/: no such file or folder"),
     ],
 )
@@ -585,7 +585,7 @@ def test_an_image_model_is_imported_but_not_exported(tmp_path):
     model = {**source.model, "rope": "interleaved"}  # which is the predictor's
     shapes = base.split(base.abstract(**model))[1]
     encoder = load(source, {"encoder": shapes["encoder"]}, model)["encoder"]
-    assert encoder["patch_embed"]["kernel"].shape == (2, 16, 16, 3, 36)
+    assert encoder["patch_embed"]["kernel"].shape == (2, 4, 4, 3, 36)
     with pytest.raises(UserError, match="give --frames and --size"):
         door.run(["export", str(tmp_path / "ours"), str(tmp_path / "out")])
     size = ["--frames=16", "--size=256"]

@@ -77,7 +77,10 @@ def open_source(source: str | Path, *, encoder: str = "target_encoder") -> Sourc
         return _own(path)
     if (path / "checkpoints").is_dir():
         return _run(path)
-    config = read_json(path / "config.json", "a model in safetensors with its configuration")
+    config = read_json(
+        path / "config.json",
+        "a model in safetensors, with its configuration, or the workdir of a run",
+    )
     kind = config.get("model_type")
     readers = {
         "vjepa2": _vjepa2,
