@@ -127,7 +127,7 @@ def test_json_round_trip_and_differences():
     old = json.loads(configs.to_json(config))
     assert configs.differences(old, configs.plain(config)) == []
     config.optim.learning_rate = 0.5
-    assert configs.differences(old, configs.plain(config)) == ["optim.learning_rate: 0.0005 -> 0.5"]
+    assert configs.differences(old, configs.plain(config)) == ["optim.learning_rate: 0.0003 -> 0.5"]
 
 
 def test_the_wheel_holds_the_configurations(tmp_path):

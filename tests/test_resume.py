@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import micro
@@ -30,9 +31,17 @@ def final_hash(workdir, step, *overrides):
 def test_ten_steps_and_ten_more_equal_twenty_to_the_last_bit(tmp_path, devices):
     split = f"mesh.fsdp={devices}"
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    for workdir, num_steps in ((straight, 20), (resumed, 10), (resumed, 20)):
+
+    def run(workdir, num_steps):
         done = micro.run(workdir, split, f"train.num_steps={num_steps}", devices=devices)
         assert done.returncode == 0, done.stderr
+        return done
+
+    with ThreadPoolExecutor() as pool:  # the unbroken run beside the broken one
+        unbroken = pool.submit(run, straight, 20)
+        run(resumed, 10)
+        done = run(resumed, 20)
+        unbroken.result()
     assert "going on from step 10" in done.stdout
     losses = [[row["loss"] for row in micro.rows(w)] for w in (straight, resumed)]
     assert losses[0] == losses[1]
