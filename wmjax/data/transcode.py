@@ -84,9 +84,9 @@ def transcode(
     names = {path.resolve(): name for name, path in files.items()}
     jobs = [Job(path, out / names[path], need[path], size, gop, crf) for path in need]
     _run([job for job in jobs if not job.target.exists()], done=len(jobs), workers=workers)
-    for name, path in files.items():
-        if path.resolve() not in need and path.suffix not in _VIDEOS and name != _INFO:
-            _carry_over(path, out / name, dropped)
+    for place, path in files.items():
+        if path.resolve() not in need and path.suffix not in _VIDEOS and place != _INFO:
+            _carry_over(path, out / place, dropped)
     firsts = {name: rows[0].videos[name][0] for name in there}
     sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
     with _placed(out / _INFO) as part:
