@@ -194,7 +194,12 @@ def flip_bytes(root):
         ),
         (lambda r: (r / EPISODES).write_text("text"), EPISODES, "not readable as parquet", ""),
         (lambda r: edit_info(r, total_frames=401), "meta/info.json", "total_frames=401", "400"),
-        (lambda r: edit_info(r, video_path="v/{x}.mp4", data_path=TABLE), "meta/info.json", "", ""),
+        (
+            lambda r: edit_info(r, video_path="v/{x}.mp4"),
+            "meta/info.json",
+            "path 'v/{x}.mp4'",
+            "chunk_index",
+        ),
         (
             lambda r: edit_features(
                 r, **{"observation.image": {"dtype": "video", "shape": [96, 128, 3]}}
@@ -218,6 +223,7 @@ def test_a_fault_is_named(pusht, fault, where, found, wanted):
 
 def test_damage_between_key_frames_takes_decoding_every_frame(pusht):
     flip_bytes(pusht)
+    assert check(pusht)[0] == []
     findings, _ = check(pusht, decode=True)
     assert [finding.where for finding in findings] == [VIDEO]
 

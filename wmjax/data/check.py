@@ -172,7 +172,7 @@ class _Check:
     def _is_there(self, name: str) -> bool:
         there = (self.root / name).is_file()
         if not there:
-            self._found(name, "no such file", "it")
+            self._found(name, "no such file", "a file")
         return there
 
     def _totals(self) -> None:
