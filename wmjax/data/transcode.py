@@ -9,9 +9,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -180,13 +182,21 @@ def _results(jobs: list[Job], workers: int) -> Iterator[str]:
         try:
             for future in as_completed([pool.submit(_try, job) for job in jobs]):
                 yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"--workers={workers}: a process was ended from outside; out of memory? The same "
+                "command with fewer goes on"
+            ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Ctrl-C: a video may take minutes more, and half of one is worth nothing.
+            for child in multiprocessing.active_children():
+                child.terminate()
             raise
 
 
 def _end_with_parent() -> None:
     """End this process when its parent does, even where that one is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
     parent = multiprocessing.parent_process()
     assert parent is not None
 
