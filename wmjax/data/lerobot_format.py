@@ -54,7 +54,7 @@ def read_info(root: Path) -> dict:
     path = root / "meta" / "info.json"
     if not path.is_file():
         raise UserError(f"data.root={str(root)!r}: no meta/info.json there: not a LeRobot dataset")
-    info = _parse_json(path, path.read_bytes())
+    info = parse_json(path, path.read_bytes())
     version = info.get("codebase_version")
     if version not in ("v2.0", "v2.1", "v3.0"):
         raise UserError(
@@ -114,7 +114,7 @@ def _with_features(path: Path, info: dict) -> dict:
     return {"video_path": videos.get("videos_path"), **info, "features": features}
 
 
-def _parse_json(path: Path, text: str | bytes) -> dict:
+def parse_json(path: Path, text: str | bytes) -> dict:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -168,13 +168,12 @@ def read_rows(
     return rows, kept
 
 
-def _rows_v2(
-    root: Path, info: dict, cameras: tuple[str, ...], leave_out: Callable, notes: list[str]
-) -> list[Row]:
+def read_entries_v2(root: Path, info: dict) -> tuple[Path, list[dict]]:
+    """Return the episodes as the metadata of v2 lists them, in order, and the file that does."""
     path = root / "meta" / "episodes.jsonl"
     if path.is_file():
         lines = filter(None, map(bytes.strip, path.read_bytes().splitlines()))
-        entries = [_parse_json(path, line) for line in lines]
+        entries = [parse_json(path, line) for line in lines]
     elif isinstance(info.get("episodes"), list):  # the first v2.0
         path = root / "meta" / "info.json"
         entries = [{**entry, "episode_index": entry.get("index")} for entry in info["episodes"]]
@@ -183,8 +182,12 @@ def _rows_v2(
     for entry in entries:
         if not all(isinstance(entry.get(key), int) for key in ("episode_index", "length")):
             raise UserError(f"{path}: wanted numbers episode_index and length, found {entry}")
-    entries.sort(key=lambda entry: entry["episode_index"])
-    fields = [
+    return path, sorted(entries, key=lambda entry: entry["episode_index"])
+
+
+def fields_v2(info: dict, entries: list[dict]) -> list[dict]:
+    """Return what the path templates of v2 are filled in with."""
+    return [
         {
             "episode_index": entry["episode_index"],
             "episode_chunk": entry["episode_index"] // info.get("chunks_size", 1000),
@@ -192,6 +195,13 @@ def _rows_v2(
         }
         for entry in entries
     ]
+
+
+def _rows_v2(
+    root: Path, info: dict, cameras: tuple[str, ...], leave_out: Callable, notes: list[str]
+) -> list[Row]:
+    path, entries = read_entries_v2(root, info)
+    fields = fields_v2(info, entries)
     _check_unique(path, [entry["episode_index"] for entry in entries])
     tables = find(root, info, "data", fields, notes)
     videos: list[dict[str, tuple[Path, int]]] = [{} for _ in entries]
@@ -227,7 +237,7 @@ def _rows_v30(
             cameras = tuple(name for name in cameras if name != camera)
         else:
             names += wanted
-    entries = [entry for path in paths for entry in _read_columns(path, names).to_pylist()]
+    entries = [entry for path in paths for entry in read_columns(path, names).to_pylist()]
     entries.sort(key=lambda entry: entry["episode_index"])
     _check_unique(folder, [entry["episode_index"] for entry in entries])
 
@@ -347,7 +357,7 @@ def _count_rows(path: Path) -> int:
         raise UserError(f"{path}: not readable as parquet: {error}") from None
 
 
-def _read_columns(path: Path, names: Iterable[str], images: Iterable[str] = ()) -> pa.Table:
+def read_columns(path: Path, names: Iterable[str], images: Iterable[str] = ()) -> pa.Table:
     """Read these columns; those of images must be there and hold such."""
     names = list(dict.fromkeys(names))
     try:
@@ -388,9 +398,9 @@ def read_tables(
     episodes = []
     first_row = 0
     for path, members in by_table.items():
-        table = _read_columns(path, [*widths, "episode_index", "frame_index"], images)
+        table = read_columns(path, [*widths, "episode_index", "frame_index"], images)
         owners, counts = (table[n].to_numpy() for n in ("episode_index", "frame_index"))
-        columns = {n: _numbers(path, n, table[n], owners, width) for n, width in widths.items()}
+        columns = {n: read_numbers(path, n, table[n], owners, width) for n, width in widths.items()}
         starts = np.flatnonzero(np.diff(owners, prepend=owners[:1] - 1))
         ends = np.append(starts[1:], len(owners))
         runs = dict(zip(owners[starts].tolist(), map(slice, starts, ends), strict=True))
@@ -412,7 +422,7 @@ def read_tables(
     return tuple(episodes), {name: np.concatenate(parts[name]) for name in widths}
 
 
-def _numbers(
+def read_numbers(
     path: Path, name: str, column: pa.ChunkedArray, owners: np.ndarray, width: int
 ) -> np.ndarray:
     """Turn a column of numbers or of lists of numbers into float32 (rows, width)."""

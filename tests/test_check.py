@@ -1,0 +1,283 @@
+"""Every fault put into a dataset is named, where it is; sound datasets have none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from recordings import (
+    EPISODES,
+    TABLE,
+    VIDEO,
+    edit_column,
+    edit_features,
+    edit_info,
+    edit_video,
+    to_images,
+    write_v2,
+)
+from shared_data import PUSHT, SHARED, needs_shared
+
+from wmjax.data.__main__ import run, statistics
+from wmjax.data.check import check
+from wmjax.data.lerobot import LeRobotSource
+from wmjax.errors import UserError
+
+SECOND = "videos/chunk-000/observation.image/episode_000001.mp4"
+STATS = "meta/episodes_stats.jsonl"
+
+
+@pytest.fixture
+def pusht(tmp_path):
+    return shutil.copytree(PUSHT, tmp_path / "pusht")
+
+
+@pytest.fixture
+def v21(tmp_path):
+    """The recording in v2.1, with the statistics that lerobot wrote for v3.0, by episode."""
+    root = write_v2(tmp_path / "v21")
+    columns = pq.read_table(PUSHT / EPISODES).to_pylist()
+    with (root / STATS).open("w") as file:
+        for row in columns:
+            stats: dict = {}
+            for name, value in row.items():
+                if name.startswith("stats/"):
+                    _, feature, key = name.split("/")
+                    stats.setdefault(feature, {})[key] = value
+            file.write(json.dumps({"episode_index": row["episode_index"], "stats": stats}) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_sound_dataset_has_no_faults(pusht, decode, capsys):
+    assert run(["check", str(pusht), *(["--decode"] if decode else [])]) == 0
+    assert capsys.readouterr().out.endswith(
+        "LeRobot v3.0, 5 episodes, 400 frames at 10 fps, 1 cameras of video, 0 of images: fine\n"
+    )
+
+
+def test_v21_and_images_have_none(v21, pusht):
+    assert check(v21)[0] == []
+    assert check(to_images(pusht), decode=True)[0] == []
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name", ["g1_subset_v21", "g1_subset_v30", "aloha_sim_twocam_v3", "aloha_sim_transfer_v3"]
+)
+def test_shared_datasets_have_none(name):
+    assert check(SHARED / name)[0] == []
+
+
+def set_row(row, value):
+    return lambda rows: [*rows[:row], value, *rows[row + 1 :]]
+
+
+def edit_stats(root, feature, **changes):
+    path = root / "meta/stats.json"
+    stats = json.loads(path.read_text())
+    stats[feature] |= changes
+    path.write_text(json.dumps(stats))
+
+
+def flip_bytes(root):
+    data = bytearray((root / VIDEO).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = bytes(4000)
+    (root / VIDEO).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "found", "wanted"),
+    [
+        (lambda r: (r / VIDEO).unlink(), VIDEO, "no such file", ""),
+        (lambda r: os.truncate(r / VIDEO, 3000), VIDEO, "not readable as video", ""),
+        (lambda r: (r / VIDEO).write_text("text"), VIDEO, "not readable as video", ""),
+        (lambda r: edit_video(r / VIDEO, 300), VIDEO, "300 frames", "400, by its episodes"),
+        (lambda r: edit_info(r, fps=20), VIDEO, "found time", "not at the fps"),
+        (lambda r: edit_info(r, fps=20), f"{TABLE}: episode 0", "timestamp is 0.1", "0.05"),
+        (lambda r: (r / TABLE).unlink(), TABLE, "no such file", ""),
+        (lambda r: (r / TABLE).write_text("text"), TABLE, "not readable as parquet", ""),
+        (
+            lambda r: edit_column(r / TABLE, "action", set_row(167, [0.0, float("nan")])),
+            f"{TABLE}: episode 2",
+            "action[1] is nan at frame 7, 1 in all",
+            "finite numbers",
+        ),
+        (
+            lambda r: edit_column(r / TABLE, "observation.state", set_row(1, [float("inf"), 0.0])),
+            f"{TABLE}: episode 0",
+            "observation.state[0] is inf at frame 1",
+            "finite numbers",
+        ),
+        (
+            lambda r: edit_column(r / TABLE, "timestamp", set_row(85, 0.75)),
+            f"{TABLE}: episode 1",
+            "timestamp is 0.75 at frame 5",
+            "0.5",
+        ),
+        (
+            lambda r: edit_column(r / TABLE, "frame_index", set_row(85, 6)),
+            f"{TABLE}: episode 1",
+            "frame_index is 6 at frame 5",
+            "5",
+        ),
+        (
+            lambda r: edit_column(r / TABLE, "index", set_row(85, 99)),
+            f"{TABLE}: episode 1",
+            "index is 99 at frame 5",
+            "85",
+        ),
+        (
+            lambda r: pq.write_table(pq.read_table(r / TABLE).slice(0, 390), r / TABLE),
+            f"{TABLE}: episode 4",
+            "70 rows",
+            "80",
+        ),
+        (lambda r: edit_column(r / TABLE, "action", lambda _: None), TABLE, "no column action", ""),
+        (
+            lambda r: edit_features(r, action={"dtype": "float32", "shape": [3], "names": None}),
+            f"{TABLE}",
+            "action has 2 numbers in a row",
+            "meta/info.json says 3",
+        ),
+        (
+            lambda r: edit_stats(r, "action", mean=[290.0, 232.9391374206543]),
+            "meta/stats.json",
+            "action: mean[0] is 290",
+            "282.728",
+        ),
+        (
+            lambda r: edit_stats(r, "action", count=[399]),
+            "meta/stats.json",
+            "action: count is 399",
+            "400",
+        ),
+        (
+            lambda r: edit_stats(r, "action", max=[1.0]),
+            "meta/stats.json",
+            "action: max has 1 numbers",
+            "2",
+        ),
+        (lambda r: (r / "meta/stats.json").unlink(), "meta/stats.json", "no such file", ""),
+        (lambda r: (r / "meta/stats.json").write_text("{"), "meta/stats.json", "JSON", ""),
+        (lambda r: (r / "meta/tasks.parquet").unlink(), "meta/tasks.parquet", "no such file", ""),
+        (
+            lambda r: edit_column(r / EPISODES, "length", set_row(4, 81)),
+            f"{TABLE}: episode 4",
+            "80 rows",
+            "81",
+        ),
+        (
+            lambda r: edit_column(
+                r / EPISODES, "videos/observation.image/from_timestamp", set_row(2, 16.3)
+            ),
+            f"{VIDEO}: episode 2",
+            "starts at frame 163.00 by from_timestamp",
+            "160",
+        ),
+        (
+            lambda r: edit_column(r / EPISODES, "episode_index", set_row(4, 3)),
+            "episode 3",
+            "comes 2 times",
+            "once",
+        ),
+        (
+            lambda r: edit_column(r / EPISODES, "episode_index", set_row(4, 6)),
+            "meta",
+            "episodes [4, 5] are missing",
+            "numbers from 0",
+        ),
+        (lambda r: (r / EPISODES).write_text("text"), EPISODES, "not readable as parquet", ""),
+        (lambda r: edit_info(r, total_frames=401), "meta/info.json", "total_frames=401", "400"),
+        (
+            lambda r: edit_info(r, video_path="v/{x}.mp4"),
+            "meta/info.json",
+            "path 'v/{x}.mp4'",
+            "chunk_index",
+        ),
+        (
+            lambda r: edit_features(
+                r, **{"observation.image": {"dtype": "video", "shape": [96, 128, 3]}}
+            ),
+            VIDEO,
+            "96x96",
+            "96x128, by observation.image",
+        ),
+    ],
+)
+def test_a_fault_is_named(pusht, fault, where, found, wanted):
+    fault(pusht)
+    findings, _ = check(pusht)
+    hits = [
+        finding
+        for finding in findings
+        if where in finding.where and found in finding.found and wanted in " ".join(finding)
+    ]
+    assert hits, findings
+
+
+def test_damage_between_key_frames_takes_decoding_every_frame(pusht):
+    flip_bytes(pusht)
+    assert check(pusht)[0] == []
+    findings, _ = check(pusht, decode=True)
+    assert [finding.where for finding in findings] == [VIDEO]
+
+
+def test_it_goes_on_to_the_next_thing(v21, capsys):
+    (v21 / SECOND).unlink()
+    edit_column(
+        v21 / "data/chunk-000/episode_000003.parquet", "action", set_row(0, [float("inf"), 0.0])
+    )
+    text = (v21 / STATS).read_text().splitlines()
+    entry = json.loads(text[2])
+    entry["stats"]["observation.state"]["max"][1] = 1e6
+    (v21 / STATS).write_text("\n".join([*text[:2], json.dumps(entry), text[4]]))
+    edit_video(v21 / SECOND.replace("1.mp4", "4.mp4"), 79)
+    assert run(["check", str(v21)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 5 + 1
+    for part in (
+        ("episode_000001.mp4", "no such file"),
+        ("episode_000003.parquet: episode 3", "action[0] is inf at frame 0"),
+        (f"{STATS}: episode 2", "observation.state: max[1] is 1e+06"),
+        (STATS, "nothing of episode 3"),
+        ("episode_000004.mp4", "79 frames", "80, by its episodes' lengths"),
+    ):
+        assert any(all(text in line for text in part) for line in lines), part
+    assert lines[-1].endswith(": 5 wrong")
+
+
+def test_exit_codes_of_the_door(tmp_path):
+    def door(*argv):
+        command = [sys.executable, "-m", "wmjax.data", *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    none = door("check", tmp_path)
+    assert (none.returncode, none.stdout) == (2, "")
+    assert none.stderr.startswith("error: ")
+    assert "not a LeRobot dataset" in none.stderr
+    sound = door("stats", PUSHT)
+    assert sound.returncode == 0
+    assert json.loads(sound.stdout) == statistics(PUSHT, "observation.state", "action")
+
+
+def test_statistics_are_those_that_training_uses():
+    (used,) = LeRobotSource(PUSHT, frames=1, fps=1).statistics()
+    found = statistics(PUSHT, "observation.state", "action")
+    assert found == {"observation.state": used["state"], "action": used["action"]}
+
+
+def test_statistics_need_no_videos(pusht):
+    shutil.rmtree(pusht / "videos")
+    assert statistics(pusht, "action", "action")["action"]["count"] == 400
+    with pytest.raises(UserError, match="--state='x': no such feature of numbers"):
+        statistics(pusht, "x", "action")
+    edit_column(pusht / TABLE, "action", set_row(1, [float("nan"), 0.0]))
+    with pytest.raises(UserError, match="action: not all finite"):
+        statistics(pusht, "observation.state", "action")
+    assert np.isfinite(statistics(PUSHT, "action", "action")["action"]["std"]).all()

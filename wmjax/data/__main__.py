@@ -1,0 +1,102 @@
+"""The door: `python -m wmjax.data transcode ROOT OUT`, `check ROOT` and `stats ROOT`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmjax.data.check import Finding, check, table_of
+from wmjax.data.lerobot_format import read_info, read_rows, read_tables
+from wmjax.data.recording import width_of
+from wmjax.data.stats import summarize
+from wmjax.data.transcode import transcode
+from wmjax.errors import UserError
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m wmjax.data",
+        description="Tools for LeRobot datasets, v2.0 to v3.0.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    writes = commands.add_parser(
+        "transcode", help="write it again with small videos that decode fast; resumes"
+    )
+    writes.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
+    writes.add_argument("out", metavar="OUT", type=Path, help="a new folder, or a half-done one")
+    writes.add_argument("--size", type=int, default=256, help="pixels of the shorter side (256)")
+    writes.add_argument("--gop", type=int, default=2, help="frames a key frame (2)")
+    writes.add_argument("--crf", type=int, default=20, help="H.264's: less is better, larger (20)")
+    writes.add_argument("--cameras", default="all", help="names, separated by commas (all)")
+    writes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (cores)")
+    checks = commands.add_parser("check", help="say what is wrong with it; exit code 1 if anything")
+    checks.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
+    checks.add_argument("--decode", action="store_true", help="every frame, not two of each file")
+    counts = commands.add_parser("stats", help="statistics of state and action, as JSON")
+    counts.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
+    counts.add_argument("--state", default="observation.state", help="feature of the state")
+    counts.add_argument("--action", default="action", help="feature of the action")
+    return parser.parse_args(argv)
+
+
+def statistics(root: Path, state: str, action: str) -> dict[str, Any]:
+    """Summarise state and action of every episode, from the tables alone."""
+    info = read_info(root.expanduser())
+    root = root.expanduser().resolve()
+    features = info["features"]
+    widths = {
+        name: width_of(root, features, flag, name)
+        for flag, name in (("--state", state), ("--action", action))
+    }
+    rows, _ = read_rows(root, info, (), (), optional=False, notes=[])
+    _, tables = read_tables(rows, widths)
+    for name, values in tables.items():
+        if not np.isfinite(values).all():
+            raise UserError(f"{root}: {name}: not all finite; see python -m wmjax.data check")
+    return {name: summarize(values) for name, values in tables.items()}
+
+
+def report(findings: list[Finding], looked_at: str) -> int:
+    """Print what check found; return its exit code."""
+    if findings:
+        print(table_of(findings))
+    print(f"{looked_at}: {f'{len(findings)} wrong' if findings else 'fine'}")
+    return 1 if findings else 0
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code; UserError passes through."""
+    flags = parse(argv)
+    if flags.command == "check":
+        return report(*check(flags.root, decode=flags.decode))
+    if flags.command == "stats":
+        print(json.dumps(statistics(flags.root, flags.state, flags.action), indent=2))
+        return 0
+    for note in transcode(
+        flags.root,
+        flags.out,
+        size=flags.size,
+        gop=flags.gop,
+        crf=flags.crf,
+        cameras=flags.cameras,
+        workers=flags.workers,
+    ):
+        print(f"warning: {note}", file=sys.stderr)
+    print(f"written to {flags.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command again goes on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,361 @@
+"""A LeRobot dataset written again at the training size, with key frames close together.
+
+The same version, tables and timestamps; only the videos are others. What is done is told by the
+files alone: each is written beside its name and then renamed, meta/info.json last of all.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from wmjax.data.lerobot_format import read_info, read_rows
+from wmjax.data.lerobot_paths import in_hub_cache
+from wmjax.data.recording import choose_cameras
+from wmjax.data.transforms import frame_size
+from wmjax.errors import UserError
+
+# fastdecode: no CABAC, no deblocking; without B-frames. Of g1_subset_v30 at 256 px and a key frame
+# every 2 (16 frames at 4 a second, clips/s a core; PSNR to what was scaled; MB):
+#   H.264 crf 20 fastdecode 71, 40.1 dB, 7.6   crf 18 66, 41.4 dB, 9.2   crf 23 78, 38.1 dB, 5.7
+#   H.264 crf 20 as it is   51, 40.4 dB, 6.8   AV1 crf 30 58, 40.9 dB, 5.9
+PRESET, TUNE = "medium", "fastdecode"
+_INFO = Path("meta/info.json")
+_VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
+_MARK = Path("meta/transcode.json")
+
+
+class Job(NamedTuple):
+    """One video file: from, to, how many frames it must hold, and how it is written."""
+
+    source: Path
+    target: Path
+    need: int
+    size: int
+    gop: int
+    crf: int
+
+
+def transcode(
+    root: Path, out: Path, *, size: int, gop: int, crf: int, cameras: str, workers: int
+) -> list[str]:
+    """Write the dataset in `root` to `out`; what is there of an earlier attempt is kept.
+
+    size: pixels of a video's shorter side; smaller videos keep their size. gop: frames from one
+    key frame to the next. Returns lines that say what was assumed or left out. UserError for an
+    `out` that holds anything else, and for files that could not be done, once all others are.
+    """
+    for name, value, low, high in (("size", size, 16, 8192), ("gop", gop, 1, 1000),
+                                   ("crf", crf, 0, 51), ("workers", workers, 1, 1024)):  # fmt: skip
+        if not low <= value <= high:
+            raise UserError(f"--{name}={value}: wanted from {low} to {high}")
+    info = read_info(root.expanduser())
+    root, out = root.expanduser().resolve(), out.expanduser().resolve()
+    features = info["features"]
+    chosen = choose_cameras(root, features, cameras)
+    if images := [name for name in chosen if features[name]["dtype"] == "image"]:
+        raise UserError(
+            f"{root}: {', '.join(images)}: kept as images in the tables: only videos are "
+            "transcoded; choose others with --cameras, or train on it as it is"
+        )
+    notes: list[str] = []
+    rows, there = read_rows(root, info, chosen, (), optional=cameras == "all", notes=notes)
+    need: dict[Path, int] = {}
+    for row in rows:
+        for path, first in row.videos.values():
+            need[path] = max(need.get(path, 0), first + row.length)
+    dropped = [n for n, f in features.items() if f["dtype"] == "video" and n not in there]
+    notes += [f"{root}: {name}: left out" for name in dropped]
+    files = _files(root)
+    settings = {"size": size, "gop": gop, "crf": crf, "cameras": list(there)}
+    _claim(root, out, {**settings, "source": _fingerprint(files)})
+    names = {path.resolve(): name for name, path in files.items()}
+    jobs = [Job(path, out / names[path], need[path], size, gop, crf) for path in need]
+    _run([job for job in jobs if not job.target.exists()], done=len(jobs), workers=workers)
+    for place, path in files.items():
+        if path.resolve() not in need and path.suffix not in _VIDEOS and place != _INFO:
+            _carry_over(path, out / place, dropped)
+    firsts = {name: rows[0].videos[name][0] for name in there}
+    sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
+    with _placed(out / _INFO) as part:
+        part.write_text(json.dumps(_new_info(info, sizes, dropped, gop, crf), indent=4))
+    for left in out.rglob("*.part"):  # of attempts that were killed
+        left.unlink(missing_ok=True)
+    return notes
+
+
+def _files(root: Path) -> dict[Path, Path]:
+    """Return every file of the dataset, by its name in it; hidden ones are none of it."""
+    homes = [root, root.parents[1] / "blobs"] if in_hub_cache(root) else [root]
+    files = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if not path.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        if not any(path.resolve().is_relative_to(home) for home in homes):
+            raise UserError(f"{path}: leads to {path.resolve()}, outside the dataset's folder")
+        if name != _MARK:
+            files[name] = path
+    return files
+
+
+def _fingerprint(files: dict[Path, Path]) -> str:
+    listing = [f"{name.as_posix()} {path.stat().st_size}" for name, path in files.items()]
+    return hashlib.sha256("\n".join([*listing, files[_INFO].read_text()]).encode()).hexdigest()
+
+
+def _claim(root: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Make `out`, or see that it is of an earlier attempt at the same."""
+    if out.is_relative_to(root) or root.is_relative_to(out):
+        raise UserError(f"{out}: wanted a folder outside of the dataset {root}, and not around it")
+    mark = out / _MARK
+    try:
+        if not out.exists() or (out.is_dir() and not any(map(_counts, out.rglob("*")))):
+            with _placed(mark) as part:
+                part.write_text(json.dumps(settings))
+        if not mark.is_file():
+            raise UserError(f"{out}: holds something else: wanted a new or an empty folder")
+        found = json.loads(mark.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: {error}") from None
+    for key, wanted in settings.items():
+        if found.get(key) != wanted:
+            what = "of another dataset, or of this one before it changed"
+            what = what if key == "source" else f"with {key}={found.get(key)}, not {wanted}"
+            raise UserError(f"{out}: begun {what}: wanted the same, or a new folder")
+
+
+def _counts(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".part"
+
+
+@contextmanager
+def _placed(target: Path) -> Iterator[Path]:
+    """Give a name to write to, which becomes `target` at once when all is written."""
+    # The process in its name: two that do the same work do not write to one file.
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            with part.open("rb+") as file:  # or a power cut may leave the name without the bytes
+                os.fsync(file.fileno())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
+
+
+def _run(jobs: list[Job], *, done: int, workers: int) -> None:
+    """Do the jobs, in so many processes; go on past those that fail, then say which."""
+    errors: list[str] = []
+    with tqdm(total=done, initial=done - len(jobs), unit="video") as bar:
+        for error in _results(jobs, min(workers, len(jobs))):
+            errors += [error] if error else []
+            bar.update()
+    if errors:
+        more = f"\nand {len(errors) - 1} other videos" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}; {done - len(errors)} of {done} are done and kept")
+
+
+def _results(jobs: list[Job], workers: int) -> Iterator[str]:
+    if workers <= 1:
+        yield from map(_try, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            for future in as_completed([pool.submit(_try, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"--workers={workers}: a process was ended from outside; out of memory? The same "
+                "command with fewer goes on"
+            ) from None
+        except BaseException:
+            # Ctrl-C: a video may take minutes more, and half of one is worth nothing.
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent does, even where that one is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _try(job: Job) -> str:
+    """Do one job; return what is wrong, or nothing."""
+    try:
+        with _placed(job.target) as part:
+            _encode(job, part)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _encode(job: Job, part: Path) -> None:
+    """Write one video anew; each frame at the time it had."""
+    number, times = 0, []
+    try:
+        with av.open(str(job.source)) as old, av.open(str(part), "w", format="mp4") as new:
+            if not old.streams.video:
+                raise UserError(f"{job.source}: has no video stream")
+            read = old.streams.video[0]
+            clock = read.time_base or Fraction(1)
+            read.thread_type, read.codec_context.thread_count = "NONE", 1
+            graph = None
+            for number, frame in enumerate(old.decode(read)):
+                if frame.pts is None or frame.is_corrupt:
+                    raise UserError(f"{job.source}: frame {number}: damaged")
+                times.append(frame.pts * clock)
+                if graph is None:
+                    graph = _scaler(frame, scaled(*frame_size(frame), job.size))
+                graph.vpush(frame)
+                small = graph.vpull()
+                if number == 0:
+                    written = _stream(new, small, read, job)
+                    _tag(written.codec_context, frame)
+                small.pict_type = av.video.frame.PictureType.NONE  # the encoder's to choose
+                small.pts, small.time_base = frame.pts, clock
+                new.mux(written.encode(small))
+            if len(times) < job.need:
+                raise UserError(
+                    f"{job.source}: holds {len(times)} frames; the episodes need {job.need}"
+                )
+            new.mux(written.encode(None))
+    except av.FFmpegError as error:
+        raise UserError(f"{job.source}: frame {number}: {error.strerror}") from None
+    with av.open(str(part)) as new:
+        stream = new.streams.video[0]
+        ticks = stream.time_base or Fraction(1)
+        found = [p.pts * ticks for p in new.demux(stream) if p.size and p.pts is not None]
+    if found != times:
+        raise UserError(f"{job.source}: its {len(times)} timestamps cannot be kept in MP4")
+
+
+def scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    """Return even height and width with the shorter at size, or smaller where it is."""
+    share = min(1.0, size / min(height, width))
+    return tuple(max(2, min(2 * round(n * share / 2), n // 2 * 2)) for n in (height, width))  # type: ignore[return-value]
+
+
+def _scaler(frame: av.VideoFrame, size: tuple[int, int]) -> av.filter.Graph:
+    """Build the scaling; bilinear as clips are scaled, so that those of whole frames are equal."""
+    graph = av.filter.Graph()
+    if hasattr(graph, "threads"):
+        graph.threads = 1
+    graph.link_nodes(
+        graph.add_buffer(None, frame.width, frame.height, frame.format, time_base=Fraction(1)),
+        graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"),
+        graph.add("format", "pix_fmts=yuv420p"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
+
+
+def _stream(new: Any, frame: av.VideoFrame, read: Any, job: Job) -> Any:
+    options = {
+        "crf": str(job.crf),
+        "preset": PRESET,
+        "tune": TUNE,
+        "bf": "0",
+        "sc_threshold": "0",
+    }
+    stream = new.add_stream("libx264", rate=read.average_rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
+    stream.gop_size = job.gop
+    stream.time_base = stream.codec_context.time_base = read.time_base
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    return stream
+
+
+def _tag(codec: Any, frame: av.VideoFrame) -> None:
+    """Say of the colours what was said of those read, where scaling has left them as they are."""
+    # RGB it converts, to what untagged video is taken for.
+    if frame.format.name.startswith("yuv"):
+        for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+            setattr(codec, name, getattr(frame, name))
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        return stream.height, stream.width
+
+
+def _carry_over(source: Path, target: Path, dropped: list[str]) -> None:
+    """Copy a file; what is in the metadata about cameras that are left out is left out."""
+    if target.exists():
+        return
+    prefixes = tuple(f"{kind}/{name}/" for name in dropped for kind in ("videos", "stats"))
+    with _placed(target) as part:
+        if dropped and "episodes" in target.parts and target.suffix == ".parquet":
+            table = pq.read_table(source)
+            pq.write_table(
+                table.drop_columns([n for n in table.column_names if n.startswith(prefixes)]), part
+            )
+        elif dropped and target.name == "stats.json":
+            stats = json.loads(source.read_text())
+            kept = {name: value for name, value in stats.items() if name not in dropped}
+            part.write_text(json.dumps(kept, indent=4))
+        elif dropped and target.name == "episodes_stats.jsonl":
+            entries = [json.loads(line) for line in source.read_text().splitlines() if line]
+            for entry in entries:
+                for name in dropped:
+                    entry["stats"].pop(name, None)
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        else:
+            shutil.copyfile(source, part)
+
+
+def _new_info(
+    info: dict, sizes: dict[str, tuple[int, int]], dropped: list[str], gop: int, crf: int
+) -> dict:
+    """Return meta/info.json with the cameras as they are now."""
+    features = {name: f for name, f in info["features"].items() if name not in dropped}
+    for name, (height, width) in sizes.items():
+        feature = features[name] = dict(features[name])
+        first = str((feature.get("names") or ["height"])[0])
+        channels = feature["shape"][0] if first.startswith("channel") else feature["shape"][-1]
+        shape = [height, width]
+        feature["shape"] = [channels, *shape] if first.startswith("channel") else [*shape, channels]
+        key = "video_info" if feature.get("video_info") else "info"
+        feature[key] = {
+            **(feature.get(key) or {}),
+            "video.height": height,
+            "video.width": width,
+            "video.codec": "h264",
+            "video.pix_fmt": "yuv420p",
+            "video.g": gop,
+            "video.crf": crf,
+            "video.preset": PRESET,
+            "video.extra_options": {"tune": TUNE, "bf": 0},
+            "has_audio": False,
+        }
+    # The first v2.0 had these in place of features.
+    early = ("keys", "video_keys", "image_keys", "shapes", "names", "videos")
+    return {**{k: v for k, v in info.items() if k not in early}, "features": features}
