@@ -35,6 +35,11 @@ def token_grid(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     return model.input_spec(config.data.frames, config.data.image_size, configs.width(config)).grid
 
 
+def count_flop(config: ml_collections.ConfigDict, batch: WorldModelInput) -> int:
+    """Floating-point operations of a train step on a batch of these shapes, by the model."""
+    return base.abstract(**configs.model_arguments(config)).flops(batch)
+
+
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
     """Open the recording, or the generator, that the configuration names."""
     data = config.data
