@@ -120,10 +120,14 @@ def make_pipeline(
 
 def count_workers(data: ml_collections.ConfigDict) -> int:
     """Processes that read clips: data.workers, where -1 means data.threads, up to one a core."""
-    if data.workers >= 0:
-        return data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(data.threads, cores or 1)
+    return data.workers if data.workers >= 0 else min(data.threads, count_cores())
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Steps:

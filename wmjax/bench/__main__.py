@@ -5,6 +5,9 @@ One line of JSON on standard output. What the figures mean is in README.md besid
 
 import argparse
 import json
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -62,11 +65,43 @@ def bench_step(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> 
     return row
 
 
+def bench_data(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
+    """Measure the pipeline of a configuration as training opens it."""
+    from wmjax import assemble, sharding
+    from wmjax import config as configs
+    from wmjax.bench.data import against_bare, time_pipeline
+    from wmjax.masking import Masks
+
+    if flags.floor:
+        config.data.update(workers=0, threads=1)
+    configs.check(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batch(mesh, config.data.batch_size)
+    begun = time.perf_counter()
+    source = assemble.make_source(config, "train")
+    opened = time.perf_counter() - begun
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+
+    def stream(position: int) -> Any:
+        return assemble.make_pipeline(config, source, masks, mesh, "train", position)
+
+    if flags.floor:
+        size = config.data.image_size, configs.width(config)
+        return against_bare(stream, source, size, flags.batches)
+    row = time_pipeline(stream, flags.batches)[0]
+    return row | {"first_batch_s": opened + row["first_batch_s"]}
+
+
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; UserError passes through."""
     flags, config = parse(argv)
+    if flags.command == "data":
+        if not Path("/proc/self/status").exists():
+            raise UserError("bench data: needs Linux, whose /proc tells memory and CPU time")
+        if flags.floor:
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before threads are started
     door.keep_compiled()
-    row = bench_step(config, flags)
+    row = (bench_step if flags.command == "step" else bench_data)(config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     print(json.dumps(rounded))
     return 0
