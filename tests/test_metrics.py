@@ -47,6 +47,15 @@ def test_rates_count_steps_waits_and_leave_out_pauses(monkeypatch):
     assert throughput.rates(13)["data_wait"] == 0.0
 
 
+def test_mfu_is_the_steps_own_operations_over_the_peak(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    throughput = metrics.Throughput(batch_size=8, num_steps=100, peak=500.0)
+    throughput.step_flop = 300
+    clock[0] += 4
+    assert throughput.rates(2)["mfu"] == 2 * 300 / 4 / 500
+
+
 def tensorboard_scalars(folder):
     """Read (step, name, value) from the event files, record by record."""
     found = []
@@ -61,7 +70,10 @@ def tensorboard_scalars(folder):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(tmp_path, capsys):
+def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(metrics.PEAK_TFLOPS, "cpu", 1e-3)
     train.train(micro.config("log.tensorboard=True", "train.eval_every=2"), tmp_path)
     rows = micro.rows(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
@@ -76,6 +88,17 @@ def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(tmp_path, 
     assert f"loss {losses[4]:.4f}" in said
     assert "step 4/4" in said
     assert json.loads((tmp_path / "config.json").read_text())["log"]["tensorboard"] is True
+    timed = [row for row in rows if "step_ms" in row]
+    assert len(timed) == 3  # of the first step, compilation is most
+    for row in timed:  # 8 devices of 1 GFLOP/s each
+        assert row["mfu"] == pytest.approx(micro.FLOP / (row["step_ms"] / 1e3) / 8e9)
+    assert f"mfu {timed[-1]['mfu']:.1%}" in said
+
+
+def test_no_mfu_where_the_peak_is_unknown(micro_run):
+    rows = micro.rows(micro_run)
+    assert any("step_ms" in row for row in rows)
+    assert not any("mfu" in row for row in rows)
 
 
 @pytest.mark.parametrize(("key", "module"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])

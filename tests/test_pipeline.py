@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import shutil
 import types
 
@@ -14,6 +15,7 @@ from clu import metrics
 from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax import assemble, sharding, train
+from wmjax.bench.data import memory_bytes
 from wmjax.data.source import Source
 from wmjax.errors import ClipError, UserError
 from wmjax.masking import Masks
@@ -95,6 +97,23 @@ def test_a_window_seen_again_gets_another_crop_and_mask():
     assert np.any(a.observation.video_BVTHWC[i] != b.observation.video_BVTHWC[j])
     assert np.any(a.target.target_ids_BM[1][i] != b.target.target_ids_BM[1][j])
     np.testing.assert_array_equal(a.action_BTPA[i], b.action_BTPA[j])
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_stays_flat(workers):
+    """Of this process and its workers, in 2,000 batches: below 1 MB more in a thousand."""
+    batches = stream(*pusht(f"data.workers={workers}", "data.batch_size=8"))
+    held = []
+    with contextlib.closing(batches):
+        pids = [os.getpid(), *batches.worker_pids]
+        for step in range(2_500):
+            next(batches)
+            if step >= 500 and step % 20 == 0:  # until then files, buffers and pools fill up
+                held.append((step, sum(memory_bytes(pid, "VmRSS") for pid in pids)))
+    slope = np.polyfit(*np.transpose(held), 1)[0]
+    assert slope * 1_000 < 1e6, f"{slope * 1_000 / 1e6:.2f} MB more in a thousand batches"
 
 
 def test_held_out_clips_are_centred_and_of_other_episodes():

@@ -35,6 +35,11 @@ def token_grid(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     return model.input_spec(config.data.frames, config.data.image_size, configs.width(config)).grid
 
 
+def count_flop(config: ml_collections.ConfigDict, batch: WorldModelInput) -> int:
+    """Floating-point operations of a train step on a batch of these shapes, by the model."""
+    return base.abstract(**configs.model_arguments(config)).flops(batch)
+
+
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
     """Open the recording, or the generator, that the configuration names."""
     data = config.data
@@ -115,10 +120,14 @@ def make_pipeline(
 
 def count_workers(data: ml_collections.ConfigDict) -> int:
     """Processes that read clips: data.workers, where -1 means data.threads, up to one a core."""
-    if data.workers >= 0:
-        return data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(data.threads, cores or 1)
+    return data.workers if data.workers >= 0 else min(data.threads, count_cores())
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Steps:

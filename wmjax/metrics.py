@@ -7,10 +7,11 @@ them never makes the device wait.
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,42 @@ from tqdm import tqdm
 from wmjax.errors import UserError
 
 Row = dict[str, float]
+
+# Dense bfloat16 products that one device can do, in TFLOP/s, by what its kind has in its name.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100": 989.0,  # SXM
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "TPU v5p": 459.0,
+    "TPU v5": 459.0,  # how a v5p calls itself
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v4": 275.0,
+}
+
+
+def peak_flops(devices: Iterable[jax.Device]) -> float | None:
+    """Return the dense bfloat16 peak of the devices together in FLOP/s; None where unknown."""
+    total = 0.0
+    for kind in (device.device_kind for device in devices):
+        names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", kind)]
+        if not names or "MIG" in kind:  # a slice of a GPU calls itself by the whole one's name
+            return None
+        total += 1e12 * PEAK_TFLOPS[max(names, key=len)]
+    return total
+
+
+def peak_gb() -> float | None:
+    """Return the most memory that the first local device has held in GB, where it counts it."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return peak / 1e9 if peak else None
 
 
 @jax.jit
@@ -51,11 +88,17 @@ def fetch(means: dict[str, clu_metrics.Average]) -> Row:
 
 
 class Throughput:
-    """Examples per second, the share of time spent waiting for data, and the time left."""
+    """Examples per second, the share of time spent waiting for data, and the time left.
 
-    def __init__(self, batch_size: int, num_steps: int) -> None:
+    step_flop: operations of one step, once known; with the peak of all devices in FLOP/s it gives
+    the MFU, the share of the peak that the step's own products make use of.
+    """
+
+    def __init__(self, batch_size: int, num_steps: int, peak: float | None = None) -> None:
         self._batch_size = batch_size
         self._num_steps = num_steps
+        self._peak = peak
+        self.step_flop = 0
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -83,12 +126,13 @@ class Throughput:
         self.restart(step)
         if not steps:
             return {}
-        return {
+        row = {
             "examples_per_s": steps * self._batch_size / elapsed,
             "step_ms": 1e3 * elapsed / steps,
             "data_wait": waited / elapsed,
             "eta_s": (self._num_steps - step) * elapsed / steps,
         }
+        return row | ({"mfu": steps * self.step_flop / elapsed / self._peak} if self._peak else {})
 
 
 class Reporter:
@@ -152,7 +196,9 @@ class Reporter:
         if self._kept is not None:
             step, means, row = self._kept
             self._kept = None
-            self.write(step, fetch(means) | row | throughput.rates(step) | _memory())
+            memory = peak_gb()
+            row = fetch(means) | row | throughput.rates(step)
+            self.write(step, row | ({"peak_gb": memory} if memory else {}))
 
     def write(self, step: int, row: Row) -> None:
         """Write one report to every sink."""
@@ -187,18 +233,13 @@ class Reporter:
             self._wandb.finish()
 
 
-def _memory() -> Row:
-    """Return the most memory that the first local device has held, where it counts it."""
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {"peak_gb": peak / 1e9} if peak else {}
-
-
 # Name in a row, how the console shows it. Other names go to the files only.
 _CONSOLE = {
     "loss": lambda v: f"loss {v:.4f}",
     "learning_rate": lambda v: f"lr {v:.2e}",
     "gradient_norm": lambda v: f"grad {v:.3f}",
     "examples_per_s": lambda v: f"{v:.1f} clips/s",
+    "mfu": lambda v: f"mfu {v:.1%}",
     "data_wait": lambda v: f"wait {v:.0%}",
     "eta_s": lambda v: f"eta {_clock(v)}",
     "validation/loss": lambda v: f"validation loss {v:.4f}",

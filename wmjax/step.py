@@ -41,6 +41,8 @@ class Steps(NamedTuple):
     init: Callable[[], TrainState]
     train: Callable[[TrainState, WorldModelInput], tuple[TrainState, Metrics]]
     validate: Callable[[TrainState, WorldModelInput], Metrics]
+    # What `train` does with its gradients, by itself: the optimizer, then the EMA. Donates too.
+    update: Callable[[TrainState, Any], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings: what a checkpoint is restored into
 
 
@@ -84,13 +86,17 @@ def build(
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = in_microbatches(gradients, batch, key, accumulate)
+        updated = update(state, grads)
+        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.tree.norm(grads)}
+        return updated, _averages(metrics)
+
+    def update(state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         followed = shapes.target_params(params)
         m = ema(state.step)
         target = jax.tree.map(lambda old, new: m * old + (1.0 - m) * new, state.target, followed)
-        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, target, opt_state), _averages(metrics)
+        return TrainState(state.step + 1, params, target, opt_state)
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
         def figures(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
@@ -117,6 +123,12 @@ def build(
             donate_argnums=0,
         ),
         validate=jax.jit(validate_step, in_shardings=inputs, out_shardings=everywhere),
+        update=jax.jit(
+            update,
+            in_shardings=(shardings, shardings.params),
+            out_shardings=shardings,
+            donate_argnums=0,
+        ),
         abstract=abstract,
     )
 

@@ -27,7 +27,7 @@ from wmjax.errors import UserError
 from wmjax.evals import health, prediction
 from wmjax.evals import probe as probes
 from wmjax.masking import Masks
-from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch
+from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch, peak_flops
 from wmjax.step import Steps, TrainState
 
 
@@ -144,7 +144,8 @@ def loop(
 ) -> int:
     """Run the steps after `start` and return the last one, saved with `meta`."""
     settings, num_steps = config.train, config.train.num_steps
-    throughput = Throughput(config.data.batch_size, num_steps)
+    peak = peak_flops(jax.tree.leaves(state)[0].sharding.device_set)
+    throughput = Throughput(config.data.batch_size, num_steps, peak)
     mean, previous = Mean(), None
     begun = time.perf_counter()
     with contextlib.closing(stream("train", position)) as batches:
@@ -165,6 +166,7 @@ def loop(
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 reporter.say(f"first step done after {time.perf_counter() - begun:.1f} s")
+                throughput.step_flop = assemble.count_flop(config, batch)
                 throughput.restart(step)
 
             last = stop.received or step == num_steps

@@ -64,8 +64,7 @@ class LeRobotSource(Recording):
         states, actions = (self._tables[key] for key in (self._state_key, self._action_key))
         state_TS = states[episode.first_row + np.minimum(steps_T, last)]
         action_TPA = actions[episode.first_row + np.minimum(steps_TP, last)]
-        # A frame that stands in is decoded once.
-        steps = list(dict.fromkeys(np.minimum(steps_T, last).tolist()))
+        steps = self._steps(episode, start)
         read = (self._read_video(episode, name, steps) for name in cameras)
         return {
             "frames_VT": [[*frames, *frames[-1:] * (self.frames - len(steps))] for frames in read],
@@ -76,6 +75,21 @@ class LeRobotSource(Recording):
             "episode": episode.index,
             "start": start,
         }
+
+    def videos(self, index: int) -> list[tuple[Path, list[int]]]:
+        """Return file and numbers of the frames of clip `index`, of each camera that is a video."""
+        cameras, position, start = self._place(index)
+        episode = self.episodes[position]
+        steps = self._steps(episode, start)
+        return [
+            (path, [first + step for step in steps])
+            for path, first in (episode.videos[n] for n in cameras if n not in self._images)
+        ]
+
+    def _steps(self, episode: Episode, start: int) -> list[int]:
+        """Return the recorded frames of a clip; one that stands in for others is there once."""
+        steps_T = start + self.stride * np.arange(self.frames)
+        return list(dict.fromkeys(np.minimum(steps_T, episode.length - 1).tolist()))
 
     def _read_video(self, episode: Episode, camera: str, steps: list[int]) -> list:
         path, first = episode.videos[camera]

@@ -145,6 +145,11 @@ class Pipeline:
         """Clips of the global stream handed out so far."""
         return self._iterator.get_state()["next_index"] * self._processes
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """The processes that read clips; none where threads of this one do."""
+        return self._workers.pids if self._workers else []
+
     def close(self) -> None:
         """Stop the reading threads and processes."""
         self._iterator.close()

@@ -74,6 +74,10 @@ class Workers:
         here[0].send(parts)
         return [_Lane(process, *lane) for lane in zip(here, places, strict=True)]
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
     def read(self, position: int, number: int) -> tuple[Clip, list[ClipError]]:
         """Do what Reader.read does, in one of the processes; raise the same errors."""
         lane = self._free.get()

@@ -14,7 +14,8 @@ times faster than NNX states:
 import dataclasses
 import importlib
 import pkgutil
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -57,6 +58,19 @@ class InputSpec:
         return time * rows * columns
 
 
+class Part(NamedTuple):
+    """A part of the loss that can be run alone, to see what of a step's time it takes.
+
+    run(model, target, batch, features) returns a tree of float arrays. features: shapes, rows
+    first, of what the parts before it would hand it. trained: a step also runs it backward, into
+    the parameters and the features.
+    """
+
+    run: Callable[[Any, Params, WorldModelInput, Any], Any]
+    features: tuple[jax.ShapeDtypeStruct, ...] = ()
+    trained: bool = True
+
+
 class BaseWorldModel(nnx.Module):
     """The contract. Every parameter is an `nnx.Param` with metadata `axes`, a name a dimension."""
 
@@ -87,6 +101,10 @@ class BaseWorldModel(nnx.Module):
 
         Products only, a multiply-add being two; nothing is counted that remat does again.
         """
+        raise NotImplementedError
+
+    def parts(self, batch: WorldModelInput) -> dict[str, Part]:
+        """Name the parts that the loss on a batch of these shapes consists of, for benchmarks."""
         raise NotImplementedError
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import layers, rope
-from wmjax.models.base import BaseWorldModel, InputSpec, Params, merge
+from wmjax.models.base import BaseWorldModel, InputSpec, Params, Part, merge
 from wmjax.models.encoder import Encoder, resolve_size
 from wmjax.models.predictor import Predictor
 from wmjax.types import WorldModelInput, WorldModelOutput
@@ -124,18 +124,13 @@ class VJEPA2(BaseWorldModel):
 
     def __call__(self, target: Params, batch: WorldModelInput) -> WorldModelOutput:
         """Predict every mask's targets. target: the EMA encoder's parameters."""
-        B, V, *clip = batch.observation.video_BVTHWC.shape
-        video = jnp.asarray(batch.observation.video_BVTHWC).reshape(B * V, *clip)
+        video = _rows(batch)
         rows_there = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
-        grid = self.input_spec(*clip[:3]).grid
+        grid = self.input_spec(*video.shape[1:4]).grid
         full_BND = self.target_features(target, video)
 
         losses, predictions, wanted = [], [], []
-        for context_ids, target_ids in zip(
-            batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True
-        ):
-            # An instant's views share its masks.
-            context_ids, target_ids = (jnp.repeat(i, V, axis=0) for i in (context_ids, target_ids))
+        for context_ids, target_ids in _masks(batch):
             context_BKD = self.encoder(video, context_ids)
             z_BMD = self.predict(context_BKD, context_ids, target_ids, grid)
             h_BMD = jnp.take_along_axis(full_BND, target_ids[:, :, None], axis=1)
@@ -161,6 +156,43 @@ class VJEPA2(BaseWorldModel):
             prediction = layers.flops(predictor.blocks, K + M) + 2 * (K + M) * embed
             total += 3 * (context + prediction)  # a backward pass is two forward ones
         return B * V * total
+
+    def parts(self, batch: WorldModelInput) -> dict[str, Part]:
+        B, V, *clip, _ = batch.observation.video_BVTHWC.shape
+        grid = self.input_spec(*clip).grid
+
+        def target(model: VJEPA2, target: Params, batch: WorldModelInput, _: Any) -> Any:
+            return model.target_features(target, _rows(batch))
+
+        def context(model: VJEPA2, _: Params, batch: WorldModelInput, __: Any) -> Any:
+            return [model.encode(_rows(batch), ids) for ids, _ in _masks(batch)]
+
+        def predictor(model: VJEPA2, _: Params, batch: WorldModelInput, features: Any) -> Any:
+            masked = zip(features, _masks(batch), strict=True)
+            return [model.predict(context, *ids, grid) for context, ids in masked]
+
+        encoded = tuple(
+            jax.ShapeDtypeStruct((B * V, ids.shape[1], self.encoder.width), jnp.float32)
+            for ids in batch.target.context_ids_BK
+        )
+        return {
+            "target": Part(target, trained=False),
+            "context": Part(context),
+            "predictor": Part(predictor, encoded),
+        }
+
+
+def _rows(batch: WorldModelInput) -> jax.Array:
+    """Return the clips with the views folded into the rows: (BV)THWC."""
+    video = jnp.asarray(batch.observation.video_BVTHWC)
+    return video.reshape(-1, *video.shape[2:])
+
+
+def _masks(batch: WorldModelInput) -> list[tuple[jax.Array, jax.Array]]:
+    """Return context and target ids of every mask, by row: an instant's views share its masks."""
+    V = batch.observation.video_BVTHWC.shape[1]
+    pairs = zip(batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True)
+    return [(jnp.repeat(k, V, axis=0), jnp.repeat(m, V, axis=0)) for k, m in pairs]
 
 
 def _mean_there(value_B: jax.Array, rows_there_B: jax.Array) -> jax.Array:

@@ -1,0 +1,227 @@
+"""The benchmarks: every figure is there, counted numbers are those of a count by hand."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import pytest
+from conftest import use_one_device
+from shared_data import PUSHT
+
+from wmjax import assemble, metrics, sharding
+from wmjax import config as configs
+from wmjax.bench import __main__ as bench
+from wmjax.bench import data as data_bench
+from wmjax.bench.step import random_batch
+from wmjax.data.video import VideoFiles
+from wmjax.errors import UserError
+from wmjax.masking import Masks
+from wmjax.models import base
+
+PUSHT_DATA = ("data.source=lerobot", f"data.root={PUSHT}", "data.fps=4")
+STEP_KEYS = {
+    *("device", "devices", "video_BVTHWC", "ms", "ms_p10", "ms_p90", "clips_per_s", "tflop"),
+    *("tflops", "mfu", "compile_s", "peak_gb", "loss"),
+}
+PARTS = {"target_ms", "context_ms", "predictor_ms", "update_ms"}
+
+
+def line(*words, overrides=()):
+    """Run a benchmark of the micro configuration and return its one line."""
+    settings = [f"--config.{override}" for override in (*micro.OVERRIDES, *overrides)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert bench.run([*words, "--config=debug_world_model", *settings]) == 0
+    (text,) = out.getvalue().splitlines()
+    return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def row():
+    """What `step --parts` says on a device of 2 TFLOP/s."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_one_device(monkeypatch)
+        monkeypatch.setitem(metrics.PEAK_TFLOPS, "cpu", 2.0)
+        return line("step", "--steps=3", "--parts")
+
+
+def test_a_step_tells_every_figure(row):
+    assert row.keys() == STEP_KEYS | PARTS
+    assert (row["device"], row["devices"]) == ("cpu", 1)
+    assert row["video_BVTHWC"] == [8, 1, 4, 32, 32, 3]
+    assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+    assert row["peak_gb"] is None
+    assert 0 < row["loss"] < 2
+    assert all(row[part] > 0 for part in PARTS)
+
+
+def test_operations_are_those_counted_by_hand(row):
+    def encoder(tokens):  # 2 layers 48 wide with 192 hidden, patches of 2 x 8 x 8 pixels in RGB
+        products = 3 * 48 * 48 + 48 * 48 + 48 * 192 + 192 * 48
+        return 2 * (2 * tokens * products + 2 * 2 * tokens**2 * 48) + 2 * tokens * 384 * 48
+
+    def predictor(context, target):  # one layer 32 wide with 128 hidden
+        tokens = context + target
+        products = 3 * 32 * 32 + 32 * 32 + 32 * 128 + 128 * 32
+        layer = 2 * tokens * products + 2 * 2 * tokens**2 * 32
+        return 2 * context * 48 * 32 + layer + 2 * target * 32 * 48
+
+    forward = [encoder(2), predictor(2, 22), encoder(8), predictor(8, 16)]
+    assert 8 * (encoder(32) + 3 * sum(forward)) == micro.FLOP
+    assert row["tflop"] == pytest.approx(micro.FLOP / 1e12, rel=1e-5)
+
+
+def test_rates_follow_from_time_and_operations(row):
+    seconds = row["ms"] / 1e3
+    assert row["tflops"] == pytest.approx(row["tflop"] / seconds, rel=1e-4)
+    assert row["clips_per_s"] == pytest.approx(8 / seconds, rel=1e-4)
+    assert row["mfu"] == pytest.approx(row["tflops"] / 2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA L400", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_go_by_the_kind_of_device(kind, tflops):
+    device = types.SimpleNamespace(device_kind=kind)
+    known = types.SimpleNamespace(device_kind="TPU v4")
+    assert metrics.peak_flops([device]) == (tflops and tflops * 1e12)
+    assert metrics.peak_flops([known, device]) == (tflops and (275 + tflops) * 1e12)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model with its steps on one device, a first state, and a batch of two views."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_one_device(monkeypatch)
+        config = micro.config("data.batch_size=2")
+        mesh = sharding.make_mesh()
+        masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+        batch = random_batch((2, 2, 4, 32, 32, 3), masks, 0, sharding.batch_sharding(mesh))
+        model = base.abstract(**configs.model_arguments(config))
+        steps = assemble.make_steps(config, mesh)
+    return model, steps, steps.init(), batch
+
+
+def test_a_models_parts_make_its_loss(small):
+    model, _, state, batch = small
+    graph = base.split(model)[0]
+
+    @jax.jit
+    def both(params, target, batch):
+        whole = base.merge(graph, params)
+        parts = model.parts(batch)
+
+        def run(name, features=()):
+            return parts[name].run(whole, target, batch, features)
+
+        context = run("context")
+        assert [x.shape for x in context] == [x.shape for x in parts["predictor"].features]
+        return run("target"), run("predictor", context), whole.loss(target, batch, None)[1]
+
+    full, predicted, output = both(state.params, state.target, batch)
+    for mine, theirs in zip(predicted, output.prediction_BVMD, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    for ids, theirs in zip(batch.target.target_ids_BM, output.target_BVMD, strict=True):
+        rows = np.repeat(ids, 2, axis=0)[:, :, None]
+        np.testing.assert_allclose(np.take_along_axis(full, rows, axis=1), theirs, atol=1e-5)
+
+
+def test_the_update_moves_the_parameters_and_then_the_target(small):
+    _, steps, state, _ = small
+    old = jax.device_get(state)
+    new = jax.device_get(steps.update(jax.tree.map(jnp.copy, state), state.params))
+    assert new.step == 1
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new.params, old.params)
+    assert max(jax.tree.leaves(moved)) > 0
+    m = micro.config().optim.ema
+    wanted = jax.tree.map(lambda a, b: m * a + (1 - m) * b, old.target, new.params["encoder"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), new.target, wanted)
+
+
+def test_data_tells_every_figure_and_counts_its_processes():
+    row = line("data", "--batches=3", overrides=(*PUSHT_DATA, "data.workers=1"))
+    assert row.keys() == {
+        *("clips_per_s", "frames_per_s_per_core", "first_batch_s", "peak_rss_gb", "cores"),
+        *("workers", "cpu_ms_per_clip"),
+    }
+    frames = row["clips_per_s"] * 4 / row["cores"]
+    assert row["frames_per_s_per_core"] == pytest.approx(frames, rel=1e-4)
+    assert row["workers"] == 1
+    assert row["peak_rss_gb"] * 1e9 > data_bench.memory_bytes(os.getpid(), "VmHWM") + 20e6
+
+
+def test_the_floor_runs_beside_the_pipeline():
+    flags = argparse.Namespace(floor=True, batches=1)
+    row = bench.bench_data(micro.config(*PUSHT_DATA), flags)
+    assert row["workers"] == 0
+    assert {"bare_clips_per_s", "bare_cpu_ms_per_clip", "ratio", "cpu_ratio"} < row.keys()
+
+
+def test_the_bare_loop_decodes_the_frames_of_the_pipeline():
+    source = assemble.make_source(micro.config(*PUSHT_DATA), "train")
+    for index in (0, len(source) // 2, len(source) - 1):
+        ((path, numbers),) = source.videos(index)
+        bare = [frame.pts for frame in data_bench._decode(data_bench._open(path), numbers)]
+        assert bare == [frame.pts for frame in VideoFiles(10.0).read(path, numbers, 0)]
+        assert len(bare) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["step", "--steps=0"], "--steps=0: wanted 1 or more"),
+        (["step", "--views=0"], "--views=0: wanted 1 or more"),
+        (["data", "--batches=-1"], "--batches=-1: wanted 1 or more"),
+        (["step", "--config.data.batch_size=12"], "data.batch_size=12: not divisible by the 8"),
+        (["data", "--config.data.source=lerobot"], "data.root is empty"),
+    ],
+)
+def test_mistakes_are_named(words, said):
+    with pytest.raises(UserError, match=said):
+        bench.run([*words, "--config=debug_world_model"])
+
+
+def test_the_floor_is_for_videos():
+    with pytest.raises(UserError, match="--floor: wanted one LeRobot dataset of videos"):
+        bench.bench_data(micro.config(), argparse.Namespace(floor=True, batches=1))
+
+
+def test_the_door_ends_with_a_line_and_code_2():
+    words = ("-m", "wmjax.bench", "step", "--config=debug_world_model", "--config.seeds=1")
+    done = subprocess.run(
+        [sys.executable, *words], env=micro.environment(1), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config.seeds: no such key (did you mean seed?)")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("words", [[], ["step"], ["fly"], ["step", "stray", "--config=x"]])
+def test_wrong_flags_exit_with_usage(words, capsys):
+    with pytest.raises(SystemExit) as leave:
+        bench.run(words)
+    assert leave.value.code == 2
+    assert "usage:" in capsys.readouterr().err
