@@ -361,7 +361,7 @@ def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
 
     class Counted:
         def __init__(self, container):
-            self.decode, self._seek = container.decode, container.seek
+            self.demux, self._seek = container.demux, container.seek
 
         def seek(self, *args, **kwargs):
             seeks.append(args)
