@@ -346,6 +346,14 @@ def test_b_frames_and_long_groups_of_pictures(tmp_path, frames, fps):
         assert np.abs(grey_T - 4 * steps_T).max() < 2
 
 
+def test_a_file_read_to_its_end_is_read_again(tmp_path):
+    """A decoder that lags behind gives its last frames only once there are no more packets."""
+    path = next(write_v21(tmp_path / "set", lengths=[60]).rglob("*.mp4"))
+    video = video_files._Video(path, 30)
+    assert len(list(video._decode())) == 60
+    assert [video.frame(n).pts for n in (3, 59, 0)] == [1536, 30208, 0]
+
+
 def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
     path = next(write_v21(tmp_path / "set", lengths=[60]).rglob("*.mp4"))
     video = video_files._Video(path, 30)
@@ -353,7 +361,7 @@ def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
 
     class Counted:
         def __init__(self, container):
-            self.decode, self._seek = container.decode, container.seek
+            self.demux, self._seek = container.demux, container.seek
 
         def seek(self, *args, **kwargs):
             seeks.append(args)

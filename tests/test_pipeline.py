@@ -108,9 +108,9 @@ def test_memory_stays_flat(workers):
     held = []
     with contextlib.closing(batches):
         pids = [os.getpid(), *batches.worker_pids]
-        for step in range(2_500):
+        for step in range(3_000):
             next(batches)
-            if step >= 500 and step % 20 == 0:  # until then files, buffers and pools fill up
+            if step >= 1_000 and step % 20 == 0:  # until then files, buffers and pools fill up
                 held.append((step, sum(memory_bytes(pid, "VmRSS") for pid in pids)))
     slope = np.polyfit(*np.transpose(held), 1)[0]
     assert slope * 1_000 < 1e6, f"{slope * 1_000 / 1e6:.2f} MB more in a thousand batches"
