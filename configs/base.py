@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "remat": "dots",  # recomputed backward: none, all but products (dots), full
                 "scan": True,  # one compiled block run over the depth; False: unrolled
                 "attention": "auto",  # auto, xla, cudnn
+                "gelu": "auto",  # exact; polynomial: within 1e-4, faster; auto: it in bfloat16
             },
             # One group a mask, each used on every clip; context and target are shares of the cells.
             # strategy: multi_block; block (one, scale 0.7, time 0.5); random, spatial (cell);

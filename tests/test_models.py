@@ -10,7 +10,7 @@ from clips import batch_of, random_batch
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import base, encoder, layers
+from wmjax.models import base, encoder, gelu, layers
 
 TINY = {
     "width": 32,
@@ -338,3 +338,25 @@ def test_clips_must_divide():
 def test_auto_attention(monkeypatch, backend, dtype, head_dim, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert layers.choose_attention("auto", jnp.dtype(dtype), head_dim) == chosen
+
+
+def test_the_polynomial_gelu_is_the_exact_one_to_bfloat16():
+    x = jnp.linspace(-20, 20, 400_001)
+    exact, ours = (lambda x, kind=kind: gelu.gelu(x, kind) for kind in ("exact", "polynomial"))
+    np.testing.assert_allclose(ours(x), exact(x), atol=1e-4)
+    slopes = [jax.vmap(jax.grad(f))(x) for f in (ours, exact)]
+    np.testing.assert_allclose(*slopes, atol=3e-4)
+    narrow = x.astype(jnp.bfloat16)
+    assert ours(narrow).dtype == jax.grad(lambda x: ours(x).sum())(narrow).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gelu.gelu(narrow), ours(narrow))  # what auto is there
+    np.testing.assert_array_equal(gelu.gelu(x), exact(x))
+
+
+def test_sequences_side_by_side_are_those_alone():
+    """Two masks' contexts in one pass: each sees itself only, whatever the other holds."""
+    model = model_with(shaken_params())
+    video = jax.random.normal(jax.random.key(0), (2, *CLIP))
+    ids = [jnp.tile(jnp.array([row], jnp.int32), (2, 1)) for row in ([0, 3, 5], [1, 2, 4, 6, 7])]
+    together = jit(model.encoder, static_argnums=2)(video, jnp.concatenate(ids, axis=1), (3, 5))
+    alone = [jit(model.encode)(video, row) for row in ids]
+    np.testing.assert_allclose(together, jnp.concatenate(alone, axis=1), atol=1e-6)

@@ -10,7 +10,7 @@ from flax import nnx
 from wmjax.errors import UserError
 from wmjax.models import rope
 from wmjax.models.base import InputSpec
-from wmjax.models.layers import Block, LayerNorm, check_remat, run
+from wmjax.models.layers import Block, LayerNorm, Lengths, check_remat, run
 from wmjax.models.positions import Positions
 
 SIZES = {  # width, depth, heads, mlp_ratio; from large on as released with V-JEPA 2 and 2.1
@@ -76,6 +76,7 @@ class Encoder(nnx.Module):
         remat: str,
         scan: bool,
         attention: str,
+        gelu: str,
     ):
         """position_grid: side of a learned table of positions in place of rope_kind; 0: none."""
         rope.check(rope_kind, width, heads)
@@ -90,6 +91,7 @@ class Encoder(nnx.Module):
             embed="embed",
             dtype=dtype,
             attention=attention,
+            gelu=gelu,
         )
         self.norm = LayerNorm((width,), ("embed",))
         self.positions = Positions(rngs, position_grid, width) if position_grid else None
@@ -100,10 +102,13 @@ class Encoder(nnx.Module):
         tubelet, patch = self.patch_embed.kernel.shape[:2]
         return InputSpec(frames, height, width, tubelet, patch)
 
-    def __call__(self, video_BTHWC: jax.Array, ids_BN: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, video_BTHWC: jax.Array, ids_BN: jax.Array | None = None, lengths: Lengths = ()
+    ) -> jax.Array:
         """Return float32 features of the tokens with these ids, of all in order for None.
 
         video_BTHWC: uint8, normalised here; floats are taken as normalised already.
+        lengths: of the sequences that ids_BN holds, which are encoded each by itself.
         """
         grid = self.input_spec(*video_BTHWC.shape[1:4]).grid
         x_BND = self.patch_embed(video_BTHWC, ids_BN)
@@ -115,7 +120,7 @@ class Encoder(nnx.Module):
             if self.rope_kind == "sincos":
                 x_BND = x_BND + rope.sincos(ids, grid, self.width).astype(x_BND.dtype)
             table = rope.table(ids, grid, self.width // self.heads, self.rope_kind)
-        return self.norm(run(self.blocks, x_BND, table, self.scan, self.remat))
+        return self.norm(run(self.blocks, x_BND, table, self.scan, self.remat, lengths))
 
 
 def resolve_size(size: str, width: int, depth: int, heads: int, mlp_ratio: float) -> dict[str, Any]:

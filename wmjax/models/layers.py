@@ -11,14 +11,21 @@ Logical axes at the parameters, for the sharding table to place:
     mlp                     hidden width of the MLP
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import rope
+from wmjax.models.gelu import gelu
+
+# Of the sequences that lie one after another along N: all go through the products at once, and each
+# attends to itself alone. Empty for a single one.
+Lengths = tuple[int, ...]
 
 EPS = 1e-6  # of every layer norm inside encoders and predictors
 
@@ -121,6 +128,11 @@ def xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Ar
     return jnp.einsum("bhqk,bkhd->bqhd", weight_BHNN.astype(value_BNHd.dtype), value_BNHd)
 
 
+def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """Cut the second axis into parts of these lengths, which add up to it."""
+    return jnp.split(x_BN, np.cumsum(lengths)[:-1], axis=1)
+
+
 class Attention(nnx.Module):
     def __init__(
         self,
@@ -137,16 +149,25 @@ class Attention(nnx.Module):
         self.heads = heads
         self.implementation = choose_attention(attention, dtype, width // heads)
 
-    def __call__(self, x_BND: jax.Array, table: rope.Table | None) -> jax.Array:
+    def __call__(
+        self, x_BND: jax.Array, table: rope.Table | None, lengths: Lengths = ()
+    ) -> jax.Array:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
         query, key = rope.rotate(query, table), rope.rotate(key, table)
-        if self.implementation == "cudnn":
-            y_BNHd = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-        else:
-            y_BNHd = xla_attention(query, key, value)
+        apart = zip(*(split(x, lengths or (N,)) for x in (query, key, value)), strict=True)
+        y_BNHd = jnp.concatenate([self.attend(*sequence) for sequence in apart], axis=1)
         return self.proj(y_BNHd.reshape(B, N, D))
+
+    def attend(
+        self, query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array
+    ) -> jax.Array:
+        if self.implementation == "xla":
+            return xla_attention(query_BNHd, key_BNHd, value_BNHd)
+        return jax.nn.dot_product_attention(
+            query_BNHd, key_BNHd, value_BNHd, implementation="cudnn"
+        )
 
 
 class MLP(nnx.Module):
@@ -160,6 +181,7 @@ class MLP(nnx.Module):
         hidden: int,
         embed: str,
         dtype: jnp.dtype,
+        gelu: str = "auto",
     ):
         stack, axes = ((), ()) if depth is None else ((depth,), ("layers",))
         self.fc1 = Linear(rngs, (*stack, width, hidden), (*axes, embed, "mlp"), dtype)
@@ -167,8 +189,10 @@ class MLP(nnx.Module):
             rngs, (*stack, hidden, width), (*axes, "mlp", embed), dtype, depth is not None
         )
 
+        self.gelu = gelu
+
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x_BND), approximate=False))
+        return self.fc2(gelu(self.fc1(x_BND), self.gelu))
 
 
 class Block(nnx.Module):
@@ -185,26 +209,34 @@ class Block(nnx.Module):
         embed: str,
         dtype: jnp.dtype,
         attention: str,
+        gelu: str = "auto",
         eps: float = EPS,
     ):
         self.norm1 = LayerNorm((depth, width), ("layers", embed), eps)
         self.attention = Attention(rngs, depth, width, heads, embed, dtype, attention)
         self.norm2 = LayerNorm((depth, width), ("layers", embed), eps)
-        self.mlp = MLP(rngs, depth, width, hidden, embed, dtype)
+        self.mlp = MLP(rngs, depth, width, hidden, embed, dtype, gelu)
 
-    def __call__(self, x_BND: jax.Array, table: rope.Table | None) -> jax.Array:
-        x_BND = x_BND + self.attention(self.norm1(x_BND), table)
+    def __call__(
+        self, x_BND: jax.Array, table: rope.Table | None, lengths: Lengths = ()
+    ) -> jax.Array:
+        x_BND = x_BND + self.attention(self.norm1(x_BND), table, lengths)
         return x_BND + self.mlp(self.norm2(x_BND))
 
 
 def run(
-    blocks: Block, x_BND: jax.Array, table: rope.Table | None, scan: bool, remat: str
+    blocks: Block,
+    x_BND: jax.Array,
+    table: rope.Table | None,
+    scan: bool,
+    remat: str,
+    lengths: Lengths = (),
 ) -> jax.Array:
     """Run a stack over its depth: one compiled block scanned, or all of them unrolled."""
     graphdef, params = nnx.split(blocks)
 
     def block(x_BND: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graphdef, params)(x_BND, table), None
+        return nnx.merge(graphdef, params)(x_BND, table, lengths), None
 
     if remat != "none":
         # Inside a scan nothing can be merged with the first pass anyway, and the guard costs.

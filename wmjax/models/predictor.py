@@ -1,12 +1,14 @@
 """The mask-token predictor: features of the context and where the targets are -> their features."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import rope
-from wmjax.models.layers import Block, LayerNorm, Linear, check_remat, run
+from wmjax.models.layers import Block, LayerNorm, Linear, check_remat, run, split
 
 
 class Predictor(nnx.Module):
@@ -29,6 +31,7 @@ class Predictor(nnx.Module):
         remat: str,
         scan: bool,
         attention: str,
+        gelu: str,
         num_mask_tokens: int,
         mask_index: int,
     ):
@@ -49,6 +52,7 @@ class Predictor(nnx.Module):
             embed="predictor_embed",
             dtype=dtype,
             attention=attention,
+            gelu=gelu,
         )
         self.norm = LayerNorm((width,), ("predictor_embed",))
         self.proj = Linear(rngs, (width, encoder_width), ("predictor_embed", "embed"), dtype)
@@ -58,19 +62,28 @@ class Predictor(nnx.Module):
     def __call__(
         self,
         context_BKD: jax.Array,
-        context_ids_BK: jax.Array,
-        target_ids_BM: jax.Array,
+        masks: Sequence[tuple[jax.Array, jax.Array]],
         grid: rope.Grid,
-    ) -> jax.Array:
-        """Return the predicted features (B, M, D) of the target tokens, in the compute dtype."""
-        context = self.embed(context_BKD)
-        mask_token = self.mask_tokens[self.mask_index].astype(context.dtype)
-        masked = jnp.broadcast_to(mask_token, (*target_ids_BM.shape, self.width))
+    ) -> list[jax.Array]:
+        """Return each mask's predicted features (B, M, D) of its targets, in the compute dtype.
+
+        masks: context and target ids of each; context_BKD: the features of all their contexts, one
+        after another.
+        """
+        contexts = split(self.embed(context_BKD), [context.shape[1] for context, _ in masks])
+        mask_token = self.mask_tokens[self.mask_index]
         # The reference sorts the tokens by position here. Full attention does not see an order.
-        x_BND = jnp.concatenate([context, masked], axis=1)
-        ids_BN = jnp.concatenate([context_ids_BK, target_ids_BM], axis=1)
+        parts: list[jax.Array] = []
+        for context, (_, target_ids_BM) in zip(contexts, masks, strict=True):
+            masked = jnp.broadcast_to(mask_token, (*target_ids_BM.shape, self.width))
+            parts += [context, masked.astype(context.dtype)]
+        x_BND = jnp.concatenate(parts, axis=1)
+        ids_BN = jnp.concatenate([ids for mask in masks for ids in mask], axis=1)
         if self.rope_kind == "sincos":
             x_BND = x_BND + rope.sincos(ids_BN, grid, self.width).astype(x_BND.dtype)
         table = rope.table(ids_BN, grid, self.width // self.heads, self.rope_kind)
-        x_BND = run(self.blocks, x_BND, table, self.scan, self.remat)
-        return self.proj(self.norm(x_BND[:, context_ids_BK.shape[1] :]))
+        lengths = tuple(context.shape[1] + target.shape[1] for context, target in masks)
+        x_BND = run(self.blocks, x_BND, table, self.scan, self.remat, lengths)
+        targets = split(x_BND, [part.shape[1] for part in parts])[1::2]
+        z_BMD = self.proj(self.norm(jnp.concatenate(targets, axis=1)))
+        return split(z_BMD, [target.shape[1] for target in targets])

@@ -12,7 +12,7 @@ import numpy as np
 from wmjax.errors import UserError
 
 Grid = tuple[int, int, int]
-Table = tuple[jax.Array, jax.Array]  # cosines and sines
+Table = tuple[jax.Array, jax.Array]  # cosines; sines, negative for the first of a pair
 
 KINDS = ("tiled", "interleaved", "sincos")
 
@@ -41,7 +41,8 @@ def table(ids_BN: jax.Array, grid: Grid, head_dim: int, kind: str) -> Table | No
         else:
             angles.append(jnp.repeat(angle_BNF, 2, axis=-1))
     angle = jnp.pad(jnp.concatenate(angles, axis=-1), ((0, 0), (0, 0), (0, head_dim - 3 * size)))
-    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    sign = np.resize(np.array([-1, 1], np.float32), head_dim)
+    return jnp.cos(angle)[:, :, None], (jnp.sin(angle) * sign[None, None])[:, :, None]
 
 
 def rotate(x_BNHd: jax.Array, rope: Table | None) -> jax.Array:
@@ -50,9 +51,10 @@ def rotate(x_BNHd: jax.Array, rope: Table | None) -> jax.Array:
         return x_BNHd
     cos, sin = rope
     x = x_BNHd.astype(jnp.float32)
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    return (x * cos + turned * sin).astype(x_BNHd.dtype)
+    # Members of a pair change places, and the table has the sign: one pass of neighbours on a GPU,
+    # where putting (-x1, x0) together would be several of scattered ones.
+    swapped = jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
+    return (x * cos + swapped * sin).astype(x_BNHd.dtype)
 
 
 def sincos(ids_BN: jax.Array, grid: Grid, width: int) -> jax.Array:

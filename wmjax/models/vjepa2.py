@@ -19,6 +19,7 @@ from wmjax.models.predictor import Predictor
 from wmjax.types import WorldModelInput, WorldModelOutput
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+Masks = list[tuple[jax.Array, jax.Array]]  # context and target ids of each
 TARGET_EPS = 1e-5  # of the layer norm on the targets, unlike the model's own
 
 
@@ -44,6 +45,7 @@ def create(
     remat: str = "none",
     scan: bool = True,
     attention: str = "auto",
+    gelu: str = "auto",
 ) -> "VJEPA2":
     """Build the model; width, depth, heads and mlp_ratio of 0 are as the size says.
 
@@ -58,6 +60,7 @@ def create(
         "remat": remat,
         "scan": scan,
         "attention": attention,
+        "gelu": gelu,
     }
     encoder_size = resolve_size(size, width, depth, heads, mlp_ratio)
     return VJEPA2(
@@ -107,7 +110,7 @@ class VJEPA2(BaseWorldModel):
         grid: rope.Grid,
     ) -> jax.Array:
         """Return float32 features predicted for the target tokens from encoded context."""
-        prediction_BMD = self.predictor(context_BKD, context_ids_BK, target_ids_BM, grid)
+        (prediction_BMD,) = self.predictor(context_BKD, [(context_ids_BK, target_ids_BM)], grid)
         return prediction_BMD.astype(jnp.float32)
 
     def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
@@ -129,10 +132,11 @@ class VJEPA2(BaseWorldModel):
         grid = self.input_spec(*video.shape[1:4]).grid
         full_BND = self.target_features(target, video)
 
+        masks = _masks(batch)
+        predicted = self.predictor(self.encode_contexts(video, masks), masks, grid)
         losses, predictions, wanted = [], [], []
-        for context_ids, target_ids in _masks(batch):
-            context_BKD = self.encoder(video, context_ids)
-            z_BMD = self.predict(context_BKD, context_ids, target_ids, grid)
+        for z_BMD, (_, target_ids) in zip(predicted, masks, strict=True):
+            z_BMD = z_BMD.astype(jnp.float32)
             h_BMD = jnp.take_along_axis(full_BND, target_ids[:, :, None], axis=1)
             error_B = jnp.mean(jnp.abs(z_BMD - h_BMD) ** self.loss_exp, axis=(1, 2))
             losses.append(_mean_there(error_B, rows_there) / self.loss_exp)
@@ -140,6 +144,12 @@ class VJEPA2(BaseWorldModel):
             wanted.append(h_BMD)
         loss = jnp.mean(jnp.stack(losses))
         return WorldModelOutput(loss, tuple(losses), tuple(predictions), tuple(wanted))
+
+    def encode_contexts(self, video_BTHWC: jax.Array, masks: Masks) -> jax.Array:
+        """Return the features of all masks' contexts, one after another, in one pass."""
+        context_ids = [ids for ids, _ in masks]
+        lengths = tuple(ids.shape[1] for ids in context_ids)
+        return self.encoder(video_BTHWC, jnp.concatenate(context_ids, axis=1), lengths)
 
     def flops(self, batch: WorldModelInput) -> int:
         B, V, *clip, _ = batch.observation.video_BVTHWC.shape
@@ -165,20 +175,19 @@ class VJEPA2(BaseWorldModel):
             return model.target_features(target, _rows(batch))
 
         def context(model: VJEPA2, _: Params, batch: WorldModelInput, __: Any) -> Any:
-            return [model.encode(_rows(batch), ids) for ids, _ in _masks(batch)]
+            return (model.encode_contexts(_rows(batch), _masks(batch)),)
 
         def predictor(model: VJEPA2, _: Params, batch: WorldModelInput, features: Any) -> Any:
-            masked = zip(features, _masks(batch), strict=True)
-            return [model.predict(context, *ids, grid) for context, ids in masked]
+            return model.predictor(features[0], _masks(batch), grid)
 
-        encoded = tuple(
-            jax.ShapeDtypeStruct((B * V, ids.shape[1], self.encoder.width), jnp.float32)
-            for ids in batch.target.context_ids_BK
+        encoded = jax.ShapeDtypeStruct(
+            (B * V, sum(ids.shape[1] for ids in batch.target.context_ids_BK), self.encoder.width),
+            jnp.float32,
         )
         return {
             "target": Part(target, trained=False),
             "context": Part(context),
-            "predictor": Part(predictor, encoded),
+            "predictor": Part(predictor, (encoded,)),
         }
 
 
@@ -188,7 +197,7 @@ def _rows(batch: WorldModelInput) -> jax.Array:
     return video.reshape(-1, *video.shape[2:])
 
 
-def _masks(batch: WorldModelInput) -> list[tuple[jax.Array, jax.Array]]:
+def _masks(batch: WorldModelInput) -> Masks:
     """Return context and target ids of every mask, by row: an instant's views share its masks."""
     V = batch.observation.video_BVTHWC.shape[1]
     pairs = zip(batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True)
