@@ -37,6 +37,19 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
+def split_rows(x: jax.Array) -> jax.Array:
+    """Say that the first axis is split over the whole ambient mesh and nothing else is.
+
+    Left to itself, XLA would take the splitting of the parameters over to the width of the
+    activations, and exchange those in every product: many times what the parameters come to.
+    Without an ambient mesh, x as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(mesh.axis_names))
+
+
 class LayerNorm(nnx.Module):
     def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float = EPS):
         self.scale = nnx.Param(jnp.ones(shape), axes=axes)
@@ -204,7 +217,7 @@ def run(
     graphdef, params = nnx.split(blocks)
 
     def block(x_BND: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graphdef, params)(x_BND, table), None
+        return split_rows(nnx.merge(graphdef, params)(split_rows(x_BND), table)), None
 
     if remat != "none":
         # Inside a scan nothing can be merged with the first pass anyway, and the guard costs.
