@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import rope
+from wmjax.models import attention_tpu, rope
 
 EPS = 1e-6  # of every layer norm inside encoders and predictors
 
@@ -85,8 +85,15 @@ class Linear(nnx.Module):
         return y_BNO + self.bias.astype(self.dtype)[None, None]
 
 
-def choose_attention(wanted: str, dtype: jnp.dtype, head_dim: int) -> Literal["xla", "cudnn"]:
-    """Return the implementation that will run, xla or cudnn; UserError for one that cannot."""
+def choose_attention(
+    wanted: str, dtype: jnp.dtype, head_dim: int
+) -> Literal["xla", "cudnn", "splash"]:
+    """Return the implementation that will run; UserError for one that cannot.
+
+    splash is taken at its word: it may be compiled for TPUs where there are none.
+    """
+    if wanted == "splash" or (wanted == "auto" and jax.default_backend() == "tpu"):
+        return "splash"
     gpu = jax.default_backend() == "gpu"
     fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
     if wanted == "auto":
@@ -94,7 +101,7 @@ def choose_attention(wanted: str, dtype: jnp.dtype, head_dim: int) -> Literal["x
     if wanted == "xla":
         return "xla"
     if wanted != "cudnn":
-        raise UserError(f"model.attention={wanted!r}: wanted auto, xla or cudnn")
+        raise UserError(f"model.attention={wanted!r}: wanted auto, xla, cudnn or splash")
     if not (gpu and fits):
         raise UserError(
             f"model.attention='cudnn' on {jax.default_backend()}, {dtype}, head width {head_dim}: "
@@ -157,6 +164,8 @@ class Attention(nnx.Module):
         query, key = rope.rotate(query, table), rope.rotate(key, table)
         if self.implementation == "cudnn":
             y_BNHd = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        elif self.implementation == "splash":
+            y_BNHd = attention_tpu.attend(query, key, value)
         else:
             y_BNHd = xla_attention(query, key, value)
         return self.proj(y_BNHd.reshape(B, N, D))
