@@ -28,7 +28,7 @@ def attend(
 def _attend(
     query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, interpret: bool
 ) -> jax.Array:
-    B, N, H, d = query_BNHd.shape
+    _, N, H, d = query_BNHd.shape
     padded = -(-N // LANES) * LANES
     # What pads is a segment of its own: it sees itself, which keeps its softmax finite, and is cut.
     segment = (jnp.arange(padded) >= N).astype(jnp.int32)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import attention_tpu, rope
+from wmjax.models import rope
 
 EPS = 1e-6  # of every layer norm inside encoders and predictors
 
@@ -165,6 +165,8 @@ class Attention(nnx.Module):
         if self.implementation == "cudnn":
             y_BNHd = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         elif self.implementation == "splash":
+            from wmjax.models import attention_tpu  # Pallas takes a while to import
+
             y_BNHd = attention_tpu.attend(query, key, value)
         else:
             y_BNHd = xla_attention(query, key, value)
