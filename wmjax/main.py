@@ -3,6 +3,7 @@
 python -m wmjax.main --config=configs/debug_world_model.py
 python -m wmjax.main --config=vjepa2_aloha --config.data.root=DIR --workdir=runs/mine
 python -m wmjax.main --mode=eval ...    the newest checkpoint: validation and linear probe
+python -m wmjax.main --mode=plan --topology=v5e:16x16 ...    compiled for a pod, on any CPU
 python -m wmjax.main --coordinator=HOST:PORT --processes=N --process=I ...    where JAX finds none
 """
 
@@ -22,7 +23,12 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
     parser = door.parser("python -m wmjax.main", "Train a V-JEPA 2 style video world model.")
     door.add_config(parser)
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="default: runs/NAME")
-    parser.add_argument("--mode", choices=["train", "eval"], default="train")
+    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
+    parser.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="of --mode=plan: v5e:16x16, v6e:16x16, v5p:8x8x4, cpu:N, gpu:N",
+    )
     cluster.add_flags(parser)
     parser.add_argument("--list", action="store_true", help="list the shipped configurations")
     flags, overrides = door.parse(parser, argv)
@@ -35,6 +41,12 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
 
     start(flags.coordinator, flags.processes, flags.process)
     door.keep_compiled()  # after the flags: --help and --list answer without jax, at once
+    if flags.mode == "plan":
+        from wmjax.plan import plan
+
+        if not flags.topology:
+            parser.error("--mode=plan: --topology=NAME is needed, as in --topology=v5e:16x16")
+        return plan(config, flags.topology)
     from wmjax.train import evaluate, train
 
     return (train if flags.mode == "train" else evaluate)(config, workdir)
