@@ -1,4 +1,4 @@
-"""What a step comes to: products counted in its jaxpr, exchanges and traffic in its compiled HLO."""
+"""What a step comes to: products by its jaxpr, exchanges and memory traffic by its HLO."""
 
 import dataclasses
 import math
@@ -23,9 +23,7 @@ COLLECTIVES = (
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-_CALLED = re.compile(
-    r"(calls|body|condition|to_apply|branch_computations)=\{?([^,}]+(?:, %[^,}]+)*)"
-)
+_CALLED = re.compile(r"(?:calls|body|condition|branch_computations)=\{?([^,}]+(?:, %[^,}]+)*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +51,12 @@ class Program:
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
+        instructions: list[Instruction] = []
         for line in text.splitlines():
             if found := _INSTRUCTION.match(line):
                 instructions.append(Instruction(*found.groups()[1:]))
             elif found := _COMPUTATION.match(line):
-                self.computations.setdefault(found[2], [])
+                instructions = self.computations.setdefault(found[2], [])
                 if found[1]:
                     self.entry = found[2]
 
@@ -93,7 +92,7 @@ class Program:
             ):
                 repeated = re.search(r"known_trip_count\D+(\d+)", instruction.rest)
                 count = int(repeated[1]) if repeated and kind == "while" else 1
-                for _, names in _CALLED.findall(instruction.rest):
+                for names in _CALLED.findall(instruction.rest):
                     for name in re.findall(r"[\w.-]+", names):
                         yield from self._run(name, times * count, into_fusions)
 
@@ -164,12 +163,8 @@ def executed_flop(jaxpr: Any) -> int:
             )
             continue
         inner = [executed_flop(each) for each in _jaxprs(params)]
-        repeated = {
-            "scan": lambda: params["length"],
-            "shard_map": lambda: params["mesh"].size,
-            "pallas_call": lambda: math.prod(params["grid_mapping"].grid),
-        }.get(name, lambda: 1)()
-        total += repeated * (max(inner) if name == "cond" else sum(inner)) if inner else 0
+        if inner:
+            total += _repeated(name, params) * (max(inner) if name == "cond" else sum(inner))
     return total
 
 
@@ -178,3 +173,12 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, core.Jaxpr | core.ClosedJaxpr):
                 yield each
+
+
+def _repeated(name: str, params: dict[str, Any]) -> int:
+    """How often, over all devices, the jaxprs of an equation run."""
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return params["mesh"].size
+    return math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1

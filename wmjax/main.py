@@ -25,9 +25,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="default: runs/NAME")
     parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
     parser.add_argument(
-        "--topology",
-        metavar="NAME",
-        help="of --mode=plan: v5e:16x16, v6e:16x16, v5p:8x8x4, cpu:N, gpu:N",
+        "--topology", metavar="NAME", help="of --mode=plan: v5e:16x16, v6e:16x16, cpu:N, gpu:N"
     )
     cluster.add_flags(parser)
     parser.add_argument("--list", action="store_true", help="list the shipped configurations")

@@ -6,11 +6,12 @@ libtpu compiles for any TPU on any CPU; for CPUs and GPUs the local ones are tak
 and no dataset is opened.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def find_devices(topology: str) -> list[jax.Device]:
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
         raise UserError(
             f"--topology={topology}: {str(error).splitlines()[0][:200]}\n"
-            'wanted v5e:16x16, v6e:16x16, v5p:8x8x4, ... (pip install "wmjax[plan]"), cpu:N or gpu:N'
+            'wanted v5e:16x16, v6e:16x16, ... (pip install "wmjax[plan]"), cpu:N or gpu:N'
         ) from error
 
 
@@ -69,18 +70,14 @@ def _local_devices(platform: str, count: str) -> list[jax.Device]:
     if not count.isdigit() or int(count) < 1:
         raise UserError(f"--topology={platform}:{count}: wanted a number of devices")
     if platform == "cpu":
-        try:
+        with contextlib.suppress(RuntimeError):  # jax has counted them before
             jax.config.update("jax_num_cpu_devices", int(count))
-        except RuntimeError:  # jax has counted them before
-            pass
     try:
         found = jax.devices(platform)
     except RuntimeError:
         found = []
     if len(found) < int(count):
-        raise UserError(
-            f"--topology={platform}:{count}: found {len(found)} of them on this machine"
-        )
+        raise UserError(f"--topology={platform}:{count}: found {len(found)} of them here")
     return found[: int(count)]
 
 
@@ -105,7 +102,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     print(f"devices     {mesh.size} x {devices[0].device_kind} ({axes})")
     print(f"parameters  {count / 1e6:,.0f} million")
     print(f"arithmetic  {flop / 1e12:,.1f} TFLOP a step of {config.data.batch_size} clips")
-    traced = steps.train.trace(steps.abstract, batch)
+    traced = cast(Any, steps.train).trace(steps.abstract, batch)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
