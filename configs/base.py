@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "dtype": "bfloat16",  # of the products; parameters stay float32
                 "remat": "dots",  # recomputed backward: none, all but products (dots), full
                 "scan": True,  # one compiled block run over the depth; False: unrolled
-                "attention": "auto",  # auto, xla, cudnn
+                "attention": "auto",  # auto, xla, cudnn (GPU), splash (TPU)
                 "gelu": "auto",  # exact; polynomial: within 1e-4, faster; auto: it in bfloat16
             },
             # One group a mask, each used on every clip; context and target are shares of the cells.

@@ -10,7 +10,7 @@ from clips import batch_of, random_batch
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import base, encoder, gelu, layers
+from wmjax.models import attention, base, encoder, gelu, layers
 
 TINY = {
     "width": 32,
@@ -331,13 +331,13 @@ def test_clips_must_divide():
         ("gpu", jnp.bfloat16, 136, "xla"),
         ("gpu", jnp.bfloat16, 26, "xla"),
         ("gpu", jnp.float32, 64, "xla"),
-        ("tpu", jnp.bfloat16, 64, "xla"),
+        ("tpu", jnp.bfloat16, 64, "splash"),
         ("cpu", jnp.bfloat16, 64, "xla"),
     ],
 )
 def test_auto_attention(monkeypatch, backend, dtype, head_dim, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert layers.choose_attention("auto", jnp.dtype(dtype), head_dim) == chosen
+    assert attention.choose_attention("auto", jnp.dtype(dtype), head_dim) == chosen
 
 
 def test_the_polynomial_gelu_is_the_exact_one_to_bfloat16():

@@ -1,5 +1,8 @@
 """The train step: its arithmetic, its shardings on 8 devices against 1, one compilation."""
 
+import math
+import re
+
 import jax
 import micro
 import numpy as np
@@ -159,3 +162,24 @@ def test_copies_of_the_state_exchange_gradients_and_no_batch():
     for moved in ("all-gather", "all-to-all", "collective-permute"):
         assert moved not in program
     batches.close()
+
+
+def test_a_split_state_is_gathered_layer_by_layer_and_no_activation_moves():
+    _, _, steps, batches = prepare(8, "mesh.fsdp=8")
+    program = steps.train.lower(steps.abstract, next(batches)).compile().as_text()
+    batches.close()
+    wanted = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(steps.abstract.params):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        shape = leaf.shape[1:] if "blocks" in name else leaf.shape
+        if "patch_embed.kernel" in name:  # as the product uses it
+            shape = (math.prod(shape[:-1]), shape[-1])
+        wanted.add(tuple(sorted(shape)))
+    gathered = {
+        tuple(sorted(int(size) for size in sizes.split(",")))
+        for sizes in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", program)
+    }
+    assert gathered
+    assert gathered <= wanted
+    for moved in ("all-to-all", "collective-permute"):
+        assert moved not in program

@@ -79,7 +79,8 @@ def build(
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
         def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any]:
             def loss_fn(params: Any) -> tuple[jax.Array, WorldModelOutput]:
-                return base.merge(graph, params).loss(state.target, batch, key)
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                    return base.merge(graph, params).loss(state.target, batch, key)
 
             (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
             return grads, in_training(output, batch) | {"loss": loss}
@@ -100,7 +101,8 @@ def build(
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
         def figures(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
-            loss, output = base.merge(graph, state.params).loss(state.target, batch, key)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                loss, output = base.merge(graph, state.params).loss(state.target, batch, key)
             return in_validation(output, batch) | {"loss": loss}
 
         metrics = in_microbatches(figures, batch, jax.random.key(seed), accumulate)

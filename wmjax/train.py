@@ -118,6 +118,8 @@ def prepare(
 ) -> tuple[jax.sharding.Mesh, dict[str, Source], Masks, Steps]:
     """Check the configuration and open what a run needs: nothing is computed yet."""
     configs.check(config)
+    if config.model.attention == "splash" and jax.default_backend() != "tpu":
+        raise UserError(f"model.attention='splash' on {jax.default_backend()}: wanted a TPU")
     if config.model.pretrained:
         config.model.position_grid = initial.position_grid(config.model.pretrained)
     if config.train.deterministic:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models.layers import MLP, Block, LayerNorm, Linear, run, xla_attention
+from wmjax.models.attention import xla_attention
+from wmjax.models.layers import MLP, Block, LayerNorm, Linear, run
 
 MLP_RATIO = 4  # of every released probe, those on the giant encoder included
 EPS = 1e-5  # of the layer norms where the probes were trained; transformers runs them with 1e-6

@@ -12,7 +12,6 @@ Logical axes at the parameters, for the sharding table to place:
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import rope
+from wmjax.models.attention import attend, choose_attention
 from wmjax.models.gelu import gelu
 
 # Of the sequences that lie one after another along N: all go through the products at once, and each
@@ -42,6 +42,19 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Say that the first axis is split over the whole ambient mesh and nothing else is.
+
+    Left to itself, XLA would take the splitting of the parameters over to the width of the
+    activations, and exchange those in every product: many times what the parameters come to.
+    Without an ambient mesh, x as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(mesh.axis_names))
 
 
 class LayerNorm(nnx.Module):
@@ -79,55 +92,6 @@ class Linear(nnx.Module):
         return y_BNO + self.bias.astype(self.dtype)[None, None]
 
 
-def choose_attention(wanted: str, dtype: jnp.dtype, head_dim: int) -> Literal["xla", "cudnn"]:
-    """Return the implementation that will run, xla or cudnn; UserError for one that cannot."""
-    gpu = jax.default_backend() == "gpu"
-    fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-    if wanted == "auto":
-        return "cudnn" if gpu and fits else "xla"
-    if wanted == "xla":
-        return "xla"
-    if wanted != "cudnn":
-        raise UserError(f"model.attention={wanted!r}: wanted auto, xla or cudnn")
-    if not (gpu and fits):
-        raise UserError(
-            f"model.attention='cudnn' on {jax.default_backend()}, {dtype}, head width {head_dim}: "
-            "wanted a GPU, bfloat16 and a multiple of 8 up to 128"
-        )
-    return "cudnn"
-
-
-@jax.custom_vjp
-def _scores(query_BNHd: jax.Array, key_BNHd: jax.Array) -> jax.Array:
-    """Return float32 products of queries and keys.
-
-    The gradient goes back through products in the inputs' dtype, as in fused attention. JAX's own
-    rule (and with it jax.nn.dot_product_attention) mixes float32 with bfloat16 there, which is
-    slower and refused under strict dtype promotion.
-    """
-    return jnp.einsum("bqhd,bkhd->bhqk", query_BNHd, key_BNHd, preferred_element_type=jnp.float32)
-
-
-def _scores_backward(
-    kept: tuple[jax.Array, jax.Array], gradient_BHNN: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    query, key = kept
-    gradient_BHNN = gradient_BHNN.astype(query.dtype)
-    return (
-        jnp.einsum("bhqk,bkhd->bqhd", gradient_BHNN, key),
-        jnp.einsum("bhqk,bqhd->bkhd", gradient_BHNN, query),
-    )
-
-
-_scores.defvjp(lambda query, key: (_scores(query, key), (query, key)), _scores_backward)
-
-
-def xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array) -> jax.Array:
-    """Attend from everywhere to everywhere, softmax in float32."""
-    weight_BHNN = jax.nn.softmax(_scores(query_BNHd, key_BNHd) * query_BNHd.shape[-1] ** -0.5)
-    return jnp.einsum("bhqk,bkhd->bqhd", weight_BHNN.astype(value_BNHd.dtype), value_BNHd)
-
-
 def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
     """Cut the second axis into parts of these lengths, which add up to it."""
     return jnp.split(x_BN, np.cumsum(lengths)[:-1], axis=1)
@@ -157,17 +121,10 @@ class Attention(nnx.Module):
         query, key, value = (qkv[:, :, i] for i in range(3))
         query, key = rope.rotate(query, table), rope.rotate(key, table)
         apart = zip(*(split(x, lengths or (N,)) for x in (query, key, value)), strict=True)
-        y_BNHd = jnp.concatenate([self.attend(*sequence) for sequence in apart], axis=1)
-        return self.proj(y_BNHd.reshape(B, N, D))
-
-    def attend(
-        self, query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array
-    ) -> jax.Array:
-        if self.implementation == "xla":
-            return xla_attention(query_BNHd, key_BNHd, value_BNHd)
-        return jax.nn.dot_product_attention(
-            query_BNHd, key_BNHd, value_BNHd, implementation="cudnn"
+        y_BNHd = jnp.concatenate(
+            [attend(*sequence, self.implementation) for sequence in apart], axis=1
         )
+        return self.proj(y_BNHd.reshape(B, N, D))
 
 
 class MLP(nnx.Module):
@@ -236,7 +193,8 @@ def run(
     graphdef, params = nnx.split(blocks)
 
     def block(x_BND: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graphdef, params)(x_BND, table, lengths), None
+        x_BND = nnx.merge(graphdef, params)(split_rows(x_BND), table, lengths)
+        return split_rows(x_BND), None
 
     if remat != "none":
         # Inside a scan nothing can be merged with the first pass anyway, and the guard costs.

@@ -1,0 +1,184 @@
+"""What a step comes to: products by its jaxpr, exchanges and memory traffic by its HLO."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}  # others say it: f32, s64, f8e4m3
+# Instructions that name what others have computed, or run it: they move nothing themselves.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+    *("call", "after-all", "partition-id", "replica-id", "iota", "broadcast", "copy-start"),
+    *("async-start", "async-update", "async-done", "opt-barrier"),
+}
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"),
+    "ragged-all-to-all",
+)
+
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_CALLED = re.compile(r"(?:calls|body|condition|branch_computations)=\{?([^,}]+(?:, %[^,}]+)*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    type: str
+    kind: str
+    rest: str  # operands and attributes
+
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.-]+)", self.rest.split("),")[0])
+
+
+@dataclasses.dataclass
+class Collective:
+    """count: times in a step; sent: bytes that one chip sends, exchanged around a ring."""
+
+    count: int = 0
+    sent: float = 0.0
+
+
+class Program:
+    """A compiled program, by the text of its HLO; loops count as often as they run."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        instructions: list[Instruction] = []
+        for line in text.splitlines():
+            if found := _INSTRUCTION.match(line):
+                instructions.append(Instruction(*found.groups()[1:]))
+            elif found := _COMPUTATION.match(line):
+                instructions = self.computations.setdefault(found[2], [])
+                if found[1]:
+                    self.entry = found[2]
+
+    def collectives(self) -> dict[str, Collective]:
+        """Sum up what the chips exchange, by kind; those of one member are none."""
+        result: dict[str, Collective] = {}
+        for times, instruction in self._run(self.entry, 1, into_fusions=True):
+            kind = instruction.kind.removesuffix("-start")
+            if kind not in COLLECTIVES or (sent := _sent(kind, instruction)) == 0:
+                continue
+            total = result.setdefault(kind, Collective())
+            total.count += times
+            total.sent += times * sent
+        return result
+
+    def traffic(self) -> int:
+        """Bytes through a chip's memory, at least: every result written once and read once."""
+        return sum(
+            2 * times * self._written(instruction)
+            for times, instruction in self._run(self.entry, 1, into_fusions=False)
+            if instruction.kind not in FREE
+        )
+
+    def _run(
+        self, computation: str, times: int, into_fusions: bool
+    ) -> Iterator[tuple[int, Instruction]]:
+        """Yield every instruction and how often a step runs it."""
+        for instruction in self.computations[computation]:
+            yield times, instruction
+            kind = instruction.kind
+            if kind in ("while", "conditional", "call") or (
+                into_fusions and kind in ("fusion", "async-start")
+            ):
+                repeated = re.search(r"known_trip_count\D+(\d+)", instruction.rest)
+                count = int(repeated[1]) if repeated and kind == "while" else 1
+                for names in _CALLED.findall(instruction.rest):
+                    for name in re.findall(r"[\w.-]+", names):
+                        yield from self._run(name, times * count, into_fusions)
+
+    def _written(self, instruction: Instruction) -> int:
+        """Bytes of a result in the main memory; of an update in place, the update alone."""
+        if instruction.kind == "fusion":
+            name = re.search(r"calls=%?([\w.-]+)", instruction.rest)
+            inner = self.computations[name[1]] if name else []
+            if inner and inner[-1].kind == "dynamic-update-slice":
+                types = {other.name: other.type for other in inner}
+                return sum(map(_bytes, _arrays(types.get(inner[-1].operands()[1], ""))))
+        elif instruction.kind == "dynamic-update-slice":
+            return 0  # what wrote the update has counted it
+        return sum(map(_bytes, _arrays(instruction.type)))
+
+
+def _arrays(type: str) -> list[tuple[str, str, str]]:
+    """Return (dtype, sizes, layout) of the arrays that a type names."""
+    return _ARRAY.findall(type)
+
+
+def _bytes(array: tuple[str, str, str]) -> int:
+    dtype, sizes, layout = array
+    if re.search(r"S\([1-9]", layout):  # in a chip's own fast memory
+        return 0
+    return _size(dtype, sizes)
+
+
+def _size(dtype: str, sizes: str) -> int:
+    width = re.search(r"\d+", dtype)
+    bits = BITS.get(dtype, int(width[0]) if width else 0)
+    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
+
+
+def _sent(kind: str, instruction: Instruction) -> float:
+    """Bytes that one member of the group sends in a ring."""
+    members = _members(instruction.rest)
+    arrays = [_size(dtype, sizes) for dtype, sizes, _ in _arrays(instruction.type)]
+    if kind == "collective-permute":
+        return float(max(arrays))
+    total = sum(arrays)
+    if instruction.kind == "all-gather-start":  # its type names the operands too: 1 to `members`
+        total = total * members // (members + 1)
+    share = (members - 1) / members
+    return total * {"all-reduce": 2 * share, "reduce-scatter": members - 1}.get(kind, share)
+
+
+def _members(rest: str) -> int:
+    """Count a group's members: replica_groups=[GROUPS,MEMBERS]<=... or ={{0,1,...},...}."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    return found[1].count(",") + 1 if found else 1
+
+
+def executed_flop(jaxpr: Any) -> int:
+    """Count the products of a jaxpr as they run, over all devices: what remat repeats as well."""
+    total = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += (
+                2
+                * math.prod(equation.outvars[0].aval.shape)
+                * math.prod(left[axis] for axis in contracted)
+            )
+            continue
+        inner = [executed_flop(each) for each in _jaxprs(params)]
+        if inner:
+            total += _repeated(name, params) * (max(inner) if name == "cond" else sum(inner))
+    return total
+
+
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, core.Jaxpr | core.ClosedJaxpr):
+                yield each
+
+
+def _repeated(name: str, params: dict[str, Any]) -> int:
+    """How often, over all devices, the jaxprs of an equation run."""
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return params["mesh"].size
+    return math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1

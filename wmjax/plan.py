@@ -1,0 +1,195 @@
+"""A run planned without its devices: the train step compiled ahead of time, and what bounds it.
+
+    python -m wmjax.main --mode=plan --config=vjepa2_aloha --topology=v5e:16x16
+
+libtpu compiles for any TPU on any CPU; for CPUs and GPUs the local ones are taken. Nothing runs,
+and no dataset is opened.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Sharding
+
+from wmjax import assemble, hlo, metrics, sharding
+from wmjax import config as configs
+from wmjax.errors import UserError
+from wmjax.masking import Masks
+from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has: memory in GiB, its bandwidth and that of one ring of the network in GB/s.
+
+    ring: both directions of one axis of a TPU's torus; of NVLink, what a GPU sends.
+    """
+
+    memory: float
+    bandwidth: float
+    ring: float
+
+
+CHIPS = {  # by what the kind has in its name, as in metrics.PEAK_TFLOPS
+    "TPU v5 lite": Chip(15.75, 819, 90),
+    "TPU v6 lite": Chip(31.25, 1640, 180),
+    "TPU v5": Chip(95.0, 2765, 180),
+    "TPU v4": Chip(31.75, 1228, 90),
+    "H100": Chip(79.0, 3350, 450),
+    "H200": Chip(140.0, 4800, 450),
+}
+
+
+def find_devices(topology: str) -> list[jax.Device]:
+    """Return the devices that e.g. v5e:16x16, cpu:8 or gpu:8 names; abstract ones for TPUs."""
+    platform, _, shape = topology.partition(":")
+    if platform in ("cpu", "gpu"):
+        return _local_devices(platform, shape)
+    from jax.experimental import topologies
+
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's server where it runs
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
+        raise UserError(
+            f"--topology={topology}: {str(error).splitlines()[0][:200]}\n"
+            'wanted v5e:16x16, v6e:16x16, ... (pip install "wmjax[plan]"), cpu:N or gpu:N'
+        ) from error
+
+
+def _local_devices(platform: str, count: str) -> list[jax.Device]:
+    if not count.isdigit() or int(count) < 1:
+        raise UserError(f"--topology={platform}:{count}: wanted a number of devices")
+    if platform == "cpu":
+        with contextlib.suppress(RuntimeError):  # jax has counted them before
+            jax.config.update("jax_num_cpu_devices", int(count))
+    try:
+        found = jax.devices(platform)
+    except RuntimeError:
+        found = []
+    if len(found) < int(count):
+        raise UserError(f"--topology={platform}:{count}: found {len(found)} of them here")
+    return found[: int(count)]
+
+
+def plan(config: ml_collections.ConfigDict, topology: str) -> int:
+    """Compile the train step for these devices and print what it takes; 1 where it does not fit."""
+    devices = find_devices(topology)
+    if devices[0].platform == "tpu" and config.model.attention == "auto":
+        config.model.attention = "splash"
+    config.data.update(source="synthetic", root="", repo_id="", revision="", mixture="")
+    config.data.members = ml_collections.ConfigDict()
+    configs.check(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
+    steps = assemble.make_steps(config, mesh)
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+    batch = abstract_batch(config, masks, sharding.batch_sharding(mesh))
+
+    chip = next((CHIPS[name] for name in CHIPS if name in devices[0].device_kind), None)
+    flop = assemble.count_flop(config, batch)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(steps.abstract.params))
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"devices     {mesh.size} x {devices[0].device_kind} ({axes})")
+    print(f"parameters  {count / 1e6:,.0f} million")
+    print(f"arithmetic  {flop / 1e12:,.1f} TFLOP a step of {config.data.batch_size} clips")
+    traced = cast(Any, steps.train).trace(steps.abstract, batch)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        wanted = f"{used[1]} of {used[2]}" if used else "more than a chip has"
+        print(f"memory      {wanted} a chip: does not fit")
+        return 1
+    program = hlo.Program(compiled.as_text())
+    executed = hlo.executed_flop(traced.jaxpr)
+    fits = _print_memory(compiled.memory_analysis(), chip)
+    _print_network(program.collectives())
+    _print_bounds(program, flop, executed, devices, chip)
+    return 0 if fits else 1
+
+
+def abstract_batch(
+    config: ml_collections.ConfigDict, masks: Masks, rows: Sharding
+) -> WorldModelInput:
+    """Return the shapes of a batch: one view, states and actions of one number."""
+    data = config.data
+    B, T = data.batch_size, data.frames
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=rows)
+
+    return WorldModelInput(
+        VideoObservation(
+            array(jnp.uint8, 1, T, data.image_size, configs.width(config), 3),
+            array(jnp.bool, 1),
+            array(jnp.float32, T, 1),
+            array(jnp.bool, T, 1),
+        ),
+        VideoTarget(
+            tuple(array(jnp.int32, context) for context, _ in masks.sizes.values()),
+            tuple(array(jnp.int32, target) for _, target in masks.sizes.values()),
+        ),
+        array(jnp.float32, T, 1, 1),
+        array(jnp.bool, T, 1, 1),
+        array(jnp.int32),
+        array(jnp.int32),
+    )
+
+
+def _print_memory(used: Any, chip: Chip | None) -> bool:
+    """Print what a chip holds while the step runs and say whether that fits."""
+    state = used.argument_size_in_bytes / GIB
+    total = (
+        state
+        + (used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes) / GIB
+    )
+    fits = chip is None or total <= chip.memory
+    there = f" of {chip.memory:.2f}" if chip else ""
+    verdict = "" if fits else ": does not fit"
+    print(
+        f"memory      {total:.2f}{there} GiB a chip{verdict} "
+        f"({state:.2f} state and batch, {total - state:.2f} while it computes)"
+    )
+    return fits
+
+
+def _print_network(collectives: dict[str, hlo.Collective]) -> None:
+    print("network     a chip and step:" if collectives else "network     nothing is exchanged")
+    for name, found in sorted(collectives.items()):
+        print(f"  {name:20} {found.count:5} times, {found.sent / 1e9:8.3f} GB sent")
+
+
+def _print_bounds(
+    program: hlo.Program,
+    flop: int,
+    executed: int,
+    devices: list[jax.Device],
+    chip: Chip | None,
+) -> None:
+    """Print how long each of the three would take by itself; the longest bounds the step."""
+    peak = metrics.peak_flops(devices)
+    if chip is None or peak is None:
+        print(f"bound       unknown: no figures for {devices[0].device_kind}")
+        return
+    sent = sum(found.sent for found in program.collectives().values())
+    seconds = {
+        "compute": executed / peak,
+        "memory": program.traffic() / (chip.bandwidth * 1e9),
+        "network": sent / (chip.ring * 1e9),
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    told = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
+    print(f"bound       {bound} ({told}; each by itself, at the chip's peak)")
+    print(f"ceiling     MFU {100 * flop / peak / seconds[bound]:.0f} %")
