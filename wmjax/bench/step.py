@@ -130,7 +130,7 @@ def time_parts(
         state.params
     )
 
-    def update() -> TrainState:
+    def update() -> jax.Array:
         nonlocal state
         state = steps.update(state, grads)
         return jnp.copy(state.step)  # what is donated next cannot be waited for
