@@ -120,13 +120,9 @@ class Attention(nnx.Module):
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
         query, key = rope.rotate(query, table), rope.rotate(key, table)
-        queries, keys, values = (split(x, lengths or (N,)) for x in (query, key, value))
+        apart = zip(*(split(x, lengths or (N,)) for x in (query, key, value)), strict=True)
         y_BNHd = jnp.concatenate(
-            [
-                attend(*each, self.implementation)
-                for each in zip(queries, keys, values, strict=True)
-            ],
-            axis=1,
+            [attend(q, k, v, self.implementation) for q, k, v in apart], axis=1
         )
         return self.proj(y_BNHd.reshape(B, N, D))
 
