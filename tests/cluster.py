@@ -9,6 +9,9 @@ import time
 
 import micro
 
+# Only what process 0 compiles is kept from run to run: the others compile every time.
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+
 
 def free_port():
     with socket.create_server(("", 0)) as server:
@@ -56,7 +59,7 @@ def start(workdir, *overrides, processes, devices, folder, flags=()):
             [*command, f"--coordinator={coordinator}", f"--processes={processes}", f"--process={i}"]
             for i in range(processes)
         ],
-        [micro.environment(devices)] * processes,
+        [micro.environment(devices) | FAST] * processes,
         folder,
     )
 

@@ -141,9 +141,17 @@ def _sent(kind: str, instruction: Instruction) -> float:
 
 
 def _members(rest: str) -> int:
-    """Count a group's members: replica_groups=[GROUPS,MEMBERS]<=... or ={{0,1,...},...}."""
+    """Count a group's members in any of the three ways in which XLA writes them.
+
+    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] or =mesh['x'=2,'y'=2] {'y'};
+    'y':(1)2 is a part of an axis.
+    """
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
+        named = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in named)
     found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     return found[1].count(",") + 1 if found else 1
 

@@ -4,9 +4,12 @@ Models name the axes of their parameters and know no mesh; this room maps the na
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wmjax.errors import UserError
@@ -30,7 +33,23 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
         raise UserError(
             f"mesh.data={data}, mesh.fsdp={fsdp}: wanted a product of {count}, the device count"
         )
-    return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(arrange(devices, data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
+    """Lay the devices out as data x fsdp, fsdp within a TPU slice or a host where it fits in.
+
+    Gradients alone then cross the slower network, once a step; parameters stay on the faster one.
+    """
+    groups = {getattr(d, "slice_index", d.process_index) for d in devices}
+    if data % len(groups):
+        return mesh_utils.create_device_mesh((data, fsdp), devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // len(groups), fsdp),
+        (len(groups), 1),
+        devices,
+        process_is_granule=not hasattr(devices[0], "slice_index"),
+    )
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
