@@ -13,7 +13,8 @@ EVERYTHING = None
 # Room -> the rooms it may import, besides itself, types and errors. A new room gets a line here.
 ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config", "inference"},
-    "main": {"config", "door", "train"},
+    "main": {"config", "door", "cluster", "train"},
+    "cluster": set(),
     "door": {"config"},
     "train": EVERYTHING,
     "assemble": {"config", "step", "models", "sharding", "optim", "data", "masking", "evals"},
