@@ -35,7 +35,7 @@ def newest(folder: Path, *, verify: bool = True) -> int | None:
     """Return the newest checkpoint that is whole; those after it are named with what is wrong.
 
     verify: hash every file, or else look only whether there is a manifest. All processes call this
-    at once, and the first one looks. Raises UserError where there are checkpoints and none is whole.
+    at once, and the first one looks. Raises UserError where there are some and none is whole.
     """
     found = -1
     if jax.process_index() == 0:

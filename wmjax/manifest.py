@@ -33,16 +33,15 @@ def fault(folder: Path, *, contents: bool = True) -> str:
         return ""
     try:
         entries = json.loads((folder / NAME).read_text())
-        names = [str(name) for name in entries.keys()]
-    except (OSError, ValueError, AttributeError):
-        names = []
-    if not names:
+    except (OSError, ValueError):
+        entries = None
+    if not entries or not isinstance(entries, dict):
         return f"{NAME} cannot be read"
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(_entry, (folder / name for name in names))
-        for name, entry in zip(names, found, strict=True):
-            if entry != entries[name]:
-                return f"{name} {_compared(entry, entries[name])}"
+        found = pool.map(_entry, (folder / name for name in entries))
+        for (name, wanted), entry in zip(entries.items(), found, strict=True):
+            if entry != wanted:
+                return f"{name} {_compared(entry, wanted)}"
     return ""
 
 
