@@ -30,7 +30,7 @@ class Goodput:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         began = process_began()
         if (row := _row_of(path, step)) is not None:
-            self._seconds |= {phase: row[phase] for phase in PHASES}
+            self._seconds |= row["seconds"]
             if not row["ended"]:
                 self._seconds["lost"] += max(began - row["until"], 0.0)
         self._phase, self._since = "start", began
@@ -70,7 +70,7 @@ class Goodput:
         if jax.process_index():
             return
         seconds = {phase: round(spent, 3) for phase, spent in self._seconds.items()}
-        row = {"step": step, "until": round(until, 3), "ended": ended, **seconds}
+        row = {"step": step, "until": round(until, 3), "ended": ended, "seconds": seconds}
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -93,9 +93,9 @@ def _row_of(path: Path, step: int) -> dict[str, Any] | None:
     """Return the last row that was written by `step`: later ones are of steps done again."""
     found = None
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill
+        for line in path.read_text().splitlines():  # a kill may have cut one short
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 row = json.loads(line)
-                if row["step"] <= step and {"until", "ended", *PHASES} <= row.keys():
+                if row["step"] <= step and row["seconds"].keys() == set(PHASES):
                     found = row
     return found
