@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -467,7 +468,7 @@ def test_a_logger_that_fails_is_dropped_and_the_run_goes_on(tmp_path, monkeypatc
 
 def held():
     """Return resident memory in bytes, open files and threads of this process."""
-    pages = int(open("/proc/self/statm").read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return (
         pages * resource.getpagesize(),
         len(os.listdir("/proc/self/fd")),
