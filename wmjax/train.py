@@ -40,7 +40,8 @@ from wmjax.watch import Watchdog
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train until config.train.num_steps, going on from the newest checkpoint in workdir.
 
-    Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save.
+    Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save. The
+    watchdog ends the process itself.
     Raises UserError for whatever the user can put right.
     """
     splits = ("train", "validation") if config.train.eval_every else ("train",)
@@ -98,7 +99,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         say(goodput.summary())
     if stop.received:
         say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
-        if stop.left_behind:
+        if stop.left_behind:  # Python would wait for the threads
+            jax.distributed.shutdown()
             leave(128 + stop.received)
         return 128 + stop.received
     say(f"done: step {step}, checkpoints and metrics.jsonl in {workdir}")
