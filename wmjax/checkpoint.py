@@ -4,6 +4,7 @@ Orbax writes them asynchronously into workdir/checkpoints/STEP, a folder that ap
 is there, a manifest of its files included. What is no longer as the manifest has it is not read.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -183,22 +184,24 @@ class Checkpoints:
     def _prune(self, keep: int) -> None:
         for step in _steps(self._folder)[:-keep]:
             gone = self._folder / f"{step}{_DELETED}"
-            os.replace(self._folder / str(step), gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.replace(self._folder / str(step), gone)
+                shutil.rmtree(gone)
 
     def _clear(self) -> None:
         """Remove what saves left that were cut short, and rename checkpoints that are damaged."""
         if jax.process_index():
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.iterdir():
-            if _PARTIAL in path.name or path.suffix == _DELETED:
-                shutil.rmtree(path, ignore_errors=True)
-        for step in _steps(self._folder):
-            if step > (self._newest or 0):
-                aside = self._folder / f"{step}{_DAMAGED}"
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(self._folder / str(step), aside)
+        with contextlib.suppress(OSError):  # what is in the way then, Orbax will say
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():
+                if _PARTIAL in path.name or path.suffix == _DELETED:
+                    shutil.rmtree(path)
+            for step in _steps(self._folder):
+                if step > (self._newest or 0):
+                    aside = self._folder / f"{step}{_DAMAGED}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(self._folder / str(step), aside)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -98,7 +98,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             goodput.save(step, ended=not stop.received)
         say(goodput.summary())
     if stop.received:
-        say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
+        what = f"saved step {step} in {workdir}" if step else "nothing was trained yet"
+        say(f"{stop.name}: {what}; the same command goes on from there")
         if stop.left_behind:  # Python would wait for the threads
             jax.distributed.shutdown()
             leave(128 + stop.received)
