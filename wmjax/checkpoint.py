@@ -5,6 +5,7 @@ is there, a manifest of its files included. What is no longer as the manifest ha
 """
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -77,6 +78,8 @@ class Checkpoints:
             probe.unlink(missing_ok=True)  # another process of the run may have been faster
         except OSError as error:
             raise UserError(f"--workdir: cannot write {folder}: {error.strerror}") from error
+        for name in ("absl", "asyncio"):  # a save that fails is said in a line, not by each write
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._folder, self._keep = folder.absolute(), keep
         self._newest = newest(folder, verify=verify)
         self._saving: int | None = None
