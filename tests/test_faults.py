@@ -429,9 +429,14 @@ def test_a_save_that_fails_is_said_and_the_next_one_holds_it_all(
         wait_for_checkpoint(tmp_path, 2)
         disk.enter_context(full_disk())
 
+    def make_room():
+        while any(thread.name == "async_save" for thread in threading.enumerate()):
+            time.sleep(0.02)  # the save of step 4 fails, and not that of this one
+        disk.close()
+
     with contextlib.ExitStack() as disk:
         at_step[3] = fill
-        at_step[6] = disk.close  # before the save, which waits for the one of step 4
+        at_step[6] = make_room
         config = micro.config("train.num_steps=8", "checkpoint.every=2", "train.log_every=8")
         assert train.train(config, tmp_path) == 0
     said = capsys.readouterr().out
@@ -452,6 +457,7 @@ def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path, at_s
         config = micro.config("checkpoint.every=2", "train.log_every=8")
         with pytest.raises(UserError, match=r"/4: not written: (.|\n)*newest checkpoint: step 2"):
             train.train(config, tmp_path)
+    at_step.clear()
     assert train.train(micro.config(), tmp_path) == 0
     assert saved_steps(tmp_path) == [2, 4]
 

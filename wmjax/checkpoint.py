@@ -185,9 +185,9 @@ class Checkpoints:
         self._prune(max(self._keep - 1, 1))
 
     def _prune(self, keep: int) -> None:
-        for step in _steps(self._folder)[:-keep]:
-            gone = self._folder / f"{step}{_DELETED}"
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            for step in _steps(self._folder)[:-keep]:
+                gone = self._folder / f"{step}{_DELETED}"
                 os.replace(self._folder / str(step), gone)
                 shutil.rmtree(gone)
 
