@@ -108,6 +108,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "log_every": 20,
                 "eval_every": 1_000,  # 0: never, and nothing is held out or probed
                 "deterministic": False,  # bit-equal runs on GPUs too, slower
+                "max_skipped": 10,  # updates left out in a row, not being finite, that end the run
+                "stuck_after": 1800.0,  # seconds without a batch or a save that end it; 0: never
             },
             "eval": {
                 "batches": 8,  # of held-out clips, the same ones every time
@@ -122,6 +124,7 @@ def get_config() -> ml_collections.ConfigDict:
             "checkpoint": {
                 "every": 1_000,
                 "keep": 3,
+                "verify": True,  # hash the files before they are read, against their manifest
             },
             "log": {
                 "tensorboard": False,

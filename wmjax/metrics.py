@@ -13,12 +13,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 import jax
 from clu import metrics as clu_metrics
 from tqdm import tqdm
 
+from wmjax.console import clock, reason, say
 from wmjax.errors import UserError
 
 Row = dict[str, float]
@@ -83,8 +84,9 @@ class Mean:
 
 
 def fetch(means: dict[str, clu_metrics.Average]) -> Row:
-    """Wait for the device and return plain numbers."""
-    return {name: float(value.compute()) for name, value in jax.device_get(means).items()}
+    """Wait for the device and return plain numbers, where there was any to take the mean of."""
+    values = jax.device_get(means).items()
+    return {name: float(value.compute()) for name, value in values if value.count}
 
 
 class Throughput:
@@ -158,17 +160,17 @@ class Reporter:
         self._active = jax.process_index() == 0
         self._kept: tuple[int, dict[str, clu_metrics.Average], Row] | None = None
         self._num_steps, self._alarms = num_steps, alarms
-        self._file: TextIO | None = None
-        self._tensorboard = self._wandb = None
+        self._path = workdir / "metrics.jsonl"
+        self._sinks: dict[str, Sink] = {}
+        self._failing = False
         if not self._active:
             return
         if tensorboard:
-            self._tensorboard = _import("tensorboardX", "tensorboard").SummaryWriter(
-                str(workdir / "tensorboard")
-            )
+            self._add("TensorBoard", lambda: _TensorBoard(workdir))
         if wandb:
-            self._wandb = _start_wandb(workdir, wandb_project, config)
-        self._file = _open_jsonl(workdir / "metrics.jsonl", start)
+            self._add("W&B", lambda: _WandB(workdir, wandb_project, config))
+        with self._surviving("metrics.jsonl"):
+            _drop_rows(self._path, start)
         self._bar = tqdm(
             total=num_steps,
             initial=start,
@@ -177,11 +179,33 @@ class Reporter:
             disable=not sys.stderr.isatty(),
         )
 
-    def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self._active:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+    def _add(self, name: str, make: Callable[[], "Sink"]) -> None:
+        with self._surviving(name):
+            self._sinks[name] = make()
+
+    @contextlib.contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """Drop a sink that fails, whatever the reason: training does not depend on it."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            self._sinks.pop(name, None)
+            say(f"warning: {name} fails and gets no more of this run: {reason(error)}")
+
+    def note(self, step: int, entry: dict[str, Any]) -> None:
+        """Write an entry that is no row of scalars into metrics.jsonl."""
+        if not self._active:
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **entry}) + "\n")
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                say(f"warning: {self._path}: not written: {reason(error)}; tried again every time")
+            self._failing = True
 
     def advance(self) -> None:
         if self._active:
@@ -202,35 +226,70 @@ class Reporter:
 
     def write(self, step: int, row: Row) -> None:
         """Write one report to every sink."""
-        if self._file is None:
+        if not self._active:
             return
         warnings = self._alarms(row)
         prefix = "validation/" if "validation/loss" in row else ""
         row = row | {f"{prefix}health/alarms": len(warnings)}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(row, step=step)
+        self.note(step, row)
+        for name, sink in list(self._sinks.items()):
+            with self._surviving(name):
+                sink.write(step, row)
         if line := _line(row):
-            self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {line}")
+            say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {line}")
         for warning in warnings:
-            self.say(f"warning: step {step}: {warning}")
+            say(f"warning: step {step}: {warning}")
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is None:
+        if not self._active:
             return
         self._bar.close()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for name, sink in list(self._sinks.items()):
+            with self._surviving(name):
+                sink.close()
+
+
+class Sink(Protocol):
+    """Where rows go besides metrics.jsonl."""
+
+    def write(self, step: int, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, workdir: Path) -> None:
+        writer = _import("tensorboardX", "tensorboard").SummaryWriter
+        self._writer = writer(str(workdir / "tensorboard"))
+
+    def write(self, step: int, row: Row) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A run of W&B, or one gone on with, whose id the workdir holds."""
+
+    def __init__(self, workdir: Path, project: str, config: dict[str, Any]) -> None:
+        wandb = _import("wandb", "wandb")
+        id_file = workdir / "wandb_id"
+        run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex
+        id_file.write_text(run_id)
+        self._run = wandb.init(
+            project=project, id=run_id, resume="allow", config=config, dir=str(workdir)
+        )
+
+    def write(self, step: int, row: Row) -> None:
+        self._run.log(row, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 # Name in a row, how the console shows it. Other names go to the files only.
@@ -241,7 +300,7 @@ _CONSOLE = {
     "examples_per_s": lambda v: f"{v:.1f} clips/s",
     "mfu": lambda v: f"mfu {v:.1%}",
     "data_wait": lambda v: f"wait {v:.0%}",
-    "eta_s": lambda v: f"eta {_clock(v)}",
+    "eta_s": lambda v: f"eta {clock(v)}",
     "validation/loss": lambda v: f"validation loss {v:.4f}",
     "validation/relative": lambda v: f"{v:.0%} of the mean token's",
     "validation/health/target_rank": lambda v: f"rank {v:.1f}",
@@ -252,13 +311,8 @@ def _line(row: Row) -> str:
     return "  ".join(show(row[name]) for name, show in _CONSOLE.items() if name in row)
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _open_jsonl(path: Path, start: int) -> TextIO:
+def _drop_rows(path: Path, start: int) -> None:
+    """Drop the rows after a step, which are written again, and what a kill cut short."""
     kept = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -271,7 +325,6 @@ def _open_jsonl(path: Path, start: int) -> TextIO:
     fresh = path.with_suffix(".partial")
     fresh.write_text("".join(kept))
     os.replace(fresh, path)
-    return path.open("a")
 
 
 def _import(module: str, extra: str) -> Any:
@@ -281,12 +334,3 @@ def _import(module: str, extra: str) -> Any:
         raise UserError(
             f'log.{extra}=True: {module} is not installed; pip install "wmjax[{extra}]"'
         ) from error
-
-
-def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:
-    """Start the run, or go on with the one whose id the workdir holds."""
-    wandb = _import("wandb", "wandb")
-    id_file = workdir / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex
-    id_file.write_text(run_id)
-    return wandb.init(project=project, id=run_id, resume="allow", config=config, dir=str(workdir))

@@ -26,7 +26,8 @@ Measure = Callable[[WorldModelOutput, WorldModelInput], dict[str, jax.Array]]
 class TrainState:
     """All that training changes: float32 trees of the trained parameters and what follows them.
 
-    step counts finished updates; target is the EMA of the part of params that the model names.
+    step counts the batches worked through; target is the EMA of the part of params that the model
+    names. A batch whose loss or gradients are not finite changes nothing but step.
     """
 
     step: Array
@@ -39,7 +40,7 @@ class Steps(NamedTuple):
     """The compiled-once functions of a run, and what they act on."""
 
     init: Callable[[], TrainState]
-    train: Callable[[TrainState, WorldModelInput], tuple[TrainState, Metrics]]
+    train: jax.stages.Wrapped  # (state, batch) -> (state, metrics); the state is donated
     validate: Callable[[TrainState, WorldModelInput], Metrics]
     # What `train` does with its gradients, by itself: the optimizer, then the EMA. Donates too.
     update: Callable[[TrainState, Any], TrainState]
@@ -87,9 +88,16 @@ def build(
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = in_microbatches(gradients, batch, key, accumulate)
-        updated = update(state, grads)
-        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.tree.norm(grads)}
-        return updated, _averages(metrics)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updated = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), update(state, grads), state
+        )
+        always = {"learning_rate": schedule(state.step), "skipped_updates": ~finite}
+        return (
+            updated.replace(step=state.step + 1),
+            _averages(metrics | {"gradient_norm": norm}, finite) | _averages(always),
+        )
 
     def update(state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
@@ -160,9 +168,11 @@ def in_microbatches(
     return jax.lax.scan(add, zeros, (weights, jax.random.split(key, count), parts))[0]
 
 
-def _averages(metrics: dict[str, jax.Array]) -> Metrics:
+def _averages(metrics: dict[str, jax.Array], counts: jax.Array | None = None) -> Metrics:
+    """Return metrics that merge to means, of those for which `counts` is True."""
+    mask = None if counts is None else counts[None]
     return {
-        name: clu_metrics.Average.from_model_output(value.astype(jnp.float32)[None])
+        name: clu_metrics.Average.from_model_output(value.astype(jnp.float32)[None], mask)
         for name, value in metrics.items()
     }
 

@@ -1,17 +1,18 @@
 """The training loop, read top to bottom, and validation by itself.
 
-Order of a step: take a batch, dispatch the step, write the report that fell due one step ago,
-validate, save. The loop itself never waits for the device but to stay one step ahead of it.
+Order of a step: take a batch, dispatch the step, look at the one before and write the report that
+fell due with it, validate, save. The loop itself never waits for the device but to stay one step
+ahead of it.
 """
 
 import contextlib
 import json
-import signal
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -21,27 +22,34 @@ from clu import parameter_overview
 from wmjax import assemble, initial, sharding
 from wmjax import config as configs
 from wmjax.checkpoint import Checkpoints
+from wmjax.console import reason, say
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
 from wmjax.errors import UserError
 from wmjax.evals import health, prediction
 from wmjax.evals import probe as probes
+from wmjax.goodput import Goodput
+from wmjax.guard import Guard
 from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch, peak_flops
 from wmjax.step import Steps, TrainState
+from wmjax.stop import Batches, Stopped, StopSignal, leave
+from wmjax.watch import Watchdog
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train until config.train.num_steps, going on from the newest checkpoint in workdir.
 
-    Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save.
+    Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save. The
+    watchdog ends the process itself.
     Raises UserError for whatever the user can put right.
     """
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     mesh, sources, masks, steps = prepare(config, splits)
     num_steps = config.train.num_steps
+    watchdog, stop = Watchdog(config.train.stuck_after), StopSignal()
 
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with watchdog, open_checkpoints(config, workdir) as checkpoints:
         start = checkpoints.latest() or 0
         if start >= num_steps:
             say(
@@ -52,16 +60,22 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             return 0
         if start:
             say(f"going on from step {start} in {workdir}")
+        goodput = Goodput(workdir / "goodput.jsonl", start, watchdog.enter)
         state, position = take_up(config, checkpoints, steps)
         write_config(config, workdir)
         say(summary(config, workdir, mesh, sources, masks, state))
 
-        def stream(split: str, position: int = 0) -> Pipeline:
-            return assemble.make_pipeline(config, sources[split], masks, mesh, split, position)
+        def watched(pipeline: Pipeline) -> Batches:
+            return Batches(pipeline, stop, watchdog.beat)
+
+        def stream(split: str, position: int = 0) -> Batches:
+            return watched(
+                assemble.make_pipeline(config, sources[split], masks, mesh, split, position)
+            )
 
         probe = None
         if config.train.eval_every and config.eval.probe_every:
-            probe = make_probe(config, sources, masks, mesh, steps, workdir)
+            probe = make_probe(config, sources, masks, mesh, steps, workdir, watched)
         reporter = Reporter(
             workdir,
             num_steps=num_steps,
@@ -70,17 +84,25 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             alarms=health.alarms,
             **config.log,
         )
-        with reporter, StopSignal() as stop:
+        with reporter, stop:
             meta: dict[str, Any] = {
                 "config": configs.plain(config),
                 "statistics": sources["train"].statistics(),
             }
             step = loop(
                 *(config, steps, state, stream, position, checkpoints, meta, probe),
-                *(reporter, start, stop),
+                *(reporter, start, goodput),
             )
+            with goodput.phase("checkpoint"):
+                checkpoints.wait()
+            goodput.save(step, ended=not stop.received)
+        say(goodput.summary())
     if stop.received:
-        say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
+        what = f"saved step {step} in {workdir}" if step else "nothing was trained yet"
+        say(f"{stop.name}: {what}; the same command goes on from there")
+        if stop.left_behind:  # Python would wait for the threads
+            jax.distributed.shutdown()
+            leave(128 + stop.received)
         return 128 + stop.received
     say(f"done: step {step}, checkpoints and metrics.jsonl in {workdir}")
     return 0
@@ -92,7 +114,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     Adds a line to evals.jsonl and returns the exit code 0.
     """
     mesh, sources, masks, steps = prepare(config, ("train", "validation"))
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with open_checkpoints(config, workdir) as checkpoints:
         step = checkpoints.latest() or 0
         what = f"step {step}" if step else "no checkpoint; this is what a run begins with"
         say(f"{workdir}: {what}")
@@ -111,6 +133,11 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     else:
         say(probe(step, state, row)[1])
     return 0
+
+
+def open_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Checkpoints:
+    settings = config.checkpoint
+    return Checkpoints(workdir / "checkpoints", keep=settings.keep, verify=settings.verify)
 
 
 def prepare(
@@ -135,68 +162,85 @@ def loop(
     config: ml_collections.ConfigDict,
     steps: Steps,
     state: TrainState,
-    stream: Callable[..., Pipeline],
+    stream: Callable[..., Batches],
     position: int,
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     probe: "RunProbe | None",
     reporter: Reporter,
     start: int,
-    stop: "StopSignal",
+    goodput: Goodput,
 ) -> int:
     """Run the steps after `start` and return the last one, saved with `meta`."""
     settings, num_steps = config.train, config.train.num_steps
     peak = peak_flops(jax.tree.leaves(state)[0].sharding.device_set)
     throughput = Throughput(config.data.batch_size, num_steps, peak)
-    mean, previous = Mean(), None
+    mean, guard = Mean(), Guard(settings.max_skipped, reporter.note)
     begun = time.perf_counter()
-    with contextlib.closing(stream("train", position)) as batches:
+
+    def save(step: int) -> None:
+        with goodput.phase("checkpoint"):
+            checkpoints.save(step, state, {"position": batches.position}, meta)
+            goodput.save(step)
+
+    with contextlib.closing(stream("train", position)) as batches, goodput.phase("step"):
         for step in range(start + 1, num_steps + 1):
             try:
-                with throughput.waiting():
+                with throughput.waiting(), goodput.phase("data"):
                     batch = next(batches)
-            except UserError:
-                if step > start + 1:  # what was trained before the data failed is kept
-                    checkpoints.save(step - 1, state, {"position": batches.position}, meta)
-                raise
-            state, metrics = steps.train(state, batch)
+            except (Stopped, UserError) as error:
+                step -= 1
+                if step > start:  # what was trained until then is kept
+                    guard.settle()
+                    reporter.flush(throughput)
+                    if means := mean.take():
+                        reporter.later(step, means, batches.report())
+                        reporter.flush(throughput)
+                    save(step)
+                if isinstance(error, UserError):
+                    raise
+                break
+            if step == start + 1:
+                with goodput.phase("compile"):
+                    train_step = steps.train.lower(state, batch).compile()
+            state, metrics = train_step(state, batch)
             mean.add(metrics)
-            jax.block_until_ready(previous)
-            previous = metrics
+            guard.add(step, metrics, batch)
             reporter.advance()
             reporter.flush(throughput)
             if step == start + 1:
-                jax.block_until_ready(metrics)
-                reporter.say(f"first step done after {time.perf_counter() - begun:.1f} s")
+                guard.settle()
+                say(f"first step done after {time.perf_counter() - begun:.1f} s")
                 throughput.step_flop = assemble.count_flop(config, batch)
                 throughput.restart(step)
 
-            last = stop.received or step == num_steps
+            last = step == num_steps
             if last or step % settings.log_every == 0:
                 reporter.later(step, mean.take(), batches.report())
             validating = settings.eval_every and (last or step % settings.eval_every == 0)
             probing = probe and (last or step % config.eval.probe_every == 0)
             saving = last or step % config.checkpoint.every == 0
             if validating or probing or saving:
-                jax.block_until_ready(metrics)  # its time is the step's, not the pause's
+                guard.settle()  # its time is the step's, not the pause's
                 reporter.flush(throughput)
-                with throughput.paused():
-                    if validating and not stop.received:
+            if validating or probing:
+                # The next batch, after a save, is not begun either.
+                with throughput.paused(), goodput.phase("validation"), suppress(Stopped):
+                    if validating:
                         with contextlib.closing(stream("validation")) as held_out:
                             reporter.write(step, validate(steps, state, held_out, config))
-                    if probe and probing and not stop.received:
+                    if probe and probing:
                         row, text = probe(step, state)
                         reporter.write(step, row)
-                        reporter.say(text)
-                    if saving:
-                        checkpoints.save(step, state, {"position": batches.position}, meta)
-            if last:
-                break
+                        say(text)
+            if saving:
+                with throughput.paused():
+                    save(step)
     return step
 
 
 def validate(
-    steps: Steps, state: TrainState, batches: Pipeline, config: ml_collections.ConfigDict
+    steps: Steps, state: TrainState, batches: Pipeline | Batches, config: ml_collections.ConfigDict
 ) -> Row:
     """Return the mean metrics over the first eval.batches held-out batches, always the same.
 
@@ -221,14 +265,18 @@ def make_probe(
     mesh: jax.sharding.Mesh,
     steps: Steps,
     workdir: Path,
+    watched: Callable[[Pipeline], Any] = lambda pipeline: pipeline,
 ) -> RunProbe | None:
-    """Build the linear probe of eval.labels; None, said, where there are no labels."""
+    """Build the linear probe of eval.labels; None, said, where there are no labels.
+
+    watched: makes of a pipeline the batches that are taken from it.
+    """
     if not all(source.label_sizes for source in sources.values()):
         say("no linear probe: no label of eval.labels is in all of the data, in one size")
         return None
 
-    def open_clips(split: str) -> Pipeline:  # cropped alike, so that labels mean the same place
-        return assemble.make_pipeline(config, sources[split], masks, mesh, "validation")
+    def open_clips(split: str) -> Any:  # cropped alike, so that labels mean the same place
+        return watched(assemble.make_pipeline(config, sources[split], masks, mesh, "validation"))
 
     measure = probes.Probe(
         configs.model_arguments(config),
@@ -250,8 +298,12 @@ def make_probe(
 
 def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
     if jax.process_index() == 0:
-        with (workdir / "evals.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = workdir / "evals.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            say(f"warning: {path}: not written: {reason(error)}")
 
 
 def take_up(
@@ -309,38 +361,9 @@ def _notes(sources: dict[str, Source]) -> list[str]:
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(configs.to_json(config))
-
-
-def say(text: str) -> None:
-    """Print from the first process only."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a request to save and stop after the step.
-
-    A second Ctrl-C interrupts at once.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.received).name
-
-    def __enter__(self) -> "StopSignal":
-        self._old = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-        say(f"{self.name}: saving after this step")
+        part = workdir / "config.json.part"
+        try:
+            part.write_text(configs.to_json(config))
+            os.replace(part, workdir / "config.json")
+        except OSError as error:
+            raise UserError(f"--workdir: cannot write {workdir}: {error.strerror}") from error

@@ -152,9 +152,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop the reading threads and processes."""
-        self._iterator.close()
-        if self._workers:
+        if self._workers:  # first: threads wait for what they were asked
             self._workers.close()
+        self._iterator.close()
 
 
 def _order(source: Source, seed: int) -> grain.MapDataset:

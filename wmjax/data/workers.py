@@ -26,7 +26,7 @@ from wmjax.errors import ClipError, UserError
 _LANES = 2  # clips asked of a process at once: it reads one while the other is taken from it
 _ALIGN = 64  # bytes, for arrays in shared memory
 # What the terminal, or a scheduler, sends to the run's processes all alike: it is for the first.
-_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM)
+_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Lane(NamedTuple):

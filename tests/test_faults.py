@@ -1,0 +1,564 @@
+"""Faults of every kind, injected: nothing is lost but the steps since the last save."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import pytest
+from clu import metrics as clu_metrics
+
+from wmjax import (
+    assemble,
+    checkpoint,
+    console,
+    goodput,
+    guard,
+    main,
+    manifest,
+    sharding,
+    train,
+    watch,
+)
+from wmjax.data.synthetic import SyntheticSource
+from wmjax.errors import UserError
+from wmjax.models import vjepa2
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def state_hash(workdir, step):
+    """SHA-256 over every array of a checkpoint."""
+    steps = assemble.make_steps(micro.config(), sharding.make_mesh())
+    with checkpoint.Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
+        state = checkpoints.restore(step, steps.abstract).state
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Give {step: action}: the action is run when that step was dispatched."""
+    actions, add = {}, guard.Guard.add
+
+    def hooked(self, step, *rest):
+        add(self, step, *rest)
+        actions.get(step, lambda: None)()
+
+    monkeypatch.setattr(guard.Guard, "add", hooked)
+    return actions
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Hash of the state after step 8 of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+        monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+        assert train.train(micro.config("train.num_steps=8"), workdir) == 0
+        return state_hash(workdir, 8)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # SIGINT: test_main
+def test_a_signal_at_a_step_saves_it_and_the_run_ends_as_if_unbroken(
+    tmp_path, at_step, capsys, unbroken, number
+):
+    before = signal.getsignal(number)
+    at_step[3] = lambda: signal.raise_signal(number)
+    assert train.train(micro.config("train.num_steps=8"), tmp_path) == 128 + number
+    assert signal.getsignal(number) is before
+    assert f"{signal.Signals(number).name}: saved step 3" in capsys.readouterr().out
+    assert saved_steps(tmp_path) == [3]
+    at_step.clear()
+    assert train.train(micro.config("train.num_steps=8"), tmp_path) == 0
+    assert [row["step"] for row in micro.rows(tmp_path)] == list(range(1, 9))
+    assert state_hash(tmp_path, 8) == unbroken
+
+
+@pytest.mark.parametrize("during", ["validation", "probe"])
+def test_a_signal_in_validation_or_probe_leaves_them_and_saves(tmp_path, monkeypatch, during):
+    seen = []
+    if during == "validation":
+        steps = assemble.make_steps
+
+        def signalling(*args):
+            made = steps(*args)
+
+            def validate(*args):
+                seen.append(args)
+                signal.raise_signal(signal.SIGTERM)
+                return made.validate(*args)
+
+            return made._replace(validate=validate)
+
+        monkeypatch.setattr(assemble, "make_steps", signalling)
+    else:
+
+        def reading(self, target, split):
+            batches = self._open(split)
+            with contextlib.closing(batches):
+                for batch in batches:
+                    seen.append(batch)
+                    signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(train.probes.Probe, "read", reading)
+    overrides = ("train.eval_every=2", "eval.batches=1000")
+    if during == "probe":
+        overrides = ("train.eval_every=2", "eval.batches=1", "eval.probe_every=2")
+    assert train.train(micro.config(*overrides), tmp_path) == 128 + signal.SIGTERM
+    assert len(seen) == 1
+    assert saved_steps(tmp_path) == [2]
+
+
+def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path, monkeypatch, at_step):
+    released, get, left, reads = threading.Event(), SyntheticSource.__getitem__, [], []
+
+    def slow(self, index):
+        reads.append(index)
+        if len(reads) > 30:  # the fourth batch never comes
+            released.wait()
+        return get(self, index)
+
+    monkeypatch.setattr(SyntheticSource, "__getitem__", slow)
+    monkeypatch.setattr(train, "leave", left.append)
+    at_step[3] = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start
+    assert train.train(micro.config("data.workers=0"), tmp_path) == 128 + signal.SIGTERM
+    assert left == [128 + signal.SIGTERM]  # for Python would wait for the threads
+    released.set()
+    assert saved_steps(tmp_path) == [3]
+
+
+# Kills
+
+
+def kill_and_go_on(tmp_path, kills, seed, unbroken):
+    """Kill a run of 8 steps `kills` times, each time with some progress; return what was lost."""
+    rng = random.Random(seed)
+    overrides = ("train.num_steps=8", "checkpoint.every=1", "train.stuck_after=0")
+    inside_a_save, said = 0, ""
+    for _ in range(kills):
+        process = subprocess.Popen(
+            micro.command(tmp_path, *overrides),
+            env=micro.environment(1),
+            cwd=micro.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for line in process.stdout:
+            said = line
+            if line.startswith("first step done"):
+                break
+        time.sleep(rng.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGKILL, 0), said
+        folder = tmp_path / "checkpoints"
+        inside_a_save += any("tmp" in path.name for path in folder.iterdir())
+        committed = max(saved_steps(tmp_path), default=0)
+        if committed == 8:  # the next one begins anew
+            for name in saved_steps(tmp_path)[1:]:
+                shutil.rmtree(folder / str(name))
+    done = micro.run(tmp_path, *overrides)
+    assert done.returncode == 0, done.stderr
+    newest = max(saved_steps(tmp_path))
+    assert newest == 8
+    assert state_hash(tmp_path, 8) == unbroken
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if "tmp" in path.name]
+    return inside_a_save
+
+
+def test_a_killed_run_ends_bit_equal_to_the_unbroken_one(tmp_path, unbroken):
+    kill_and_go_on(tmp_path, 3, 0, unbroken)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3000)
+def test_thirty_kills(tmp_path, unbroken):
+    print("inside a save:", kill_and_go_on(tmp_path, 30, 1, unbroken))
+
+
+# Bit rot
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+        monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
+        train.train(micro.config("train.num_steps=2", "checkpoint.every=1"), workdir)
+    assert saved_steps(workdir) == [1, 2]
+    return workdir
+
+
+def damage(rng, folder):
+    """Flip a bit of a file that counts, cut it short, or delete it; return which."""
+    files = [path for path in folder.glob("*/**/*") if path.is_file()] + [folder / manifest.NAME]
+    path = rng.choice(sorted(files))
+    data = bytearray(path.read_bytes())
+    kind = rng.choice(["flip", "truncate", "delete"]) if data else "delete"
+    if kind == "delete":
+        path.unlink()
+    elif kind == "truncate":
+        path.write_bytes(data[: rng.randrange(len(data))])
+    else:
+        bit = rng.randrange(8 * len(data))
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+    return kind
+
+
+def rot(two_checkpoints, tmp_path, count):
+    rng, found = random.Random(count), {"flip": 0, "truncate": 0, "delete": 0}
+    for number in range(count):
+        folder = tmp_path / str(number)
+        shutil.copytree(two_checkpoints / "checkpoints", folder)
+        kind = damage(rng, folder / "2")
+        # Of a manifest that reads the same after a flip, nothing was damaged: letters' case, say.
+        found[kind] += checkpoint.newest(folder) == 1
+        shutil.rmtree(folder)
+    return found
+
+
+def test_damage_is_never_loaded(two_checkpoints, tmp_path, capsys):
+    assert sum(rot(two_checkpoints, tmp_path, 30).values()) == 30
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 30
+    assert all("/2 is damaged: " in line and "step 1, before it, is taken" in line for line in said)
+
+
+@pytest.mark.campaign
+def test_two_hundred_damages(two_checkpoints, tmp_path):
+    print(found := rot(two_checkpoints, tmp_path, 200))
+    assert sum(found.values()) == 200
+
+
+def test_a_run_falls_back_and_so_does_whoever_reads_it(two_checkpoints, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    files = (workdir / "checkpoints/2/state").rglob("*")
+    large = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(large.read_bytes())
+    data[len(data) // 2] ^= 1
+    large.write_bytes(data)
+    assert checkpoint.Saved(workdir / "checkpoints").step == 1
+    capsys.readouterr()
+    assert train.train(micro.config("train.num_steps=2"), workdir) == 0
+    said = capsys.readouterr().out
+    assert "2 is damaged: state/" in said
+    assert "going on from step 1" in said
+    assert state_hash(workdir, 2) == state_hash(two_checkpoints, 2)
+    assert (workdir / "checkpoints" / "2.damaged").is_dir()
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew_unasked(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    for step in (1, 2):
+        (tmp_path / "run" / "checkpoints" / str(step) / manifest.NAME).write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint in it is whole"):
+        train.train(micro.config("train.num_steps=3"), tmp_path / "run")
+    config = micro.config("train.num_steps=3", "checkpoint.verify=False")
+    assert train.train(config, tmp_path / "run") == 0
+
+
+# Numbers that are not finite
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Add an index of a clip to the list: the loss of its batch is NaN."""
+    loss, indices = vjepa2.VJEPA2.loss, []
+
+    def bad(self, target, batch, key):
+        value, output = loss(self, target, batch, key)
+        hit = jnp.isin(batch.sample_ids_B, jnp.array(indices, jnp.int32)).any()
+        return value + jnp.where(hit, jnp.nan, 0.0), output
+
+    monkeypatch.setattr(vjepa2.VJEPA2, "loss", bad)
+    return indices
+
+
+def first_clips(count):
+    """Indices of the clips of the first `count` batches."""
+    from wmjax.masking import Masks
+
+    config = micro.config()
+    mesh = sharding.make_mesh()
+    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
+    source = assemble.make_source(config, "train")
+    with contextlib.closing(assemble.make_pipeline(config, source, masks, mesh, "train")) as stream:
+        return [np.asarray(next(stream).sample_ids_B).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(
+    tmp_path, poisoned, capsys, accumulate
+):
+    clips = first_clips(3)
+    poisoned.append(clips[1][5])
+    overrides = (f"optim.accumulate={accumulate}", "checkpoint.every=1")
+    assert train.train(micro.config("train.num_steps=3", *overrides), tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "warning: step 2: loss or gradients are not finite; the update is left out" in said
+    assert "0:" + ", 0:".join(map(str, clips[1])) in said
+    rows = micro.rows(tmp_path)
+    (named,) = (row for row in rows if "skipped" in row)
+    assert named == {"step": 2, "skipped": {"dataset_ids": [0] * 8, "sample_ids": clips[1]}}
+    steps = [row for row in rows if "skipped_updates" in row]
+    assert [row["skipped_updates"] for row in steps] == [0, 1, 0]
+    assert ["loss" in row for row in steps] == [True, False, True]
+    saved = [
+        checkpoint.Saved(tmp_path / "checkpoints"),
+        *(_saved_at(tmp_path, step) for step in (1, 2)),
+    ]
+    third, first, second = (each.read(each.shapes) for each in saved)
+    assert {name for name in first if not np.array_equal(first[name], second[name])} == {"step"}
+    assert {name for name in third if not np.array_equal(second[name], third[name])} > {"step"}
+    assert second["step"] == 2
+    assert third["opt_state.count"] == 2
+
+
+def _saved_at(workdir, step):
+    folder = workdir / f"only_{step}"
+    folder.mkdir()
+    shutil.copytree(workdir / "checkpoints" / str(step), folder / str(step))
+    return checkpoint.Saved(folder)
+
+
+def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path, poisoned):
+    poisoned += [clips[0] for clips in first_clips(5)[1:]]
+    config = micro.config("train.num_steps=8", "train.max_skipped=3", "checkpoint.every=1")
+    with pytest.raises(UserError, match=r"train\.max_skipped=3: step 4 is the last") as error:
+        train.train(config, tmp_path)
+    assert len(str(error.value).splitlines()) <= 3
+    assert 1 in saved_steps(tmp_path)
+
+
+def test_a_loss_that_jumps_is_reported_once(capsys):
+    def one(value):
+        return clu_metrics.Average.from_model_output(jnp.full((1,), value))
+
+    watching = guard.Guard(10, lambda *_: None)
+    rng = random.Random(0)
+    for step in range(1, 100):
+        loss = 5.0 if step in (80, 81) else 1.0 + 0.01 * rng.random()
+        watching.add(step, {"loss": one(loss), "skipped_updates": one(0.0)}, None)
+    watching.settle()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("warning: step 80: loss 5.0000, far above the median 1.00")
+
+
+# A process that is stuck
+
+
+def test_the_watchdog_says_where_the_process_stands_and_ends_it(monkeypatch, capfd):
+    codes = []
+    monkeypatch.setattr(watch, "leave", codes.append)
+    monkeypatch.setattr(watch, "COMPILE_S", 0.0)
+    with watch.Watchdog(0.2) as watchdog:
+        for _ in range(5):
+            time.sleep(0.1)
+            watchdog.beat()
+        assert not codes
+        watchdog.enter("data")
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert codes[0] == 75
+    said = capfd.readouterr().err
+    assert "nothing moved on for 0.2 s (train.stuck_after) in process 0 of 1: data, after 5" in said
+    assert "test_the_watchdog_says_where" in said  # in the stack of the main thread
+
+
+# Disks and loggers
+
+
+# Orbax leaves the other writes behind when one fails, which then have no event loop to report to.
+unreported = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def wait_for_checkpoint(workdir, step):
+    """Saves are written in the background: wait until one is whole."""
+    deadline = time.monotonic() + 60
+    while step not in saved_steps(workdir):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow beyond some kB: what a full disk does, to this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@unreported
+def test_a_save_that_fails_is_said_and_the_next_one_holds_it_all(
+    tmp_path, at_step, capsys, unbroken
+):
+    def fill():
+        wait_for_checkpoint(tmp_path, 2)
+        disk.enter_context(full_disk())
+
+    def make_room():
+        while any(thread.name == "async_save" for thread in threading.enumerate()):
+            time.sleep(0.02)  # the save of step 4 fails, and not that of this one
+        disk.close()
+
+    with contextlib.ExitStack() as disk:
+        at_step[3] = fill
+        at_step[6] = make_room
+        config = micro.config("train.num_steps=8", "checkpoint.every=2", "train.log_every=8")
+        assert train.train(config, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1
+    assert "checkpoints/4: not written: " in said
+    assert saved_steps(tmp_path) == [2, 6, 8]
+    assert state_hash(tmp_path, 8) == unbroken
+
+
+@unreported
+def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path, at_step):
+    def fill():
+        wait_for_checkpoint(tmp_path, 2)
+        disk.enter_context(full_disk())
+
+    with contextlib.ExitStack() as disk:
+        at_step[3] = fill
+        config = micro.config("checkpoint.every=2", "train.log_every=8")
+        with pytest.raises(UserError, match=r"/4: not written: (.|\n)*newest checkpoint: step 2"):
+            train.train(config, tmp_path)
+    at_step.clear()
+    assert train.train(micro.config(), tmp_path) == 0
+    assert saved_steps(tmp_path) == [2, 4]
+
+
+@unreported
+def test_a_workdir_that_vanishes_is_made_again(tmp_path, at_step, capsys, unbroken):
+    workdir = tmp_path / "run"
+
+    def vanish():
+        wait_for_checkpoint(workdir, 2)
+        shutil.rmtree(workdir)
+
+    at_step[3] = vanish
+    assert train.train(micro.config("train.num_steps=8", "checkpoint.every=2"), workdir) == 0
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl: not written: No such file") == 1
+    assert max(saved_steps(workdir)) == 8
+    assert state_hash(workdir, 8) == unbroken
+    assert micro.rows(workdir)[-1]["step"] == 8
+
+
+def test_a_logger_that_fails_is_dropped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    import tensorboardX
+
+    def fail(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", fail)
+    assert train.train(micro.config("log.tensorboard=True"), tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: TensorBoard fails and gets no more of this run: no route") == 1
+    assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2, 3, 4]
+
+
+# Long runs, and their time
+
+
+def held():
+    """Return resident memory in bytes, open files and threads of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return (
+        pages * resource.getpagesize(),
+        len(os.listdir("/proc/self/fd")),
+        threading.active_count(),
+    )
+
+
+def leaks(workdir, at_step, steps, saves):
+    every, seen = steps // saves, []
+    for step in range(every, steps + 1, every):
+        at_step[step] = lambda: seen.append(held())
+    settings = (f"train.num_steps={steps}", f"checkpoint.every={every}", "train.log_every=20")
+    assert train.train(micro.config(*settings), workdir) == 0
+    assert len(seen) == saves
+    return seen
+
+
+def test_memory_files_and_threads_stay_level(tmp_path, at_step):
+    seen = leaks(tmp_path, at_step, 200, 5)
+    (_, files, threads), (_, last_files, last_threads) = seen[1], seen[-1]
+    assert (last_files, last_threads) == (files, threads)
+    assert seen[-1][0] < 1.05 * seen[1][0]
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3000)
+def test_two_thousand_steps_and_fifty_checkpoints(tmp_path, at_step):
+    seen = leaks(tmp_path, at_step, 2000, 50)
+    print(seen[4], seen[-1])
+    assert seen[-1][0] < 1.02 * seen[4][0]
+    assert seen[-1][1:] == seen[4][1:]
+
+
+def test_goodput_accounts_for_all_the_time_over_restarts(tmp_path, monkeypatch, at_step, capsys):
+    monkeypatch.setattr(goodput, "process_began", time.time)
+    begun = time.time()
+
+    def die():
+        raise RuntimeError("killed")
+
+    at_step[3] = die
+    config = micro.config("checkpoint.every=2", "train.eval_every=2", "eval.batches=1")
+    with pytest.raises(RuntimeError, match="killed"):
+        train.train(config, tmp_path)
+    time.sleep(0.5)
+    at_step.clear()
+    assert train.train(config, tmp_path) == 0
+    wall = time.time() - begun
+    row = json.loads((tmp_path / "goodput.jsonl").read_text().splitlines()[-1])
+    seconds = row["seconds"]
+    outside = 2.0  # opening the data, before the account begins in each process
+    assert wall - outside < sum(seconds.values()) <= 1.01 * wall
+    assert seconds["lost"] > 0.5
+    assert min(seconds[phase] for phase in ("step", "start", "compile", "validation")) > 0
+    assert row["ended"]
+    said = capsys.readouterr().out
+    assert "goodput " in said
+    assert f"lost {console.clock(seconds['lost'])}" in said
+
+
+def test_new_keys_are_checked():
+    for override in ("train.stuck_after=-1", "train.max_skipped=0"):
+        with pytest.raises(UserError, match=override.partition("=")[0]):
+            main.configs.check(micro.config(override))

@@ -1,0 +1,112 @@
+"""Faults of runs of two processes: all stop at the same step, and who does not answer is named."""
+
+import contextlib
+import signal
+import sys
+import time
+
+import cluster
+import micro
+import pytest
+
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
+
+# A process in which reading blocks for good after so many clips.
+SLOW = """
+import sys, time
+from wmjax import main
+from wmjax.data.synthetic import SyntheticSource
+clips, get = int(sys.argv.pop(1)), SyntheticSource.__getitem__
+reads = []
+def slow(self, index):
+    reads.append(index)
+    if len(reads) > clips:
+        time.sleep(3600)
+    return get(self, index)
+SyntheticSource.__getitem__ = slow
+main.cli()
+"""
+
+
+@contextlib.contextmanager
+def two_processes(tmp_path, *overrides, clips=(10**9, 10**9)):
+    """Start two processes, the reading of which ends after `clips`; yield them."""
+    command = micro.command(tmp_path / "run", "data.workers=0", "train.log_every=1", *overrides)
+    flags = command[3:]
+    coordinator = f"localhost:{cluster.free_port()}"
+    commands = [
+        [
+            *(sys.executable, "-c", SLOW, str(count), *flags),
+            *(f"--coordinator={coordinator}", "--processes=2", f"--process={i}"),
+        ]
+        for i, count in enumerate(clips)
+    ]
+    with cluster.group(commands, [micro.environment(2)] * 2, tmp_path) as processes:
+        yield processes
+
+
+def wait_for_step(tmp_path, processes, step):
+    deadline = time.monotonic() + 400
+    rows = tmp_path / "run" / "metrics.jsonl"
+    while not (rows.exists() and any(row["step"] >= step for row in micro.rows(tmp_path / "run"))):
+        codes = [process.poll() for process in processes]
+        assert codes == [None, None], [(tmp_path / f"{i}.err").read_text() for i in (0, 1)]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def saved_steps(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, signalled):
+    with two_processes(tmp_path, "train.num_steps=100000") as processes:
+        wait_for_step(tmp_path, processes, 5)
+        processes[signalled].send_signal(signal.SIGTERM)
+        codes = cluster.wait(processes, 120)
+    printed = [(tmp_path / f"{i}.{kind}").read_text() for i in (0, 1) for kind in ("out", "err")]
+    assert codes == [128 + signal.SIGTERM] * 2, printed
+    (step,) = saved_steps(tmp_path)
+    assert micro.rows(tmp_path / "run")[-1]["step"] == step
+    assert f"SIGTERM: saved step {step}" in printed[0]
+    overrides = ("data.workers=0", f"train.num_steps={step + 1}")
+    again = micro.run(tmp_path / "run", *overrides, devices=4)
+    assert f"going on from step {step}" in again.stdout, again.stderr
+
+
+def test_a_signal_while_no_process_gets_clips_saves_at_once(tmp_path):
+    with two_processes(tmp_path, "train.num_steps=100000", clips=(60, 60)) as processes:
+        wait_for_step(tmp_path, processes, 5)
+        time.sleep(10)
+        processes[1].send_signal(signal.SIGTERM)
+        codes = cluster.wait(processes, 120)
+    printed = [(tmp_path / f"{i}.{kind}").read_text() for i in (0, 1) for kind in ("out", "err")]
+    assert codes == [128 + signal.SIGTERM] * 2, printed
+    (step,) = saved_steps(tmp_path)
+    assert f"SIGTERM: saved step {step}" in printed[0]
+
+
+def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path):
+    overrides = ("train.num_steps=100000", "train.stuck_after=10")
+    with two_processes(tmp_path, *overrides) as processes:
+        wait_for_step(tmp_path, processes, 5)
+        processes[1].send_signal(signal.SIGSTOP)
+        processes[0].wait(120)
+        assert processes[0].returncode == 75
+    said = (tmp_path / "0.err").read_text()
+    assert "nothing moved on for 10 s (train.stuck_after) in process 0 of 2: step" in said
+    assert "process 1: does not answer" in said
+    assert "wmjax/guard.py" in said  # where the main thread waits
+
+
+def test_a_process_that_gets_no_clips_is_told_from_those_that_wait_for_it(tmp_path):
+    overrides = ("train.num_steps=100000", "train.stuck_after=10")
+    with two_processes(tmp_path, *overrides, clips=(10**9, 60)) as processes:
+        codes = cluster.wait(processes, 300)
+    said = [(tmp_path / f"{i}.err").read_text() for i in (0, 1)]
+    assert codes == [75, 75], said
+    for text in said:
+        assert "process 0: step, after" in text
+        assert "process 1: data, after" in text
