@@ -57,12 +57,17 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.Con
         config = _run(path)
     else:
         config = get_config(path.stem if path.suffix == ".py" else name_or_path)
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    override(config, overrides)
+    return config
+
+
+def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Apply `KEY=VALUE` overrides."""
+    for item in overrides:
+        key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--config.{key}: no value; write --config.{key}=VALUE")
         _override(config, key, text)
-    return config
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
