@@ -33,10 +33,10 @@ ARROWS: dict[str, set[str] | None] = {
     "weights": {"models", "hub", "checkpoint"},
     "initial": {"weights", "checkpoint", "step", "models"},
     "inference": {"weights", "models", "sharding", "data"},
-    "viz": {"models", "data", "masking"},
+    "viz": {"models", "data", "masking", "inference", "sharding"},
     "bench": EVERYTHING,
 }
-OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot"}
+OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"}
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 SEES_CONFIG = {"main", "door", "train", "assemble", "config"}
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"}

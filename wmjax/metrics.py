@@ -11,11 +11,12 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 from clu import metrics as clu_metrics
 from tqdm import tqdm
 
@@ -149,10 +150,12 @@ class Reporter:
         tensorboard: bool,
         wandb: bool,
         wandb_project: str,
+        figures: bool,
     ) -> None:
         """Open the sinks; rows after `start` that a killed run left are dropped from the file.
 
-        alarms: says in words what is wrong in a row; each is a warning on the console.
+        alarms: says in words what is wrong in a row; each is a warning on the console. figures:
+        pictures are wanted where a sink takes them, which `draws` says, to every process.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
@@ -160,6 +163,7 @@ class Reporter:
         self._num_steps, self._alarms = num_steps, alarms
         self._file: TextIO | None = None
         self._tensorboard = self._wandb = None
+        self.draws = figures and (tensorboard or wandb)
         if not self._active:
             return
         if tensorboard:
@@ -218,6 +222,16 @@ class Reporter:
             self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {line}")
         for warning in warnings:
             self.say(f"warning: step {step}: {warning}")
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Hand pictures, uint8 RGB, to TensorBoard and W&B."""
+        named = {f"validation/{name}": picture for name, picture in pictures.items()}
+        if self._tensorboard is not None:
+            for name, picture in named.items():
+                self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            image = _import("wandb", "wandb").Image
+            self._wandb.log({name: image(p) for name, p in named.items()}, step=step)
 
     def __enter__(self) -> "Reporter":
         return self

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
@@ -29,6 +29,9 @@ from wmjax.evals import probe as probes
 from wmjax.masking import Masks
 from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch, peak_flops
 from wmjax.step import Steps, TrainState
+
+if TYPE_CHECKING:
+    from wmjax.viz.validation import Pictures
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -70,6 +73,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             alarms=health.alarms,
             **config.log,
         )
+        pictures = None
+        if config.train.eval_every and reporter.draws:
+            pictures = make_pictures(config, masks, mesh, steps)
         with reporter, StopSignal() as stop:
             meta: dict[str, Any] = {
                 "config": configs.plain(config),
@@ -77,7 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             }
             step = loop(
                 *(config, steps, state, stream, position, checkpoints, meta, probe),
-                *(reporter, start, stop),
+                *(pictures, reporter, start, stop),
             )
     if stop.received:
         say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
@@ -138,6 +144,7 @@ def loop(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     probe: "RunProbe | None",
+    pictures: "Pictures | None",
     reporter: Reporter,
     start: int,
     stop: "StopSignal",
@@ -182,6 +189,9 @@ def loop(
                     if validating and not stop.received:
                         with contextlib.closing(stream("validation")) as held_out:
                             reporter.write(step, validate(steps, state, held_out, config))
+                            if pictures:
+                                batch = next(held_out)
+                                reporter.show(step, pictures(state.params, state.target, batch))
                     if probe and probing and not stop.received:
                         row, text = probe(step, state)
                         reporter.write(step, row)
@@ -244,6 +254,19 @@ def make_probe(
         return probes.row(scores), probes.table(scores)
 
     return probe
+
+
+def make_pictures(
+    config: ml_collections.ConfigDict, masks: Masks, mesh: jax.sharding.Mesh, steps: Steps
+) -> "Pictures":
+    """Build what draws validation; UserError where matplotlib is not there."""
+    from wmjax.viz.validation import Pictures
+
+    model = configs.model_arguments(config)
+    try:
+        return Pictures(model, steps.abstract.params, steps.abstract.target, mesh, masks)
+    except UserError as error:
+        raise UserError(f"log.figures=True: {error}, or --config.log.figures=False") from None
 
 
 def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:

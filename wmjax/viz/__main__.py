@@ -1,4 +1,4 @@
-"""The door: `python -m wmjax.viz RUN_OR_MODEL --dataset=DIR --out=DIR`, pictures and a page of them.
+"""The door: `python -m wmjax.viz RUN_OR_MODEL --dataset=DIR --out=DIR`: pictures, and one page.
 
 python -m wmjax.viz runs/debug_world_model                   on the run's own held-out clips
 python -m wmjax.viz facebook/vjepa2-vitl-fpc64-256 --dataset=DIR
@@ -19,7 +19,7 @@ from wmjax.viz.look import Look
 from wmjax.viz.page import Section
 from wmjax.viz.video import write_mp4
 
-_SLOW = 5.0  # frames a second that videos are played at, at most
+_FPS = 4.0  # of the videos, whatever the recording's: slow enough to compare six pictures
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -71,8 +71,8 @@ def configuration(
 
 def see(
     name: str, dataset: str | None, overrides: list[str], clips: int
-) -> tuple[Look, float, list[tuple[str, str]]]:
-    """Load the model and look at clips; return that, their frames a second, and facts to tell."""
+) -> tuple[Look, list[tuple[str, str]]]:
+    """Load the model and look at clips; return that and facts to tell."""
     import wmjax
     from wmjax import assemble
     from wmjax.masking import Masks
@@ -103,10 +103,10 @@ def see(
         ("tokens", f"{' x '.join(map(str, seen.grid))}, {seen.target_BND.shape[-1]} wide"),
         *(("note", note) for note in model.notes),
     ]
-    return seen, source.fps_effective, facts
+    return seen, facts
 
 
-def write_pictures(seen: Look, fps: float, out: Path) -> list[Section]:
+def write_pictures(seen: Look, out: Path) -> list[Section]:
     """Draw everything that shows the clips into `out`."""
     basis = features.fit_basis(seen.target_BND)
     predicts = any(hidden.prediction_MD is not None for hidden in seen.hidden.values())
@@ -128,8 +128,8 @@ def write_pictures(seen: Look, fps: float, out: Path) -> list[Section]:
     ]
     for name in seen.hidden:
         path = out / f"clip_{name}.mp4"
-        write_mp4(path, draw.panels(seen, name, basis), min(fps, _SLOW))
-        text = "The whole clip under this mask, and what becomes of it."
+        write_mp4(path, draw.panels(seen, name, basis), _FPS)
+        text = f"The whole clip under this mask, {_FPS:g} frames a second."
         sections.append(Section(f"Video: mask {name}", text, path))
     return sections
 
@@ -175,12 +175,12 @@ def run(argv: list[str]) -> int:
     runs = {name: curves.read(Path(name)) for name in ([first] if is_run else []) + others}
     print(f"loading {first}; pictures go to {out}", flush=True)
     door.keep_compiled()
-    seen, fps, facts = see(first, flags.dataset, overrides, flags.clips)
+    seen, facts = see(first, flags.dataset, overrides, flags.clips)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
-    sections = write_pictures(seen, fps, out)
+    sections = write_pictures(seen, out)
     if all(hidden.prediction_MD is None for hidden in seen.hidden.values()):
         print("no predictor in these weights: no prediction and no error is drawn")
     if runs:

@@ -19,7 +19,7 @@ _HEAT = "cividis"  # lightness alone tells its values apart
 _DPI = 110
 # Okabe and Ito's, the darker ones: of runs.
 _LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_STYLES = ("-", "--")
+_MARKERS = {"-": "o", "--": "s"}  # of few points, by style of the line
 
 Row = tuple[str, Sequence[np.ndarray]]  # what is written beside a row of pictures, and those
 
@@ -82,7 +82,7 @@ def similarity(look: Look, token: int) -> "Figure":
     shown = _shown(look)
     cells = look.grid[1] * look.grid[2]
     at = token // cells
-    mean_D = np.asarray(look.target_BND).reshape(-1, look.target_BND.shape[-1]).mean(axis=0)
+    mean_D = look.target_BND.reshape(-1, look.target_BND.shape[-1]).mean(axis=0)
     cosine_THW = features.similarity(look.target_BND[0], token, mean_D).reshape(look.grid)
     low = min(0.0, float(cosine_THW.min()))
     video = look.video_BTHWC[0]
@@ -110,19 +110,21 @@ def retrieval(look: Look, queries: int = 4, found: int = 5) -> "Figure":
         others = np.flatnonzero(np.arange(len(of_frames)) != clip)
         bank_ND = of_frames[others].reshape(-1, of_frames.shape[-1])
         order, cosines = features.nearest(of_frames[clip, t], bank_ND, found)
-        row = [(f"{look.names[clip]}, {t}", look.video_BTHWC[clip, t * look.tubelet])]
+        frame = t * look.tubelet
+        label = f"looked for: {look.names[clip]}\nframe {frame}"
+        row = [(label, look.video_BTHWC[clip, frame])]
         for place, cosine in zip(order, cosines, strict=True):
-            other, at = others[place // T], place % T
-            label = f"{look.names[other]}, {at}\n{cosine:.2f}"
-            row.append((label, look.video_BTHWC[other, at * look.tubelet]))
+            other, frame = others[place // T], place % T * look.tubelet
+            label = f"{look.names[other]}\nframe {frame}, cosine {cosine:.2f}"
+            row.append((label, look.video_BTHWC[other, frame]))
         rows.append(row)
-    figure = _figure(1.45 * (found + 1), 1.75 * len(rows) + 0.4)
+    height, width = look.video_BTHWC.shape[2:4]
+    figure = _figure(1.5 * (found + 1), (1.4 * height / width + 0.4) * len(rows))
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for y, row in enumerate(rows):
         for x, (label, picture) in enumerate(row):
             _picture(axes[y, x], picture)
             axes[y, x].set_title(label, fontsize=8)
-    axes[0, 0].set_title(f"looked for\n{rows[0][0][0]}", fontsize=8)
     return figure
 
 
@@ -135,16 +137,17 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
     }
     deep = -(-len(panels) // 2)
     figure = _figure(9, 2.5 * deep + 0.3 * len(runs))
-    axes = figure.subplots(deep, 2, squeeze=False).ravel()
+    axes = figure.subplots(deep, 2, squeeze=False, sharex=True).ravel()
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for colour, run in zip(_cycle(len(runs)), runs.values(), strict=True):
-            for (line, key), style in zip(lines.items(), _STYLES, strict=False):
+            for key, style in zip(lines.values(), _MARKERS, strict=False):
                 steps, values = curves.series(run, key)
-                marker = "o" if len(steps) < 12 else ""
-                axis.plot(steps, values, style, color=colour, marker=marker, ms=3, label=line)
+                marker = _MARKERS[style] if len(steps) < 12 else ""
+                axis.plot(steps, values, style, color=colour, marker=marker, ms=5, mfc="none")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, labelbottom=True)
+        axis.ticklabel_format(axis="y", scilimits=(-3, 5))
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             handles = axis.get_lines()[: len(lines)]
@@ -197,8 +200,11 @@ def panels(look: Look, name: str, basis: Basis) -> np.ndarray:
     tiles = []
     for caption, picture in pictures.items():
         large = picture.repeat(times, axis=1).repeat(times, axis=2)
-        strip = _caption(caption, large.shape[2])
-        tiles.append(np.concatenate([np.broadcast_to(strip, (len(large), *strip.shape)), large], 1))
+        strip = np.broadcast_to(
+            _caption(caption, large.shape[2]), (len(large), 26, *large.shape[2:])
+        )
+        tile = np.concatenate([strip, large], axis=1)
+        tiles.append(np.pad(tile, [(0, 0), (0, 4), (2, 2), (0, 0)], constant_values=255))
     across = len(tiles) // 2
     rows = [np.concatenate(tiles[i : i + across], axis=2) for i in (0, across)]
     return np.concatenate(rows, axis=1)
@@ -212,8 +218,8 @@ def target_colours(look: Look, basis: Basis) -> np.ndarray:
 def prediction_colours(look: Look, hidden: Hidden, basis: Basis) -> np.ndarray:
     """Frames with the colours of what is predicted, dark elsewhere."""
     colours_ND = np.zeros((*look.grid, 3), np.uint8)
-    ids = np.asarray(hidden.target_ids_M)
-    colours_ND.reshape(-1, 3)[ids] = features.colours(basis(hidden.prediction_MD))
+    prediction_MD = np.asarray(hidden.prediction_MD)
+    colours_ND.reshape(-1, 3)[hidden.target_ids_M] = features.colours(basis(prediction_MD))
     there = _roles(look, hidden) == frames.TARGET
     return frames.lay_over(look.video_BTHWC[0], colours_ND, there)
 
@@ -223,7 +229,7 @@ def error_maps(look: Look) -> dict[str, np.ndarray]:
     return {
         name: features.errors(
             hidden.prediction_MD,
-            look.target_BND[0][np.asarray(hidden.target_ids_M)],
+            look.target_BND[0][hidden.target_ids_M],
             hidden.target_ids_M,
             look.grid,
         )

@@ -36,9 +36,9 @@ def fit_basis(features_XD: Array) -> Basis:
     centred_ND = tokens_ND - mean_D
     vectors_DD = np.linalg.eigh(centred_ND.T @ centred_ND)[1]
     components_D3 = vectors_DD[:, :-4:-1]
-    components_D3 *= np.sign(np.take_along_axis(
-        components_D3, np.abs(components_D3).argmax(axis=0)[None], axis=0
-    ))
+    components_D3 *= np.sign(
+        np.take_along_axis(components_D3, np.abs(components_D3).argmax(axis=0)[None], axis=0)
+    )
     reach_3 = np.percentile(np.abs(centred_ND @ components_D3), _REACH, axis=0)
     return Basis(mean_D, components_D3, np.maximum(reach_3, 1e-12))
 

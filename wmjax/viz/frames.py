@@ -10,7 +10,6 @@ from wmjax.types import Array
 
 NEITHER, CONTEXT, TARGET = 0, 1, 2
 COLOURS = np.array([(0, 0, 0), (86, 180, 233), (230, 159, 0)])  # of the roles: black, blue, orange
-_SHADE = np.array([0.25, 1.0, 1.0])  # how bright the frame is under each
 
 
 def roles(context_ids_K: Array, target_ids_M: Array, grid: Grid) -> np.ndarray:
@@ -30,10 +29,8 @@ def spread(cells_THW: np.ndarray, video_THWC: np.ndarray) -> np.ndarray:
 
 def paint_roles(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
     """Show frames in grey, tinted by role: uint8."""
-    pixels_THW = spread(roles_THW, video_THWC)
-    light_THW1 = (0.45 + 0.55 * _grey(video_THWC)) * _SHADE[pixels_THW][..., None]
-    tint_THWC = np.where(pixels_THW[..., None] == NEITHER, 255, COLOURS[pixels_THW])
-    return (light_THW1 * tint_THWC).astype(np.uint8)
+    tint_THWC = COLOURS[spread(roles_THW, video_THWC)]
+    return (0.65 * tint_THWC + 0.35 * 255 * _grey(video_THWC)).astype(np.uint8)
 
 
 def show_context(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
@@ -41,9 +38,7 @@ def show_context(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
     return video_THWC * (spread(roles_THW, video_THWC) == CONTEXT)[..., None].astype(np.uint8)
 
 
-def lay_over(
-    video_THWC: np.ndarray, colours_THWC: np.ndarray, there_THW: np.ndarray
-) -> np.ndarray:
+def lay_over(video_THWC: np.ndarray, colours_THWC: np.ndarray, there_THW: np.ndarray) -> np.ndarray:
     """Show tokens' colours where they are there, and the frames in dark grey elsewhere: uint8."""
     dim_THWC = np.broadcast_to(80 * _grey(video_THWC), video_THWC.shape).astype(np.uint8)
     there = spread(there_THW, video_THWC)[..., None]

@@ -15,15 +15,14 @@ from wmjax.inference import Model
 from wmjax.masking import Grid, Masks
 from wmjax.models.layers import layer_norm
 from wmjax.models.vjepa2 import TARGET_EPS
-from wmjax.types import Array
 
 
 class Hidden(NamedTuple):
     """One mask on the clip that is shown; prediction_MD is None where there is no predictor."""
 
-    context_ids_K: Array
-    target_ids_M: Array
-    prediction_MD: Array | None
+    context_ids_K: np.ndarray
+    target_ids_M: np.ndarray
+    prediction_MD: np.ndarray | None
 
 
 @dataclasses.dataclass
@@ -34,8 +33,8 @@ class Look:
     the masks of the first clip, by name. names: of the clips.
     """
 
-    video_BTHWC: Array
-    target_BND: Array
+    video_BTHWC: np.ndarray
+    target_BND: np.ndarray
     grid: Grid
     hidden: Mapping[str, Hidden]
     names: list[str]
@@ -79,5 +78,6 @@ def look(model: Model, clips: Iterable[dict], masks: Masks) -> Look:
         for i, name in enumerate(masks.sizes if not hidden else ()):
             ids = clip[f"context_{i}"], clip[f"target_{i}"]
             predicts = "predictor" in model.params
-            hidden[name] = Hidden(*ids, model.predict(video, *ids) if predicts else None)
+            prediction = np.asarray(model.predict(video, *ids)) if predicts else None
+            hidden[name] = Hidden(*ids, prediction)
     return Look(np.stack(videos), np.stack(targets), masks.grid, hidden, names)

@@ -31,7 +31,9 @@ class Section(NamedTuple):
     file: Path  # a .png or .mp4
 
 
-def write(path: Path, title: str, facts: Sequence[tuple[str, str]], sections: list[Section]) -> None:
+def write(
+    path: Path, title: str, facts: Sequence[tuple[str, str]], sections: list[Section]
+) -> None:
     """Write the page; facts are name and value."""
     rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts)
     body = "\n".join(map(_section, sections))
