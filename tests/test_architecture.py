@@ -13,9 +13,10 @@ EVERYTHING = None
 # Room -> the rooms it may import, besides itself, types and errors. A new room gets a line here.
 ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config", "inference"},
-    "main": {"config", "door", "train"},
+    "main": {"config", "door", "train", "demo"},
     "door": {"config"},
     "train": EVERYTHING,
+    "demo": EVERYTHING,
     "assemble": {"config", "step", "models", "sharding", "optim", "data", "masking", "evals"},
     "step": {"models", "sharding", "optim"},
     "sharding": set(),
@@ -38,7 +39,7 @@ ARROWS: dict[str, set[str] | None] = {
 }
 OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"}
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-SEES_CONFIG = {"main", "door", "train", "assemble", "config"}
+SEES_CONFIG = {"main", "door", "train", "demo", "assemble", "config"}
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"}
 
 FILES = [

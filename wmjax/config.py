@@ -70,6 +70,26 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
         _override(config, key, text)
 
 
+def outline(config: ml_collections.ConfigDict) -> str:
+    """Say in three lines what a configuration asks for."""
+    model, data, optim = config.model, config.data, config.optim
+    sizes = {"wide": model.width, "deep": model.depth}
+    encoder = ", ".join([model.size, *(f"{size} {what}" for what, size in sizes.items() if size)])
+    origin = data.mixture or data.root or data.repo_id or "generated video"
+    rate = f"stride {data.stride}" if data.stride else f"{data.fps:g} fps"
+    return "\n".join(
+        [
+            f"  model     {model.name}, encoder {encoder}; predictor {model.predictor_width} wide, "
+            f"{model.predictor_depth} deep; patches of {model.tubelet} x {model.patch} x "
+            f"{model.patch}",
+            f"  data      {origin}: {data.frames} frames of {data.image_size} x {width(config)} "
+            f"at {rate}; masks {', '.join(config.mask)}",
+            f"  training  {config.train.num_steps:,} steps of {data.batch_size} clips; "
+            f"learning rate {optim.learning_rate:g}, {optim.schedule}; seed {config.seed}",
+        ]
+    )
+
+
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Return the configuration as it reads back from JSON: dicts, lists, numbers, strings."""
     return json.loads(to_json(config))

@@ -48,6 +48,13 @@ def masks(look: Look) -> "Figure":
     return figure
 
 
+def clips(look: Look) -> "Figure":
+    """A row a clip."""
+    frames_T = _shown(look) * look.tubelet
+    rows = [(n, v[frames_T]) for n, v in zip(look.names, look.video_BTHWC, strict=True)]
+    return _table(rows, _tubelets(look))
+
+
 def components(look: Look, basis: Basis) -> "Figure":
     """Principal components of the target's features as colours, and of what is predicted."""
     shown = _shown(look)

@@ -26,10 +26,8 @@ class Pictures:
     ) -> None:
         """Compile nothing yet.
 
-        model: as step.build takes it; params, target: abstract, with their shardings. UserError
-        where matplotlib is not installed.
+        model: as step.build takes it; params, target: abstract, with their shardings.
         """
-        draw.need()
         shapes = base.abstract(**model)
         graph = base.split(shapes)[0]
         where = jax.tree.map(lambda leaf: leaf.sharding, (params, target))
