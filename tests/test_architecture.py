@@ -13,9 +13,10 @@ EVERYTHING = None
 # Room -> the rooms it may import, besides itself, types and errors. A new room gets a line here.
 ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config", "inference"},
-    "main": {"config", "door", "train"},
+    "main": {"config", "door", "train", "demo"},
     "door": {"config"},
     "train": EVERYTHING,
+    "demo": EVERYTHING,
     "assemble": {"config", "step", "models", "sharding", "optim", "data", "masking", "evals"},
     "step": {"models", "sharding", "optim"},
     "sharding": set(),
@@ -33,12 +34,12 @@ ARROWS: dict[str, set[str] | None] = {
     "weights": {"models", "hub", "checkpoint"},
     "initial": {"weights", "checkpoint", "step", "models"},
     "inference": {"weights", "models", "sharding", "data"},
-    "viz": {"models", "data", "masking"},
+    "viz": {"models", "data", "masking", "inference", "sharding"},
     "bench": EVERYTHING,
 }
-OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot"}
+OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"}
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-SEES_CONFIG = {"main", "door", "train", "assemble", "config"}
+SEES_CONFIG = {"main", "door", "train", "demo", "assemble", "config"}
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"}
 
 FILES = [

@@ -11,11 +11,12 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 from clu import metrics as clu_metrics
 from tqdm import tqdm
 
@@ -149,17 +150,21 @@ class Reporter:
         tensorboard: bool,
         wandb: bool,
         wandb_project: str,
+        figures: bool,
     ) -> None:
         """Open the sinks; rows after `start` that a killed run left are dropped from the file.
 
-        alarms: says in words what is wrong in a row; each is a warning on the console.
+        alarms: says in words what is wrong in a row; each is a warning on the console. figures:
+        pictures are wanted where a sink takes them, which `draws` says, to every process.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
         self._kept: tuple[int, dict[str, clu_metrics.Average], Row] | None = None
         self._num_steps, self._alarms = num_steps, alarms
+        self.last: Row = {}  # newest value of whatever was written
         self._file: TextIO | None = None
         self._tensorboard = self._wandb = None
+        self.draws = figures and (tensorboard or wandb)
         if not self._active:
             return
         if tensorboard:
@@ -207,6 +212,7 @@ class Reporter:
         warnings = self._alarms(row)
         prefix = "validation/" if "validation/loss" in row else ""
         row = row | {f"{prefix}health/alarms": len(warnings)}
+        self.last |= row
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -214,10 +220,20 @@ class Reporter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
-        if line := _line(row):
+        if line := describe(row):
             self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {line}")
         for warning in warnings:
             self.say(f"warning: step {step}: {warning}")
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Hand pictures, uint8 RGB, to TensorBoard and W&B."""
+        named = {f"validation/{name}": picture for name, picture in pictures.items()}
+        if self._tensorboard is not None:
+            for name, picture in named.items():
+                self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            image = _import("wandb", "wandb").Image
+            self._wandb.log({name: image(p) for name, p in named.items()}, step=step)
 
     def __enter__(self) -> "Reporter":
         return self
@@ -241,18 +257,20 @@ _CONSOLE = {
     "examples_per_s": lambda v: f"{v:.1f} clips/s",
     "mfu": lambda v: f"mfu {v:.1%}",
     "data_wait": lambda v: f"wait {v:.0%}",
-    "eta_s": lambda v: f"eta {_clock(v)}",
+    "eta_s": lambda v: f"eta {clock(v)}",
     "validation/loss": lambda v: f"validation loss {v:.4f}",
     "validation/relative": lambda v: f"{v:.0%} of the mean token's",
     "validation/health/target_rank": lambda v: f"rank {v:.1f}",
 }
 
 
-def _line(row: Row) -> str:
+def describe(row: Row) -> str:
+    """Say in a line what the console shows of a row."""
     return "  ".join(show(row[name]) for name, show in _CONSOLE.items() if name in row)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Write a time as 1:02, or 3:01:02 with hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

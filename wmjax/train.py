@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
@@ -27,8 +27,20 @@ from wmjax.errors import UserError
 from wmjax.evals import health, prediction
 from wmjax.evals import probe as probes
 from wmjax.masking import Masks
-from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch, peak_flops
+from wmjax.metrics import (
+    Mean,
+    Reporter,
+    Row,
+    Throughput,
+    clock,
+    describe,
+    fetch,
+    peak_flops,
+)
 from wmjax.step import Steps, TrainState
+
+if TYPE_CHECKING:
+    from wmjax.viz.validation import Pictures
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -37,6 +49,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save.
     Raises UserError for whatever the user can put right.
     """
+    begun = time.perf_counter()
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     mesh, sources, masks, steps = prepare(config, splits)
     num_steps = config.train.num_steps
@@ -50,11 +63,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 f"to begin anew: another --workdir"
             )
             return 0
+        say(surroundings(mesh, sources, masks))
         if start:
             say(f"going on from step {start} in {workdir}")
         state, position = take_up(config, checkpoints, steps)
         write_config(config, workdir)
-        say(summary(config, workdir, mesh, sources, masks, state))
+        say(summary(workdir, state))
 
         def stream(split: str, position: int = 0) -> Pipeline:
             return assemble.make_pipeline(config, sources[split], masks, mesh, split, position)
@@ -70,19 +84,23 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             alarms=health.alarms,
             **config.log,
         )
+        pictures = None
+        if config.train.eval_every and reporter.draws:
+            pictures = make_pictures(config, masks, mesh, steps)
         with reporter, StopSignal() as stop:
             meta: dict[str, Any] = {
                 "config": configs.plain(config),
                 "statistics": sources["train"].statistics(),
             }
+            say("reading the first clips and compiling the train step ...")
             step = loop(
                 *(config, steps, state, stream, position, checkpoints, meta, probe),
-                *(reporter, start, stop),
+                *(pictures, reporter, start, stop),
             )
     if stop.received:
         say(f"{stop.name}: saved step {step} in {workdir}; the same command goes on from there")
         return 128 + stop.received
-    say(f"done: step {step}, checkpoints and metrics.jsonl in {workdir}")
+    say(ending(workdir, step, reporter.last, time.perf_counter() - begun))
     return 0
 
 
@@ -99,6 +117,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         state, _ = take_up(config, checkpoints, steps)
     for split, source in sources.items():
         say(f"{split}: {source.describe()}")
+    say("compiling the validation step ...")
     batches = assemble.make_pipeline(config, sources["validation"], masks, mesh, "validation")
     with contextlib.closing(batches):
         row = validate(steps, state, batches, config)
@@ -138,6 +157,7 @@ def loop(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     probe: "RunProbe | None",
+    pictures: "Pictures | None",
     reporter: Reporter,
     start: int,
     stop: "StopSignal",
@@ -182,6 +202,9 @@ def loop(
                     if validating and not stop.received:
                         with contextlib.closing(stream("validation")) as held_out:
                             reporter.write(step, validate(steps, state, held_out, config))
+                            if pictures:
+                                batch = next(held_out)
+                                reporter.show(step, pictures(state.params, state.target, batch))
                     if probe and probing and not stop.received:
                         row, text = probe(step, state)
                         reporter.write(step, row)
@@ -246,6 +269,21 @@ def make_probe(
     return probe
 
 
+def make_pictures(
+    config: ml_collections.ConfigDict, masks: Masks, mesh: jax.sharding.Mesh, steps: Steps
+) -> "Pictures":
+    """Build what draws validation; UserError where matplotlib is not there."""
+    from wmjax.viz import draw
+    from wmjax.viz.validation import Pictures
+
+    try:
+        draw.need()
+    except UserError as error:
+        raise UserError(f"log.figures=True: {error}, or --config.log.figures=False") from None
+    model = configs.model_arguments(config)
+    return Pictures(model, steps.abstract.params, steps.abstract.target, mesh, masks)
+
+
 def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         with (workdir / "evals.jsonl").open("a") as file:
@@ -273,29 +311,50 @@ def take_up(
     return state, data["position"]
 
 
-def summary(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    mesh: jax.sharding.Mesh,
-    sources: dict[str, Source],
-    masks: Masks,
-    state: TrainState,
-) -> str:
-    """Describe the run: parameters, data, masks, devices, and where things go."""
-    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    total, largest = sharding.device_bytes(state)
+def surroundings(mesh: jax.sharding.Mesh, sources: dict[str, Source], masks: Masks) -> str:
+    """Describe what a run has to work with: data, masks, devices."""
     masks_text = ", ".join(f"{name} {k} context {m} target" for name, (k, m) in masks.sizes.items())
-    device = jax.devices()[0].device_kind
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return "\n".join(
         [
-            table,
             *(f"{split}: {source.describe()}" for split, source in sources.items()),
             *(f"warning: {note}" for note in _notes(sources)),
             f"masks over {' x '.join(map(str, masks.grid))} tokens: {masks_text}",
-            f"devices: {mesh.size} x {device} ({shape}); "
-            f"state {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
-            f"jax {jax.__version__}, python {sys.version.split()[0]}; workdir: {workdir}",
+            f"devices: {mesh.size} x {jax.devices()[0].device_kind} (mesh {shape}); "
+            f"jax {jax.__version__}, python {sys.version.split()[0]}",
+        ]
+    )
+
+
+def summary(workdir: Path, state: TrainState) -> str:
+    """Describe what is trained, and where things go."""
+    total, largest = sharding.device_bytes(state)
+    return "\n".join(
+        [
+            parameter_overview.get_parameter_overview(state.params, include_stats=False),
+            f"state: {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
+            f"workdir: {workdir} (config.json, metrics.jsonl, checkpoints)",
+        ]
+    )
+
+
+def ending(workdir: Path, step: int, last: Row, seconds: float) -> str:
+    """Say what came of a run that is done, and what may be done next."""
+    told = {
+        k: v for k, v in last.items() if k in ("loss", "validation/loss", "validation/relative")
+    }
+    commands = {
+        f"python -m wmjax.viz {workdir}": "pictures of what it sees and predicts",
+        "the same command with --mode=eval": "validation and linear probe",
+        f"the same command with --config.train.num_steps={2 * step}": "go on",
+        f"python -m wmjax.weights export {workdir} OUT": "a model for transformers",
+    }
+    wide = max(map(len, commands))
+    return "\n".join(
+        [
+            f"done: step {step} after {clock(seconds)}  {describe(told)}",
+            f"checkpoints and metrics.jsonl in {workdir}; next:",
+            *(f"  {command:{wide}}  {what}" for command, what in commands.items()),
         ]
     )
 
