@@ -468,6 +468,13 @@ def test_links_may_not_lead_outside_except_to_the_hubs_blobs(pusht, tmp_path):
     check(r"leads to .*hub/observation\.image, outside", open_pusht, snapshot)
 
 
+@pytest.mark.parametrize("name", ["meta/info.json", EPISODES])
+def test_metadata_may_not_be_links_to_what_lies_outside(pusht, tmp_path, name):
+    (pusht / name).rename(tmp_path / "elsewhere")
+    (pusht / name).symlink_to(tmp_path / "elsewhere")
+    check(rf"{name}: leads to .*/elsewhere, outside the dataset's", open_pusht, pusht)
+
+
 def test_depth_is_refused_not_dropped(pusht):
     depth = {"dtype": "video", "shape": [96, 96, 1], "info": {"is_depth_map": True}}
     edit_features(pusht, **{"observation.depth": depth})
