@@ -130,6 +130,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "tensorboard": False,
                 "wandb": False,
                 "wandb_project": "wmjax",
+                "figures": True,  # at validation, to either of the two (extra: viz)
             },
         }
     )

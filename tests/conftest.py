@@ -1,5 +1,6 @@
 """Every test runs on 8 fake CPU devices, with jax at its strictest."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Programs here are compiled for a few small steps: optimising them takes longer than it saves.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Compiled programs are kept between runs in this checkout, so on this machine.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
@@ -32,15 +35,32 @@ def one_device(monkeypatch):
     use_one_device(monkeypatch)
 
 
+NAMES = (
+    *("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN"),
+    *("AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "MY_DATABASE_URL", "WMJAX_WHATEVER"),
+)
+SECRETS = {name: f"canary-{i}-{name.lower()}" for i, name in enumerate(NAMES)}
+
+
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory):
-    """Workdir of a micro run of three steps, to be read only."""
+    """Workdir of a micro run of three steps, to be read only; what it printed is beside it, .txt.
+
+    It ran with SECRETS in the environment.
+    """
     import micro
 
     from wmjax import train
 
     workdir = tmp_path_factory.mktemp("micro_run")
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        workdir.with_suffix(".txt").open("w") as output,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        for name, secret in SECRETS.items():
+            monkeypatch.setenv(name, secret)
         use_one_device(monkeypatch)
         assert train.train(micro.config("train.num_steps=3"), workdir) == 0
     return workdir

@@ -13,12 +13,13 @@ EVERYTHING = None
 # Room -> the rooms it may import, besides itself, types and errors. A new room gets a line here.
 ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config", "inference"},
-    "main": {"config", "door", "cluster", "train", "plan"},
+    "main": {"config", "door", "cluster", "train", "plan", "demo"},
     "cluster": set(),
     "plan": {"config", "assemble", "hlo", "metrics", "sharding", "masking"},
     "hlo": set(),
     "door": {"config"},
     "train": EVERYTHING,
+    "demo": EVERYTHING,
     "assemble": {"config", "step", "models", "sharding", "optim", "data", "masking", "evals"},
     "step": {"models", "sharding", "optim"},
     "sharding": set(),
@@ -43,13 +44,22 @@ ARROWS: dict[str, set[str] | None] = {
     "weights": {"models", "hub", "checkpoint"},
     "initial": {"weights", "checkpoint", "step", "models"},
     "inference": {"weights", "models", "sharding", "data"},
-    "viz": {"models", "data", "masking"},
+    "viz": {"models", "data", "masking", "inference", "sharding"},
     "bench": EVERYTHING,
 }
-OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot"}
+OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"}
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-SEES_CONFIG = {"main", "door", "train", "plan", "assemble", "config"}
-RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"}
+SEES_CONFIG = {"main", "door", "train", "demo", "plan", "assemble", "config"}
+RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"} | {
+    *("_pickle", "pickle5", "jsonpickle", "builtins", "code", "codeop", "pty", "imp"),
+}
+EVALUATORS = {"eval", "exec", "compile", "__builtins__", "breakpoint"}
+SHELLS = {"system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell"}
+UNPICKLERS = {"read_pickle", "unsafe_load", "full_load", "UnsafeLoader", "FullLoader"}
+# An argument by which a function runs no code that it finds, and the only value that it may have.
+SAFE = {"allow_pickle": False, "weights_only": True, "shell": False, "trust_remote_code": False}
+# Modules imported by a name that is computed: rooms of wmjax, and loggers named in the source.
+IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/models/base.py", "wmjax/metrics.py"}
 
 FILES = [
     str(path.relative_to(ROOT))
@@ -95,7 +105,7 @@ def wrong_imports(path, tree):
             if not within(module, {"ml_collections", "wmjax.config"}):
                 yield line, f"configs hold values only and import {module}"
             continue
-        other = module.split(".")[1] if within(module, {"wmjax"}) else None
+        other = module.split(".")[1] if module.startswith("wmjax.") else None
         allowed = EVERYTHING if door else ARROWS[room]
         if other == "main" or (
             other in ARROWS
@@ -120,15 +130,32 @@ def wrong_calls(path, tree):
     """Yield (line, what) of every call that runs code found in data."""
     for node in ast.walk(tree):
         match node:
-            case ast.Call(func=ast.Name(id="eval" | "exec" | "compile" as name)):
+            # By any name that it is given: the function itself may not be mentioned.
+            case ast.Name(id=name) if name in EVALUATORS:
                 yield node.lineno, f"{name}() runs code found in data"
+            case ast.Name(id="__import__") | ast.Attribute(attr="import_module" | "__import__") if (
+                path not in IMPORTS_BY_NAME
+            ):
+                yield node.lineno, "import by name: wanted a plain import"
             case ast.Attribute(attr="exec_module") if path != "wmjax/config.py":
                 yield node.lineno, "only config.py executes a file"
-            case (
-                ast.keyword(arg="allow_pickle", value=ast.Constant(value=True))
-                | ast.keyword(arg="weights_only", value=ast.Constant(value=False))
+            case ast.Attribute(attr=name) if name in SHELLS | UNPICKLERS:
+                yield node.lineno, f"{name} runs code found in data"
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=name), *_]) if (
+                name in EVALUATORS | {"exec_module", "__import__"}
             ):
-                yield node.value.lineno, f"{node.arg}={node.value.value} runs code found in data"
+                yield node.lineno, f"{name!r}: a function that runs code, looked up by its name"
+            case ast.keyword(arg=name, value=value) if name in SAFE:
+                if not (isinstance(value, ast.Constant) and value.value is SAFE[name]):
+                    yield value.lineno, f"{name}={ast.unparse(value)} may run code found in data"
+            # In a dict, which ** hands on.
+            case ast.Constant(value=str(name)) if name in SAFE:
+                yield node.lineno, f"{name!r}: wanted as a plain argument, {name}={SAFE[name]}"
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="torch"), attr="load"), keywords=given
+            ):
+                if "weights_only" not in {keyword.arg for keyword in given}:
+                    yield node.lineno, "torch.load: wanted weights_only=True, said"
 
 
 def offences(path, source):
@@ -173,7 +200,30 @@ def test_a_file_keeps_the_arrows(path):
         ("wmjax/data/workers.py", "import marshal", "marshal runs code"),
         ("wmjax/config.py", "x = eval('1')", "eval() runs code"),
         ("wmjax/train.py", "loader.exec_module(m)", "only config.py executes"),
-        ("wmjax/weights/x.py", "torch.load(p, weights_only=False)", "weights_only=False runs code"),
+        ("wmjax/weights/x.py", "torch.load(p, weights_only=False)", "weights_only=False may run"),
+        ("wmjax/weights/x.py", "torch.load(p)", "wanted weights_only=True"),
+        ("wmjax/weights/x.py", "torch.load(p, weights_only=safe)", "weights_only=safe may run"),
+        (
+            "wmjax/weights/x.py",
+            "np.load(p, allow_pickle=not safe)",
+            "allow_pickle=not safe may run",
+        ),
+        (
+            "wmjax/weights/x.py",
+            "np.load(p, **{'allow_pickle': True})",
+            "wanted as a plain argument",
+        ),
+        ("wmjax/data/x.py", "run = exec", "exec() runs code"),
+        ("wmjax/data/x.py", "getattr(x, 'eval')(t)", "looked up by its name"),
+        ("wmjax/data/x.py", "from builtins import eval as e", "builtins.eval runs code"),
+        ("wmjax/data/x.py", "__builtins__['ev' + 'al'](t)", "__builtins__() runs code"),
+        ("wmjax/data/x.py", "__import__('pic' + 'kle')", "import by name"),
+        ("wmjax/data/x.py", "importlib.import_module(n)", "import by name"),
+        ("wmjax/data/x.py", "from _pickle import loads", "_pickle.loads runs code"),
+        ("wmjax/data/x.py", "pd.read_pickle(p)", "read_pickle runs code"),
+        ("wmjax/config.py", "yaml.load(t, yaml.UnsafeLoader)", "UnsafeLoader runs code"),
+        ("wmjax/train.py", "os.system(t)", "system runs code"),
+        ("wmjax/train.py", "subprocess.run(t, shell=True)", "shell=True may run"),
         ("wmjax/cupboard/x.py", "import os", "has no line in ARROWS"),
         ("configs/x.py", "import jax", "values only"),
         ("wmjax/step.py", None, "no docstring"),

@@ -27,8 +27,18 @@ def test_it_builds_at_full_size_without_a_number_in_memory(name):
     assert all(k and m for k, m in Masks(config.mask, assemble.token_grid(config)).sizes.values())
 
 
+# The first is what every micro run varies; the second, shrunk, differs from aloha in values alone.
+EVERYWHERE = {"debug_world_model", "vjepa2_cooldown"}
+
+
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("name", wmjax.list_configs())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.campaign if name in EVERYWHERE else ())
+        for name in wmjax.list_configs()
+    ],
+)
 def test_it_trains_two_steps_at_a_reduced_size(name, tmp_path):
     shrunk = [
         *(o for o in micro.OVERRIDES if not o.startswith(("train.num_steps", "optim"))),

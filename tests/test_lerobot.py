@@ -424,6 +424,13 @@ def test_missing_root_and_other_folders(tmp_path):
         ({"fps": 0}, r"fps=0"),
         ({"fps": -10}, r"fps=-10: wanted above 0"),
         ({"fps": "10"}, r"fps='10'"),
+        ({"fps": 1e-320}, r"fps=1e-320: wanted above 0"),
+        ({"fps": 10**400}, r"fps=1000.*: wanted above 0"),
+        ({"features": {"action": {"dtype": "float32", "shape": ["2"]}}}, r"features: wanted"),
+        ({"features": {"action": {"dtype": "float32", "shape": [2**40]}}}, r"features: wanted"),
+        ({"features": {"i": {"dtype": "video", "shape": [], "info": "x"}}}, r"features: wanted"),
+        ({"data_path": "data/{chunk_index!r}"}, r"\{chunk_index\}; wanted"),
+        ({"data_path": "data/\0"}, r"null"),
         ({"features": []}, r"features: wanted"),
         ({"video_path": None}, r"video_path=None"),
         ({"data_path": "../x/{chunk_index:03d}-{file_index}"}, r"outside the dataset's folder"),
@@ -459,6 +466,13 @@ def test_links_may_not_lead_outside_except_to_the_hubs_blobs(pusht, tmp_path):
     assert digest(open_pusht(snapshot)[3]) == digest(open_pusht()[3])
     edit_info(snapshot, video_path="../../{video_key}")
     check(r"leads to .*hub/observation\.image, outside", open_pusht, snapshot)
+
+
+@pytest.mark.parametrize("name", ["meta/info.json", EPISODES])
+def test_metadata_may_not_be_links_to_what_lies_outside(pusht, tmp_path, name):
+    (pusht / name).rename(tmp_path / "elsewhere")
+    (pusht / name).symlink_to(tmp_path / "elsewhere")
+    check(rf"{name}: leads to .*/elsewhere, outside the dataset's", open_pusht, pusht)
 
 
 def test_depth_is_refused_not_dropped(pusht):
@@ -504,7 +518,13 @@ def test_unreadable_tables(pusht, path):
         (TABLE, "episode_index", lambda v: [9, *v[1:]], r"episode 0: 79 rows; wanted 80"),
         (TABLE, "episode_index", lambda v: v[::80] * 80, r"rows of an episode are not together"),
         (TABLE, "frame_index", lambda v: [1, 0, *v[2:]], r"episode 0: .*frame_index counting"),
+        (TABLE, "action", lambda v: [*v[:200], [1e300, 0.0], *v[201:]], r"action\[0\] is inf at"),
+        (TABLE, "episode_index", lambda v: ["x"] * 400, r"episode_index is string: wanted numbers"),
+        (TABLE, "frame_index", lambda v: [0.5] * 400, r"frame_index is double: wanted numbers"),
         (EPISODES, "length", lambda v: None, r"no column length"),
+        (EPISODES, "length", lambda v: [*v[:4], 2**40], r"episode 4: length 1099511627776"),
+        (EPISODES, "length", lambda v: ["80"] * 5, r"length is string: wanted numbers"),
+        (EPISODES, "data/file_index", lambda v: [{"x": 0}] * 5, r"is struct.*: wanted numbers"),
         (EPISODES, "length", lambda v: [*v[:4], 79], r"of 399 frames; .* tables hold 400 rows"),
         (EPISODES, "length", lambda v: [*v[:4], 0], r"episode 4: length 0"),
         (EPISODES, "length", lambda v: [70, *v[1:]], r"episode 1 starts at frame 80.* at 70"),
@@ -523,6 +543,33 @@ def test_a_number_that_is_none_is_found_where_it_is(pusht, value):
     error = rf"^.*{TABLE}: episode 2: action\[1\] is {value} at frame 40; wanted finite numbers$"
     check(error, open_pusht, pusht)
     assert len(open_pusht(pusht, val_share=0.2)) > 0  # it lies in what is held out
+
+
+def test_a_length_that_no_memory_holds_is_held_against_the_rows_first(pusht):
+    edit_info(pusht, total_frames=2**31 - 1 + 320)
+    edit_column(pusht / EPISODES, "length", lambda v: [*v[:4], 2**31 - 1])
+    error = r"episode 4: 80 rows; wanted 2147483647"
+    check(error, open_pusht, pusht)
+
+
+def test_a_column_that_is_there_twice(pusht):
+    table = pq.read_table(pusht / TABLE)
+    pq.write_table(table.append_column("action", table["action"]), pusht / TABLE)
+    check(rf"{TABLE}: two columns action", open_pusht, pusht)
+
+
+def test_links_to_themselves_and_files_that_are_none(pusht):
+    for path in (VIDEO, TABLE):
+        (pusht / path).rename(pusht / "kept")
+        (pusht / path).symlink_to((pusht / path).name)
+        check(r"file-000\..*: no such file", open_pusht, pusht)
+        (pusht / path).unlink()
+        (pusht / path).mkdir()
+        check(r"file-000\..*: no such file", open_pusht, pusht)
+        (pusht / path).rmdir()
+        (pusht / "kept").rename(pusht / path)
+    (pusht / "meta/info.json").write_text("[" * 100_000)
+    check(r"meta/info\.json: not readable as JSON", open_pusht, pusht)
 
 
 def test_no_episodes(tmp_path, pusht):

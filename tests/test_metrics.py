@@ -56,15 +56,23 @@ def test_mfu_is_the_steps_own_operations_over_the_peak(monkeypatch):
     assert throughput.rates(2)["mfu"] == 2 * 300 / 4 / 500
 
 
-def tensorboard_scalars(folder):
-    """Read (step, name, value) from the event files, record by record."""
+def tensorboard_values(folder):
+    """Read (step, name, value) from the event files, record by record; the value of a picture is
+    its size."""
     found = []
     for path in folder.iterdir():
         data = path.read_bytes()
         while data:
             (size,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            found += [
+                (
+                    event.step,
+                    v.tag,
+                    (v.image.height, v.image.width) if v.image.width else v.simple_value,
+                )
+                for v in event.summary.value
+            ]
             data = data[16 + size :]
     return found
 
@@ -80,10 +88,14 @@ def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
     validation = {row["step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
     assert sorted(validation) == [2, 4]
-    found = tensorboard_scalars(tmp_path / "tensorboard")
+    found = tensorboard_values(tmp_path / "tensorboard")
     for tag, wanted in (("loss", losses), ("validation/loss", validation)):
         got = {step: value for step, name, value in found if name == tag}
         assert got == pytest.approx(wanted)
+    for mask in ("long", "short"):
+        drawn = {step: size for step, name, size in found if name == f"validation/{mask}"}
+        assert sorted(drawn) == [2, 4]
+        assert min(drawn[4]) > 200
     said = capsys.readouterr().out
     assert f"loss {losses[4]:.4f}" in said
     assert "step 4/4" in said

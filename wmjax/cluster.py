@@ -54,6 +54,13 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     )
 
 
+def speaks() -> bool:
+    """Say whether this process is the one that prints; starts no device where it is alone."""
+    import jax
+
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def _join_what_is_found() -> None:
     import jax
 

@@ -57,12 +57,37 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.Con
         config = _run(path)
     else:
         config = get_config(path.stem if path.suffix == ".py" else name_or_path)
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    override(config, overrides)
+    return config
+
+
+def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Apply `KEY=VALUE` overrides."""
+    for item in overrides:
+        key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--config.{key}: no value; write --config.{key}=VALUE")
         _override(config, key, text)
-    return config
+
+
+def outline(config: ml_collections.ConfigDict) -> str:
+    """Say in three lines what a configuration asks for."""
+    model, data, optim = config.model, config.data, config.optim
+    sizes = {"wide": model.width, "deep": model.depth}
+    encoder = ", ".join([model.size, *(f"{size} {what}" for what, size in sizes.items() if size)])
+    origin = data.mixture or data.root or data.repo_id or "generated video"
+    rate = f"stride {data.stride}" if data.stride else f"{data.fps:g} fps"
+    return "\n".join(
+        [
+            f"  model     {model.name}, encoder {encoder}; predictor {model.predictor_width} wide, "
+            f"{model.predictor_depth} deep; patches of {model.tubelet} x {model.patch} x "
+            f"{model.patch}",
+            f"  data      {origin}: {data.frames} frames of {data.image_size} x {width(config)} "
+            f"at {rate}; masks {', '.join(config.mask)}",
+            f"  training  {config.train.num_steps:,} steps of {data.batch_size} clips; "
+            f"learning rate {optim.learning_rate:g}, {optim.schedule}; seed {config.seed}",
+        ]
+    )
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

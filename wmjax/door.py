@@ -16,13 +16,20 @@ from wmjax.errors import UserError
 _PREFIX = "--config."
 
 
-def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser whose help tells how keys of the configuration are written."""
+_KEYS = """\
+any key of the configuration:
+  --config.KEY=VALUE, as in --config.optim.learning_rate=3e-4
+  (configs/base.py explains every key)
+"""
+
+
+def parser(prog: str, description: str, more: str = "") -> argparse.ArgumentParser:
+    """Return a parser whose help tells how keys of the configuration are written, and `more`."""
     return argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog="Any key of the configuration: --config.KEY=VALUE, as in "
-        "--config.optim.learning_rate=3e-4 (configs/base.py explains every key).",
+        epilog=f"{_KEYS}\n{more}" if more else _KEYS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 

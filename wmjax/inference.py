@@ -29,7 +29,8 @@ class Model:
 
     config: the resolved configuration of the run, or of other weights what their files say, always
     with the arguments of the model under "model". labels: names of the classes, if any. notes: what
-    was assumed of the weights, and left out.
+    was assumed of the weights, and left out. input_spec(frames, height, width): the token grid of
+    such clips.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Model:
         self.params = read(source, (part for part in source.parts if part not in theirs))
         if probe:
             self.params |= read(probe, theirs)
-        self._spec = model.input_spec
+        self.input_spec = model.input_spec
 
         def module(params: base.Params, name: str) -> Any:
             return base.merge(graphs[name], params[name])
@@ -88,7 +89,7 @@ class Model:
             params: base.Params, video_BTHWC: jax.Array, ids_BK: jax.Array, ids_BM: jax.Array
         ) -> jax.Array:
             context_BKD = module(params, "encoder")(video_BTHWC, ids_BK)
-            grid = self._spec(*video_BTHWC.shape[1:4]).grid
+            grid = self.input_spec(*video_BTHWC.shape[1:4]).grid
             return module(params, "predictor")(context_BKD, ids_BK, ids_BM, grid).astype(
                 jnp.float32
             )
@@ -123,7 +124,7 @@ class Model:
         if "predictor" not in self.params:
             raise UserError(f"{self._where}: an encoder without a predictor")
         video_BTHWC, single = self._clips(video, size)
-        tokens = self._spec(*video_BTHWC.shape[1:4]).tokens
+        tokens = self.input_spec(*video_BTHWC.shape[1:4]).tokens
         ids = (
             _token_ids(name, value, len(video_BTHWC), tokens)
             for name, value in (("context_ids", context_ids), ("target_ids", target_ids))
@@ -164,7 +165,7 @@ class Model:
             frames = frames.astype(np.float32)
         single = frames.ndim == 4
         clips = frames[None] if single else frames
-        self._spec(*clips.shape[1:4])  # before anything is compiled
+        self.input_spec(*clips.shape[1:4])  # before anything is compiled
         return clips, single
 
 

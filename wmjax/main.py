@@ -3,6 +3,7 @@
 python -m wmjax.main --config=configs/debug_world_model.py
 python -m wmjax.main --config=vjepa2_aloha --config.data.root=DIR --workdir=runs/mine
 python -m wmjax.main --mode=eval ...    the newest checkpoint: validation and linear probe
+python -m wmjax.main --mode=demo ...    each component in turn, explained and drawn
 python -m wmjax.main --mode=plan --topology=v5e:16x16 ...    compiled for a pod, on any CPU
 python -m wmjax.main --coordinator=HOST:PORT --processes=N --process=I ...    where JAX finds none
 """
@@ -11,8 +12,31 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from wmjax import cluster, door
+from wmjax import __version__, cluster, door
 from wmjax import config as configs
+
+_HELP = """\
+modes:
+  train  until train.num_steps; the same command again goes on from the newest checkpoint
+  eval   validation and linear probe of the newest checkpoint
+  demo   each component in turn, with shapes and pictures, in a minute; trains nothing
+  plan   the train step compiled for a pod that is not there: does it fit, and what bounds it
+
+examples:
+  python -m wmjax.main --config=debug_world_model
+      on generated video, on any laptop
+  python -m wmjax.main --config=vjepa2_aloha --config.data.root=DIR --workdir=runs/mine
+      on a LeRobot dataset, the folder that holds meta/
+  python -m wmjax.main --mode=demo --config=debug_world_model
+      a first look at it all
+  python -m wmjax.main --mode=plan --config=vjepa2_aloha --topology=v5e:16x16
+      before paying for 256 chips
+
+exit codes:
+  0         done
+  2         something that you can put right, said in one to three lines
+  130, 143  Ctrl-C or SIGTERM: saved, the same command goes on
+"""
 
 
 def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
@@ -20,10 +44,15 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
 
     start: joins the processes of the run, where this process is not yet using its devices.
     """
-    parser = door.parser("python -m wmjax.main", "Train a V-JEPA 2 style video world model.")
+    parser = door.parser("python -m wmjax.main", "Train a V-JEPA 2 style video world model.", _HELP)
     door.add_config(parser)
-    parser.add_argument("--workdir", metavar="DIR", type=Path, help="default: runs/NAME")
-    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=Path,
+        help="where checkpoints, metrics and pictures go; default: runs/NAME",
+    )
+    parser.add_argument("--mode", choices=["train", "eval", "demo", "plan"], default="train")
     parser.add_argument(
         "--topology", metavar="NAME", help="of --mode=plan: v5e:16x16, v6e:16x16, cpu:N, gpu:N"
     )
@@ -32,7 +61,8 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
     flags, overrides = door.parse(parser, argv)
     if flags.list:
         for name in configs.list_configs():
-            print(f"{name:20} {configs.describe(name)}")
+            print(f"{name}\n    {configs.describe(name)}")
+        print("\none of them: --config=NAME; a .py file of your own works too")
         return 0
     config = door.load(parser, flags, overrides)
     workdir = flags.workdir or Path("runs") / Path(flags.config).stem
@@ -45,6 +75,13 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         if not flags.topology:
             parser.error("--mode=plan: --topology=NAME is needed, as in --topology=v5e:16x16")
         return plan(config, flags.topology)
+    if cluster.speaks() and flags.mode != "demo":  # which explains it
+        print(f"wmjax {__version__}: {flags.mode} {flags.config} in {workdir}")
+        print(configs.outline(config), flush=True)
+    if flags.mode == "demo":
+        from wmjax.demo import demo
+
+        return demo(config, workdir)
     from wmjax.train import evaluate, train
 
     return (train if flags.mode == "train" else evaluate)(config, workdir)

@@ -11,11 +11,12 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from clu import metrics as clu_metrics
 from tqdm import tqdm
 
@@ -151,18 +152,22 @@ class Reporter:
         tensorboard: bool,
         wandb: bool,
         wandb_project: str,
+        figures: bool,
     ) -> None:
         """Open the sinks; rows after `start` that a killed run left are dropped from the file.
 
-        alarms: says in words what is wrong in a row; each is a warning on the console.
+        alarms: says in words what is wrong in a row; each is a warning on the console. figures:
+        pictures are wanted where a sink takes them, which `draws` says, to every process.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
         self._kept: tuple[int, dict[str, clu_metrics.Average], Row] | None = None
         self._num_steps, self._alarms = num_steps, alarms
+        self.last: Row = {}  # newest value of whatever was written
         self._path = workdir / "metrics.jsonl"
         self._sinks: dict[str, Sink] = {}
         self._failing = False
+        self.draws = figures and (tensorboard or wandb)
         if not self._active:
             return
         if tensorboard:
@@ -231,14 +236,22 @@ class Reporter:
         warnings = self._alarms(row)
         prefix = "validation/" if "validation/loss" in row else ""
         row = row | {f"{prefix}health/alarms": len(warnings)}
+        self.last |= row
         self.note(step, row)
         for name, sink in list(self._sinks.items()):
             with self._surviving(name):
                 sink.write(step, row)
-        if line := _line(row):
+        if line := describe(row):
             say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {line}")
         for warning in warnings:
             say(f"warning: step {step}: {warning}")
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Hand pictures, uint8 RGB, to TensorBoard and W&B."""
+        named = {f"validation/{name}": picture for name, picture in pictures.items()}
+        for name, sink in list(self._sinks.items()):
+            with self._surviving(name):
+                sink.show(step, named)
 
     def __enter__(self) -> "Reporter":
         return self
@@ -257,6 +270,8 @@ class Sink(Protocol):
 
     def write(self, step: int, row: Row) -> None: ...
 
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -268,6 +283,10 @@ class _TensorBoard:
     def write(self, step: int, row: Row) -> None:
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        for name, picture in pictures.items():
+            self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
@@ -288,6 +307,10 @@ class _WandB:
     def write(self, step: int, row: Row) -> None:
         self._run.log(row, step=step)
 
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        image = _import("wandb", "wandb").Image
+        self._run.log({name: image(picture) for name, picture in pictures.items()}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 
@@ -307,7 +330,8 @@ _CONSOLE = {
 }
 
 
-def _line(row: Row) -> str:
+def describe(row: Row) -> str:
+    """Say in a line what the console shows of a row."""
     return "  ".join(show(row[name]) for name, show in _CONSOLE.items() if name in row)
 
 

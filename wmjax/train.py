@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
@@ -31,10 +31,22 @@ from wmjax.evals import probe as probes
 from wmjax.goodput import Goodput
 from wmjax.guard import Guard
 from wmjax.masking import Masks
-from wmjax.metrics import Mean, Reporter, Row, Throughput, fetch, peak_flops
+from wmjax.metrics import (
+    Mean,
+    Reporter,
+    Row,
+    Throughput,
+    clock,
+    describe,
+    fetch,
+    peak_flops,
+)
 from wmjax.step import Steps, TrainState
 from wmjax.stop import Batches, Stopped, StopSignal, leave
 from wmjax.watch import Watchdog
+
+if TYPE_CHECKING:
+    from wmjax.viz.validation import Pictures
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -44,6 +56,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     watchdog ends the process itself.
     Raises UserError for whatever the user can put right.
     """
+    begun = time.perf_counter()
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     mesh, sources, masks, steps = prepare(config, splits)
     num_steps = config.train.num_steps
@@ -58,12 +71,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 f"to begin anew: another --workdir"
             )
             return 0
+        say(surroundings(mesh, sources, masks))
         if start:
             say(f"going on from step {start} in {workdir}")
         goodput = Goodput(workdir / "goodput.jsonl", start, watchdog.enter)
         state, position = take_up(config, checkpoints, steps)
         write_config(config, workdir)
-        say(summary(config, workdir, mesh, sources, masks, state))
+        say(summary(workdir, state))
 
         def watched(pipeline: Pipeline) -> Batches:
             return Batches(pipeline, stop, watchdog.beat)
@@ -84,14 +98,18 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             alarms=health.alarms,
             **config.log,
         )
+        pictures = None
+        if config.train.eval_every and reporter.draws:
+            pictures = make_pictures(config, masks, mesh, steps)
         with reporter, stop:
             meta: dict[str, Any] = {
                 "config": configs.plain(config),
                 "statistics": sources["train"].statistics(),
             }
+            say("reading the first clips and compiling the train step ...")
             step = loop(
                 *(config, steps, state, stream, position, checkpoints, meta, probe),
-                *(reporter, start, goodput),
+                *(pictures, reporter, start, goodput),
             )
             with goodput.phase("checkpoint"):
                 checkpoints.wait()
@@ -104,7 +122,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             jax.distributed.shutdown()
             leave(128 + stop.received)
         return 128 + stop.received
-    say(f"done: step {step}, checkpoints and metrics.jsonl in {workdir}")
+    say(ending(workdir, step, reporter.last, time.perf_counter() - begun))
     return 0
 
 
@@ -121,6 +139,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         state, _ = take_up(config, checkpoints, steps)
     for split, source in sources.items():
         say(f"{split}: {source.describe()}")
+    say("compiling the validation step ...")
     batches = assemble.make_pipeline(config, sources["validation"], masks, mesh, "validation")
     with contextlib.closing(batches):
         row = validate(steps, state, batches, config)
@@ -167,6 +186,7 @@ def loop(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     probe: "RunProbe | None",
+    pictures: "Pictures | None",
     reporter: Reporter,
     start: int,
     goodput: Goodput,
@@ -229,6 +249,9 @@ def loop(
                     if validating:
                         with contextlib.closing(stream("validation")) as held_out:
                             reporter.write(step, validate(steps, state, held_out, config))
+                            if pictures:
+                                batch = next(held_out)
+                                reporter.show(step, pictures(state.params, state.target, batch))
                     if probe and probing:
                         row, text = probe(step, state)
                         reporter.write(step, row)
@@ -296,6 +319,21 @@ def make_probe(
     return probe
 
 
+def make_pictures(
+    config: ml_collections.ConfigDict, masks: Masks, mesh: jax.sharding.Mesh, steps: Steps
+) -> "Pictures":
+    """Build what draws validation; UserError where matplotlib is not there."""
+    from wmjax.viz import draw
+    from wmjax.viz.validation import Pictures
+
+    try:
+        draw.need()
+    except UserError as error:
+        raise UserError(f"log.figures=True: {error}, or --config.log.figures=False") from None
+    model = configs.model_arguments(config)
+    return Pictures(model, steps.abstract.params, steps.abstract.target, mesh, masks)
+
+
 def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         path = workdir / "evals.jsonl"
@@ -327,29 +365,50 @@ def take_up(
     return state, data["position"]
 
 
-def summary(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    mesh: jax.sharding.Mesh,
-    sources: dict[str, Source],
-    masks: Masks,
-    state: TrainState,
-) -> str:
-    """Describe the run: parameters, data, masks, devices, and where things go."""
-    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    total, largest = sharding.device_bytes(state)
+def surroundings(mesh: jax.sharding.Mesh, sources: dict[str, Source], masks: Masks) -> str:
+    """Describe what a run has to work with: data, masks, devices."""
     masks_text = ", ".join(f"{name} {k} context {m} target" for name, (k, m) in masks.sizes.items())
-    device = jax.devices()[0].device_kind
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return "\n".join(
         [
-            table,
             *(f"{split}: {source.describe()}" for split, source in sources.items()),
             *(f"warning: {note}" for note in _notes(sources)),
             f"masks over {' x '.join(map(str, masks.grid))} tokens: {masks_text}",
-            f"devices: {mesh.size} x {device} ({shape}); "
-            f"state {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
-            f"jax {jax.__version__}, python {sys.version.split()[0]}; workdir: {workdir}",
+            f"devices: {mesh.size} x {jax.devices()[0].device_kind} (mesh {shape}); "
+            f"jax {jax.__version__}, python {sys.version.split()[0]}",
+        ]
+    )
+
+
+def summary(workdir: Path, state: TrainState) -> str:
+    """Describe what is trained, and where things go."""
+    total, largest = sharding.device_bytes(state)
+    return "\n".join(
+        [
+            parameter_overview.get_parameter_overview(state.params, include_stats=False),
+            f"state: {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
+            f"workdir: {workdir} (config.json, metrics.jsonl, checkpoints)",
+        ]
+    )
+
+
+def ending(workdir: Path, step: int, last: Row, seconds: float) -> str:
+    """Say what came of a run that is done, and what may be done next."""
+    told = {
+        k: v for k, v in last.items() if k in ("loss", "validation/loss", "validation/relative")
+    }
+    commands = {
+        f"python -m wmjax.viz {workdir}": "pictures of what it sees and predicts",
+        "the same command with --mode=eval": "validation and linear probe",
+        f"the same command with --config.train.num_steps={2 * step}": "go on",
+        f"python -m wmjax.weights export {workdir} OUT": "a model for transformers",
+    }
+    wide = max(map(len, commands))
+    return "\n".join(
+        [
+            f"done: step {step} after {clock(seconds)}  {describe(told)}",
+            f"checkpoints and metrics.jsonl in {workdir}; next:",
+            *(f"  {command:{wide}}  {what}" for command, what in commands.items()),
         ]
     )
 

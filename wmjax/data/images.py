@@ -7,9 +7,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wmjax.data.tables import holds_images, opened_table
+from wmjax.data.video import MOST_PIXELS
 from wmjax.errors import UserError
 
 _CODECS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "mjpeg"}
@@ -24,21 +25,21 @@ def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
     UserError names file and row of a picture that is missing, damaged or of another size.
     """
     images: list[np.ndarray] = []
-    try:
-        # A row group may be a whole file: it is streamed, and a page or two of it held at once.
-        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            first = 0
-            for group in range(file.num_row_groups):
-                end = first + file.metadata.row_group(group).num_rows
-                inside = [row - first for row in rows if first <= row < end]
-                if inside:
-                    images += [
-                        _decode(f"{path}: row {first + row}: {column}", data)
-                        for row, data in _bytes(file, group, column, inside)
-                    ]
-                first = end
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: {column}: not readable as parquet: {error}") from None
+    # A row group may be a whole file: it is streamed, and a page or two of it held at once.
+    with opened_table(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        if not holds_images(schema.field(column).type if column in schema.names else None):
+            raise UserError(f"{path}: {column}: no pictures: wanted struct{{bytes, path}}")
+        first = 0
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            inside = [row - first for row in rows if first <= row < end]
+            if inside:
+                images += [
+                    _decode(f"{path}: row {first + row}: {column}", data)
+                    for row, data in _bytes(file, group, column, inside)
+                ]
+            first = end
     if len(images) < len(rows):
         raise UserError(f"{path}: {column}: holds {first} rows; wanted row {rows[-1]}")
     for row, image_HWC in zip(rows, images, strict=True):
@@ -75,6 +76,7 @@ def _decode(where: str, data: bytes | None) -> np.ndarray:
     decoder = av.CodecContext.create(codec, "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.thread_type, decoder.thread_count = "NONE", 1
+    decoder.options = {"max_pixels": str(MOST_PIXELS)}
     try:
         packet = av.Packet(data)
         frames = decoder.decode(packet) or decoder.decode(None)

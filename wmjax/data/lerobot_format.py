@@ -7,7 +7,7 @@ timestamps. Knows nothing of clips; no lerobot, torch, pandas, models or jax.
 """
 
 import json
-import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from wmjax.data.lerobot_paths import Absent, find, find_videos, in_hub_cache
+from wmjax.data.lerobot_paths import Absent, find, find_videos, in_hub_cache, inside
+from wmjax.data.tables import opened_table, read_columns, read_numbers
 from wmjax.data.video import VideoFiles
 from wmjax.errors import UserError
+
+LIMIT = 2**31  # what counts, sizes and lengths stay below: clips are numbered in int32
+PLACE_V3 = ("chunk_index", "file_index")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_info(root: Path) -> dict:
     path = root / "meta" / "info.json"
     if not path.is_file():
         raise UserError(f"data.root={str(root)!r}: no meta/info.json there: not a LeRobot dataset")
-    info = parse_json(path, path.read_bytes())
+    info = parse_json(path, read_file(root, path))
     version = info.get("codebase_version")
     if version not in ("v2.0", "v2.1", "v3.0"):
         raise UserError(
@@ -64,27 +65,39 @@ def read_info(root: Path) -> dict:
     if version == "v2.0" and "features" not in info:
         info = _with_features(path, info)
     features = info.get("features")
-    if not isinstance(features, dict) or not all(
-        isinstance(f, dict) and isinstance(f.get("dtype"), str) and isinstance(f.get("shape"), list)
-        for f in features.values()
-    ):
+    if not isinstance(features, dict) or not all(map(_is_feature, features.values())):
         raise UserError(f"{path}: features: wanted each feature's dtype and shape")
     kinds: dict[str, type | tuple[type, ...]] = {
         "fps": (int, float),
         "data_path": str,
         "video_path": str,
     }
-    if any("{episode_chunk" in str(info.get(key)) for key in ("data_path", "video_path")):
+    if version != "v3.0" and (
+        "chunks_size" in info
+        or any("{episode_chunk" in str(info.get(key)) for key in ("data_path", "video_path"))
+    ):
         kinds["chunks_size"] = int
     if not any(f["dtype"] == "video" for f in features.values()):
         del kinds["video_path"]  # null where nothing is stored as video
     for key, kind in kinds.items():
         if not isinstance(info.get(key), kind) or not info[key]:
             raise UserError(f"{path}: {key}={info.get(key)!r}: missing or of a wrong kind")
-    for key in ("fps", "chunks_size"):
-        if not 0 < info.get(key, 1) < math.inf:
-            raise UserError(f"{path}: {key}={info[key]!r}: wanted above 0")
+    for key, least in (("fps", 1e-3), ("chunks_size", 1)):
+        if key in kinds and not least <= info[key] < LIMIT:
+            raise UserError(f"{path}: {key}={str(info[key])[:20]}: wanted above 0, below 2**31")
     return info
+
+
+def _is_feature(feature: object) -> bool:
+    """Say whether this describes a feature, as far as the reader relies on it."""
+    if not isinstance(feature, dict) or not isinstance(shape := feature.get("shape"), list):
+        return False
+    described = (feature.get(key) or {} for key in ("info", "video_info"))
+    return (
+        isinstance(feature.get("dtype"), str)
+        and all(isinstance(size, int) and 0 <= size < LIMIT for size in shape)
+        and all(isinstance(value, dict) for value in described)
+    )
 
 
 def _with_features(path: Path, info: dict) -> dict:
@@ -96,14 +109,15 @@ def _with_features(path: Path, info: dict) -> dict:
     shapes, videos = info.get("shapes"), info.get("videos")
     videos = videos if isinstance(videos, dict) else {}
     kinds = {"keys": "float32", "video_keys": "video", "image_keys": "image"}
-    if not isinstance(shapes, dict) or not isinstance(info.get("keys"), list):
+    named = [name for group in kinds for name in _list(info.get(group))]
+    if not isinstance(shapes, dict) or not named or not all(isinstance(n, str) for n in named):
         raise UserError(
             f"{path}: neither features nor keys and shapes: wanted either; a newer revision of the "
             "dataset may have them"
         )
     features = {}
     for group, dtype in kinds.items():
-        for name in info.get(group) or []:
+        for name in _list(info.get(group)):
             shape = shapes.get(name)
             if isinstance(shape, dict):
                 shape = [shape.get(side) for side in ("height", "width", "channels")]
@@ -114,10 +128,22 @@ def _with_features(path: Path, info: dict) -> dict:
     return {"video_path": videos.get("videos_path"), **info, "features": features}
 
 
+def _list(value: object) -> list:
+    return value if isinstance(value, list) else []
+
+
+def read_file(root: Path, path: Path) -> bytes:
+    """Return the bytes of a file of the dataset in `root`."""
+    try:
+        return inside(root.resolve(), path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
 def parse_json(path: Path, text: str | bytes) -> dict:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: wanted a JSON object, found {type(value).__name__}")
@@ -152,7 +178,7 @@ def read_rows(
     rows = read(root, info, videos, leave_out, notes)
     splits = info.get("splits")
     for name, text in splits.items() if isinstance(splits, dict) else ():
-        end = re.fullmatch(r"\d+:(\d+)", str(text))
+        end = re.fullmatch(r"\d+:(\d{1,18})", str(text))
         if end and int(end[1]) > len(rows):
             notes.append(
                 f"{root}: splits: {name} is {text}, of {len(rows)} episodes: not used, "
@@ -172,17 +198,24 @@ def read_entries_v2(root: Path, info: dict) -> tuple[Path, list[dict]]:
     """Return the episodes as the metadata of v2 lists them, in order, and the file that does."""
     path = root / "meta" / "episodes.jsonl"
     if path.is_file():
-        lines = filter(None, map(bytes.strip, path.read_bytes().splitlines()))
-        entries = [parse_json(path, line) for line in lines]
+        entries = read_lines(root, path)
     elif isinstance(info.get("episodes"), list):  # the first v2.0
         path = root / "meta" / "info.json"
-        entries = [{**entry, "episode_index": entry.get("index")} for entry in info["episodes"]]
+        listed = (entry if isinstance(entry, dict) else {} for entry in info["episodes"])
+        entries = [{**entry, "episode_index": entry.get("index")} for entry in listed]
     else:
         raise UserError(f"{path}: no such file")
     for entry in entries:
         if not all(isinstance(entry.get(key), int) for key in ("episode_index", "length")):
-            raise UserError(f"{path}: wanted numbers episode_index and length, found {entry}")
+            found = str(entry)[:200]
+            raise UserError(f"{path}: wanted numbers episode_index and length, found {found}")
     return path, sorted(entries, key=lambda entry: entry["episode_index"])
+
+
+def read_lines(root: Path, path: Path) -> list[dict]:
+    """Return the objects of a file of JSON lines."""
+    lines = filter(None, map(bytes.strip, read_file(root, path).splitlines()))
+    return [parse_json(path, line) for line in lines]
 
 
 def fields_v2(info: dict, entries: list[dict]) -> list[dict]:
@@ -224,25 +257,21 @@ def _rows_v30(
     root: Path, info: dict, cameras: tuple[str, ...], leave_out: Callable, notes: list[str]
 ) -> list[Row]:
     folder = root / "meta" / "episodes"
-    chunk_file = ("chunk_index", "file_index")
-    paths = sorted(folder.glob("*/*.parquet"))
+    paths = list_episodes_v3(root)
     if not paths:
         raise UserError(f"{folder}: no parquet files in it")
     columns = _columns(paths[0])
-    names = ["episode_index", "length", *(f"data/{name}" for name in chunk_file)]
     for camera in cameras:
-        wanted = [f"videos/{camera}/{name}" for name in (*chunk_file, "from_timestamp")]
-        if set(wanted).isdisjoint(columns) and not (root / "videos" / camera).exists():
+        wanted = columns_v3([camera])[-3:]
+        if set(wanted).isdisjoint(columns) and not os.path.exists(root / "videos" / camera):
             leave_out(camera, UserError(f"{paths[0]}: no column {', '.join(wanted)}"))
             cameras = tuple(name for name in cameras if name != camera)
-        else:
-            names += wanted
-    entries = [entry for path in paths for entry in read_columns(path, names).to_pylist()]
+    entries = [entry for path in paths for entry in read_entries_v3(path, cameras)]
     entries.sort(key=lambda entry: entry["episode_index"])
     _check_unique(folder, [entry["episode_index"] for entry in entries])
 
     def places(prefix: str) -> list[dict]:
-        return [{name: entry[prefix + name] for name in chunk_file} for entry in entries]
+        return [{name: entry[prefix + name] for name in PLACE_V3} for entry in entries]
 
     tables = find(root, info, "data", places("data/"), notes)
     videos: list[dict[str, tuple[Path, int]]] = [{} for _ in entries]
@@ -261,6 +290,27 @@ def _rows_v30(
         for entry, table, video in zip(entries, tables, videos, strict=True)
     ]
     return _checked(rows, root, info, folder, notes)
+
+
+def list_episodes_v3(root: Path) -> list[Path]:
+    """Return the tables of episodes of v3.0, in order."""
+    return [inside(root, path) for path in sorted((root / "meta/episodes").glob("*/*.parquet"))]
+
+
+def columns_v3(cameras: Iterable[str]) -> list[str]:
+    """Name the columns of those tables that tell where episodes lie; a camera's are the last."""
+    columns = ["episode_index", "length", *(f"data/{name}" for name in PLACE_V3)]
+    for camera in cameras:
+        columns += [f"videos/{camera}/{name}" for name in (*PLACE_V3, "from_timestamp")]
+    return columns
+
+
+def read_entries_v3(path: Path, cameras: Iterable[str]) -> list[dict]:
+    """Return the episodes of one of those tables."""
+    names = columns_v3(cameras)
+    stamps = [name for name in names if name.endswith("/from_timestamp")]
+    whole = [name for name in names if name not in stamps]
+    return read_columns(path, names, whole=whole, numbers=stamps).to_pylist()
 
 
 def _first_frames(
@@ -320,17 +370,18 @@ def _check_unique(source: Path, numbers: list[int]) -> None:
 def _checked(rows: list[Row], root: Path, info: dict, source: Path, notes: list[str]) -> list[Row]:
     """Hold the episodes against each other, meta/info.json and what the tables hold."""
     for row in rows:
-        if row.length < 1:
-            raise UserError(f"{source}: episode {row.index}: length {row.length}")
+        if not 0 < row.length < LIMIT:
+            raise UserError(f"{source}: episode {row.index}: length {str(row.length)[:20]}")
     total, frames = len(rows), sum(row.length for row in rows)
     said = {key: info.get(f"total_{key}") for key in ("episodes", "frames")}
-    wrong = [f"total_{k}={said[k]}" for k, n in (("episodes", total), ("frames", frames))
+    wrong = [f"total_{k}={str(said[k])[:20]}" for k, n in (("episodes", total), ("frames", frames))
              if said[k] not in (None, n)]  # fmt: skip
     if not wrong:
         return rows
     numbered = [row.index for row in rows] == list(range(total))
     tables = {path for path in root.rglob("*.parquet") if path.relative_to(root).parts[0] != "meta"}
-    held = sum(_count_rows(path) for path in tables | {row.table for row in rows})
+    tables = {inside(root, path) for path in tables} | {row.table for row in rows}
+    held = sum(map(_count_rows, tables))
     if not numbered or held != frames:
         raise UserError(
             f"{source}: {total} episodes, {rows[0].index} to {rows[-1].index}, of {frames} frames; "
@@ -344,44 +395,13 @@ def _checked(rows: list[Row], root: Path, info: dict, source: Path, notes: list[
 
 
 def _columns(path: Path) -> list[str]:
-    try:
-        return pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as parquet: {error}") from None
+    with opened_table(path) as file:
+        return file.schema_arrow.names
 
 
 def _count_rows(path: Path) -> int:
-    try:
-        return pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as parquet: {error}") from None
-
-
-def read_columns(path: Path, names: Iterable[str], images: Iterable[str] = ()) -> pa.Table:
-    """Read these columns; those of images must be there and hold such."""
-    names = list(dict.fromkeys(names))
-    try:
-        with pq.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            for image in images:
-                kind = file.schema_arrow.field(image).type if image in there else None
-                if (
-                    kind is None
-                    or not pa.types.is_struct(kind)
-                    or kind.get_field_index("bytes") < 0
-                ):
-                    raise UserError(
-                        f"{path}: {image} is {kind}: wanted images, struct{{bytes, path}}"
-                    )
-            if missing := [name for name in names if name not in there]:
-                raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(there)}")
-            table = file.read(columns=names).select(names)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as parquet: {error}") from None
-    for name in names:
-        if table[name].null_count:
-            raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
-    return table
+    with opened_table(path) as file:
+        return file.metadata.num_rows
 
 
 def read_tables(
@@ -398,8 +418,9 @@ def read_tables(
     episodes = []
     first_row = 0
     for path, members in by_table.items():
-        table = read_columns(path, [*widths, "episode_index", "frame_index"], images)
-        owners, counts = (table[n].to_numpy() for n in ("episode_index", "frame_index"))
+        places = ("episode_index", "frame_index")
+        table = read_columns(path, [*widths, *places], images, whole=places)
+        owners, counts = (table[name].to_numpy() for name in places)
         columns = {n: read_numbers(path, n, table[n], owners, width) for n, width in widths.items()}
         starts = np.flatnonzero(np.diff(owners, prepend=owners[:1] - 1))
         ends = np.append(starts[1:], len(owners))
@@ -408,9 +429,10 @@ def read_tables(
             raise UserError(f"{path}: the rows of an episode are not together")
         for row in members:
             run = runs.get(row.index, slice(0))
-            if not np.array_equal(counts[run], np.arange(row.length)):
+            found = counts[run]
+            if len(found) != row.length or not np.array_equal(found, np.arange(row.length)):
                 raise UserError(
-                    f"{path}: episode {row.index}: {len(counts[run])} rows; wanted {row.length}, "
+                    f"{path}: episode {row.index}: {len(found)} rows; wanted {row.length}, "
                     "with frame_index counting from 0"
                 )
             for name, values in columns.items():
@@ -420,24 +442,3 @@ def read_tables(
             first_row += row.length
     episodes.sort(key=lambda episode: episode.index)
     return tuple(episodes), {name: np.concatenate(parts[name]) for name in widths}
-
-
-def read_numbers(
-    path: Path, name: str, column: pa.ChunkedArray, owners: np.ndarray, width: int
-) -> np.ndarray:
-    """Turn a column of numbers or of lists of numbers into float32 (rows, width)."""
-    values = column
-    kind = column.type
-    sizes = np.ones(len(column))
-    if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        sizes = pc.list_value_length(column).to_numpy()
-        values = pc.list_flatten(column)
-    if len(odd := np.flatnonzero(sizes != width)):
-        raise UserError(
-            f"{path}: episode {owners[odd[0]]}: {name} has {sizes[odd[0]]:g} numbers in a row; "
-            f"meta/info.json says {width}"
-        )
-    numeric = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
-    if not numeric or values.null_count:
-        raise UserError(f"{path}: {name} is {kind}, {values.null_count} empty; wanted numbers")
-    return values.to_numpy().astype(np.float32).reshape(-1, width)

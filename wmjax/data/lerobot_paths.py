@@ -160,13 +160,26 @@ def _locate(root: Path, template: str, fields: Fields) -> Path:
             plain = name in fields and not conversion and re.fullmatch(r"(0?\dd)?", spec or "")
             if name is not None and not plain:
                 raise ValueError(f"{{{name}}}")
-        path = (root / template.format(**fields)).resolve()
-    except ValueError as error:
+        path = inside(root, root / template.format(**fields), where)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}; wanted: {', '.join(fields)}") from None
-    # In the Hub's cache, the files of a snapshot are links into ../../blobs.
-    homes = [root, root.parents[1] / "blobs"] if in_hub_cache(root) else [root]
-    if not any(path.is_relative_to(home) for home in homes):
-        raise UserError(f"{where}: leads to {path}, outside the dataset's folder")
     if not path.is_file():
         raise NotThere(f"{path}: no such file; wanted for {fields}")
     return path
+
+
+def inside(root: Path, path: Path, where: str = "") -> Path:
+    """Resolve a path of the dataset, links and all; UserError where it leads out of its folder.
+
+    where: how the error begins; '': with the path.
+    """
+    try:
+        found = path.resolve()
+        found.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, or a link to itself
+        raise NotThere(f"{str(path)[:200]}: no such file: {str(error)[:80]}") from None
+    # In the Hub's cache, the files of a snapshot are links into ../../blobs.
+    homes = [root, root.parents[1] / "blobs"] if in_hub_cache(root) else [root]
+    if not any(found.is_relative_to(home) for home in homes):
+        raise UserError(f"{where or path}: leads to {found}, outside the dataset's folder")
+    return found

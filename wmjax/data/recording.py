@@ -200,6 +200,12 @@ def camera_kind(feature: dict) -> str:
     return feature["dtype"] if feature["dtype"] in ("video", "image") else ""
 
 
+def channels_first(feature: dict) -> bool:
+    """Say whether the shape of a camera is (channels, height, width), by the names of its axes."""
+    names = feature.get("names")
+    return isinstance(names, list) and any(str(n).startswith("channel") for n in names[:1])
+
+
 def choose_cameras(root: Path, features: dict, cameras: str) -> tuple[str, ...]:
     """Return the full names of the cameras asked for."""
     kinds = {name: kind for name in features if (kind := camera_kind(features[name]))}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from wmjax.data.lerobot_format import read_info, read_rows
 from wmjax.data.lerobot_paths import in_hub_cache
-from wmjax.data.recording import choose_cameras
+from wmjax.data.recording import channels_first, choose_cameras
 from wmjax.data.transforms import frame_size
 from wmjax.errors import UserError
 
@@ -339,10 +339,9 @@ def _new_info(
     features = {name: f for name, f in info["features"].items() if name not in dropped}
     for name, (height, width) in sizes.items():
         feature = features[name] = dict(features[name])
-        first = str((feature.get("names") or ["height"])[0])
-        channels = feature["shape"][0] if first.startswith("channel") else feature["shape"][-1]
-        shape = [height, width]
-        feature["shape"] = [channels, *shape] if first.startswith("channel") else [*shape, channels]
+        first, shape = channels_first(feature), [height, width]
+        channels = (feature["shape"] or [3])[0 if first else -1]
+        feature["shape"] = [channels, *shape] if first else [*shape, channels]
         key = "video_info" if feature.get("video_info") else "info"
         feature[key] = {
             **(feature.get(key) or {}),

@@ -15,6 +15,7 @@ import av
 from wmjax.errors import UserError
 
 KEEP = 8
+MOST_PIXELS = 1 << 25  # of a frame, 8K: damaged headers ask for gigabytes
 
 
 class VideoFiles:
@@ -48,7 +49,13 @@ class VideoFiles:
         if video.count < need:
             raise UserError(f"{path}: holds {video.count} frames; the episodes need {need}")
         try:
-            return [video.frame(number) for number in numbers]
+            frames = [video.frame(number) for number in numbers]
+            shapes = {(frame.width, frame.height, frame.format.name): None for frame in frames}
+            if len(shapes) > 1:
+                raise UserError(
+                    f"{path}: frames of {' and '.join(map(str, shapes))}: wanted one size"
+                )
+            return frames
         except UserError:
             # Half-read containers are in a state that is not worth reasoning about.
             self._local.videos.pop(path).close()
@@ -77,6 +84,9 @@ class _Video:
             if not self._container.streams.video:
                 raise UserError(f"{path}: has no video stream")
             stream = self._stream = self._container.streams.video[0]
+            if not stream.codec_context:
+                raise UserError(f"{path}: its codec is unknown")
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             # One thread a file: the callers are the threads. dav1d goes by thread_count alone.
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
@@ -91,6 +101,8 @@ class _Video:
                 self.count = len(packets)
                 self._keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
             self._packets = self._container.demux(stream)
+        except ZeroDivisionError:
+            raise UserError(f"{path}: not readable as video (its clock has no rate)") from None
         except av.FFmpegError as error:
             raise UserError(
                 f"{path}: not readable as video ({error.strerror}); a file cut short has lost its "

@@ -1,0 +1,94 @@
+"""Damaged datasets end in a clear error, a counted skip or sound clips: never in anything else.
+
+What is damaged, and how each case is read, is in damage.py, which runs in processes of its own: a
+crash, a hang or a bomb of memory is the case's that was being read.
+"""
+
+import collections
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import damage
+import numpy as np
+import pytest
+from recordings import TABLE, edit_column, encode, open_pusht, reader_of, to_images, write_v2
+from shared_data import PUSHT, SHARED
+
+from wmjax.errors import UserError
+
+SCRIPT = Path(__file__).with_name("damage.py")
+MOST_MB = 300  # that one case may add to what the process has held before
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    shutil.copytree(PUSHT, folder / "video")
+    write_v2(folder / "episodes")
+    to_images(shutil.copytree(PUSHT, folder / "images"))
+    if SHARED.is_dir():
+        shutil.copytree(SHARED / "g1_subset_v21", folder / "large")
+    return folder
+
+
+def check_cases(base, first, end):
+    """Read the cases; return how many ended how."""
+    child = subprocess.run(
+        [sys.executable, str(SCRIPT), str(base), f"{first}:{end}"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    cases = {}
+    for line in map(json.loads, child.stdout.splitlines()):
+        cases.setdefault(line["case"], {}).update(line)
+    for case in cases.values():
+        assert case.get("outcome") in ("refused", "skipped", "read"), f"{case}\n{child.stderr}"
+        assert case["grown_mb"] < MOST_MB, case
+    assert (len(cases), child.returncode) == (end - first, 0), child.stderr
+    # What warns would warn a user of nothing that he could mend.
+    assert child.stderr == ""
+    return collections.Counter(case["outcome"] for case in cases.values())
+
+
+@pytest.mark.parametrize("name", ["video", "episodes", "images", "large"])
+def test_a_few_damaged_datasets(bases, name):
+    if not (bases / name).is_dir():
+        pytest.skip(f"no datasets in {SHARED}")
+    outcomes = check_cases(bases / name, 0, 15)
+    assert all(outcomes[outcome] for outcome in ("refused", "read")), outcomes
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("first", range(15, 165, 50))
+@pytest.mark.parametrize("name", ["video", "episodes", "images", "large"])
+def test_many_damaged_datasets(bases, name, first):
+    if not (bases / name).is_dir():
+        pytest.skip(f"no datasets in {SHARED}")
+    outcomes = check_cases(bases / name, first, first + 50)
+    assert all(outcomes[outcome] for outcome in ("refused", "read")), outcomes
+    print(f"{name} {first}: {dict(outcomes)}")
+
+
+def test_a_picture_that_says_it_is_huge_takes_no_memory(tmp_path):
+    """Its header says 16,000 x 16,000 pixels, 768 MB, the most that libav takes by itself."""
+    picture = bytearray(encode(av.VideoFrame.from_ndarray(np.zeros((96, 96, 3), np.uint8))))
+    picture[16:24] = (16_000).to_bytes(4, "big") * 2
+    root = to_images(shutil.copytree(PUSHT, tmp_path / "set"))
+    edit_column(
+        root / TABLE,
+        "observation.image",
+        lambda pictures: [{"bytes": bytes(picture), "path": "0.png"}, *pictures[1:]],
+    )
+    source = open_pusht(root)
+    held = damage.most_memory()
+    with pytest.raises(UserError, match=r"row 0: observation\.image: damaged picture"):
+        source[0]
+    assert damage.most_memory() - held < MOST_MB << 20
+    clip, errors = reader_of(source, skip=True).read(0, 0)
+    assert clip["skipped"]
+    assert len(errors) == 1

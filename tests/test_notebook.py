@@ -1,0 +1,41 @@
+"""The notebook: kept without outputs, and run from top to bottom as it is (pytest -m notebook)."""
+
+import os
+from pathlib import Path
+
+import micro
+import nbformat
+import pytest
+
+NOTEBOOK = micro.ROOT / "launch" / "wmjax_colab.ipynb"
+
+
+def test_it_is_kept_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells
+    for cell in cells:
+        assert (cell.outputs, cell.execution_count) == ([], None)
+        assert "skip" not in " ".join(cell.metadata.get("tags", ()))
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(900)
+def test_it_runs_from_top_to_bottom(monkeypatch):
+    from nbclient import NotebookClient
+
+    for name in ("JAX_NUM_CPU_DEVICES", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(Path(micro.ROOT)))
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": micro.ROOT}}
+    ).execute()
+    ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1))
+    shown = [output for cell in ran for output in cell.outputs if "data" in output]
+    kinds = [kind for output in shown for kind in output["data"]]
+    assert kinds.count("image/png") >= 3  # curves, masks, components
+    assert any("video" in output["data"].get("text/html", "") for output in shown)

@@ -1,0 +1,93 @@
+"""Parquet files: the columns asked for, and numbers and pictures in them, or a UserError.
+
+Knows pyarrow, no dataset.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from wmjax.errors import UserError
+
+
+@contextmanager
+def opened_table(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Open a table; what cannot be read of it, now or in the block, is a UserError."""
+    try:
+        with pq.ParquetFile(path, **options) as file:
+            yield file
+    # ValueError: names and texts that are no UTF-8.
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not readable as parquet: {' '.join(str(error).split())}"
+        ) from None
+
+
+def read_columns(
+    path: Path,
+    names: Iterable[str],
+    images: Iterable[str] = (),
+    *,
+    whole: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+) -> pa.Table:
+    """Read these columns; those of images must be there and hold such.
+
+    whole, numbers: those of the columns that must hold integers, or numbers of any kind.
+    """
+    names = list(dict.fromkeys(names))
+    with opened_table(path) as file:
+        there = file.schema_arrow.names
+        for image in images:
+            kind = file.schema_arrow.field(image).type if image in there else None
+            if not holds_images(kind):
+                raise UserError(f"{path}: {image} is {kind}: wanted images, struct{{bytes, path}}")
+        if missing := [name for name in names if name not in there]:
+            raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(there)}")
+        if twice := [name for name in names if there.count(name) > 1]:
+            raise UserError(f"{path}: two columns {', '.join(twice)}")
+        table = file.read(columns=names).select(names)
+    for name in names:
+        if table[name].null_count:
+            raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
+    for name in (*whole, *numbers):
+        kind = table[name].type
+        if not (pa.types.is_integer(kind) or (name in numbers and pa.types.is_floating(kind))):
+            raise UserError(f"{path}: {name} is {kind}: wanted numbers")
+    return table
+
+
+def read_numbers(
+    path: Path, name: str, column: pa.ChunkedArray, owners: np.ndarray, width: int
+) -> np.ndarray:
+    """Turn a column of numbers or of lists of numbers into float32 (rows, width)."""
+    values = column
+    kind = column.type
+    sizes = np.ones(len(column))
+    if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        sizes = pc.list_value_length(column).to_numpy()
+        values = pc.list_flatten(column)
+    if len(odd := np.flatnonzero(sizes != width)):
+        raise UserError(
+            f"{path}: episode {owners[odd[0]]}: {name} has {sizes[odd[0]]:g} numbers in a row; "
+            f"meta/info.json says {width}"
+        )
+    numeric = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
+    if not numeric or values.null_count:
+        raise UserError(f"{path}: {name} is {kind}, {values.null_count} empty; wanted numbers")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as that
+        return values.to_numpy().astype(np.float32).reshape(-1, width)
+
+
+def holds_images(kind: pa.DataType | None) -> bool:
+    """Say whether a column of this type holds pictures as Hugging Face's datasets keep them."""
+    if kind is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    bytes_of = kind.field("bytes").type
+    return pa.types.is_binary(bytes_of) or pa.types.is_large_binary(bytes_of)

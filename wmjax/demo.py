@@ -1,0 +1,168 @@
+"""The demonstration: each component of a run in turn, with its shapes, in a minute on a CPU.
+
+Trains nothing: two steps are taken to show what one is, and forgotten. Pictures go to WORKDIR/demo.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from wmjax import assemble
+from wmjax import config as configs
+from wmjax.checkpoint import Checkpoints
+from wmjax.data.source import Source
+from wmjax.errors import UserError
+from wmjax.masking import Masks
+from wmjax.metrics import Row, fetch
+from wmjax.models import base
+from wmjax.step import Steps, TrainState
+from wmjax.train import prepare, say, take_up
+from wmjax.types import WorldModelInput
+from wmjax.viz import draw
+from wmjax.viz.features import fit_basis
+from wmjax.viz.look import Look
+from wmjax.viz.validation import Pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Keep = Callable[[str, Callable[[], "Figure"]], None]
+
+# What the arrays of a batch are; the suffixes of their names are their axes.
+MEANING = {
+    "video_BVTHWC": "instants, views (cameras), frames, height, width, RGB",
+    "view_mask_BV": "which of the cameras are there",
+    "state_BTS": "numbers of the robot's state at every frame",
+    "context_ids_BK": "tokens that the encoder sees",
+    "target_ids_BM": "tokens that are predicted",
+    "action_BTPA": "every action from a frame up to the next",
+}
+
+
+def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
+    """Show configuration, batch, masks, forward pass, loss and a step; return the exit code 0."""
+    keep = keeper(workdir / "demo")
+    mesh, sources, masks, steps = prepare(config, ("train",))
+    title(1, "configuration", "one file of values; configs/base.py explains every key")
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    say(configs.outline(config))
+    say(f"  devices   {mesh.size} x {jax.devices()[0].device_kind}, arranged as {shape}")
+
+    stream = assemble.make_pipeline(config, sources["train"], masks, mesh, "train")
+    with contextlib.closing(stream) as batches:
+        batch = next(batches)
+    show_batch(sources["train"], batch)
+    show_masks(masks)
+    state = show_model(config, workdir, steps, batch)
+    abstract = steps.abstract
+    model = configs.model_arguments(config)
+    pictures = Pictures(model, abstract.params, abstract.target, mesh, masks)
+    seen = pictures.look(state.params, state.target, batch)
+    basis = fit_basis(seen.target_BND)
+    keep("batch", lambda: draw.clips(seen))
+    keep("masks", lambda: draw.masks(seen))
+    keep("features", lambda: draw.components(seen, basis))
+    show_loss(seen)
+    keep("error", lambda: draw.errors(seen))
+    show_step(steps, state, batch, assemble.count_flop(config, batch))
+    say("\nnothing of this is saved; to train: the same command without --mode=demo")
+    return 0
+
+
+def keeper(folder: Path) -> Keep:
+    """Return what draws a picture into the folder, or does nothing where matplotlib is absent."""
+    try:
+        draw.need()
+        folder.mkdir(parents=True, exist_ok=True)
+    except UserError as error:
+        say(f"no pictures: {error}")
+        return lambda name, make: None
+    except OSError as error:
+        raise UserError(f"--workdir: cannot write {folder}: {error.strerror}") from error
+
+    def keep(name: str, make: Callable[[], "Figure"]) -> None:
+        if jax.process_index() == 0:
+            draw.save(make(), folder / f"{name}.png")
+            say(f"  picture: {folder / name}.png")
+
+    return keep
+
+
+def title(number: int, name: str, text: str) -> None:
+    say(f"\n{number}. {name}: {text}")
+
+
+def show_batch(source: Source, batch: WorldModelInput) -> None:
+    title(2, "batch", "clips cut from the source, cropped and scaled on the host")
+    say(f"  {source.describe()}")
+    for path, array in jax.tree_util.tree_leaves_with_path(batch):
+        name = next(key.name for key in reversed(path) if hasattr(key, "name"))
+        if name in MEANING:
+            say(f"  {name:15} {array.dtype!s:8} {array.shape!s:22} {MEANING[name]}")
+
+
+def show_masks(masks: Masks) -> None:
+    title(
+        3, "masks", "what the encoder sees, and what is to be predicted; drawn anew for each clip"
+    )
+    time, rows, columns = masks.grid
+    say(f"  a clip is {time} x {rows} x {columns} tokens: time, rows, columns")
+    for name, (context, target) in masks.sizes.items():
+        say(f"  {name:10} {context} of context and {target} of target, always: one compilation")
+
+
+def show_model(
+    config: ml_collections.ConfigDict, workdir: Path, steps: Steps, batch: WorldModelInput
+) -> TrainState:
+    """Return the newest checkpoint's state, or a fresh one."""
+    title(4, "forward pass", "encoder on the context, EMA target on all, predictor on the hidden")
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        newest = checkpoints.latest()
+        state, _ = take_up(config, checkpoints, steps)
+    say(f"  parameters as of step {newest}" if newest else "  parameters as a run begins")
+    for name, part in state.params.items():
+        say(f"  {name:10} {sum(leaf.size for leaf in jax.tree.leaves(part)):,} parameters")
+    model = base.abstract(**configs.model_arguments(config))
+    graph = base.split(model)[0]
+    for name, part in model.parts(batch).items():
+
+        def run(params: Any, target: Any, features: Any, part: base.Part = part) -> Any:
+            return part.run(base.merge(graph, params), target, batch, features)
+
+        given = jax.eval_shape(run, state.params, state.target, part.features)
+        shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(given))
+        say(f"  {name:10} gives {shapes}: rows, tokens, width")
+    say("  compiling ...")
+    return state
+
+
+def show_loss(seen: Look) -> None:
+    title(5, "loss", "mean |prediction - target| over the hidden tokens, in the space of features")
+    for name, error_THW in draw.error_maps(seen).items():
+        say(f"  {name:10} {np.nanmean(error_THW):.4f} for the clip in the pictures")
+
+
+def show_step(steps: Steps, state: TrainState, batch: WorldModelInput, flop: int) -> None:
+    title(6, "step", "gradients, AdamW, then the EMA: target = m target + (1 - m) encoder")
+    say("  compiling ...")
+    state, before, first = take_step(steps, state, batch)
+    state, after, second = take_step(steps, state, batch)
+    say(f"  loss {before['loss']:.4f}, and {after['loss']:.4f} after it, on the same clips")
+    say(f"  learning rate {before['learning_rate']:.2e}, gradient {before['gradient_norm']:.3f}")
+    say(f"  {first:.1f} s with compiling, then {second:.2f} s for {flop / 1e9:.1f} GFLOP")
+
+
+def take_step(
+    steps: Steps, state: TrainState, batch: WorldModelInput
+) -> tuple[TrainState, Row, float]:
+    """Return the state after a step, its metrics, and the seconds that it took."""
+    begun = time.perf_counter()
+    state, metrics = steps.train(state, batch)
+    row = fetch(metrics)
+    return state, row, time.perf_counter() - begun

@@ -1,0 +1,59 @@
+"""The reports of runs as series: metrics.jsonl read, and which of its numbers belong together."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from wmjax.errors import UserError
+
+METRICS = "metrics.jsonl"
+# Title of a panel -> what it shows: how a line is named, its key in a report.
+PANELS: Mapping[str, Mapping[str, str]] = {
+    "loss": {"training": "loss", "validation": "validation/loss"},
+    "error over the mean token's (1: nothing learned)": {"validation": "validation/relative"},
+    "mean cosine between tokens (1: collapsed)": {
+        "target": "health/target_cosine",
+        "prediction": "health/prediction_cosine",
+    },
+    "deviation from the mean token": {
+        "target": "health/target_std",
+        "prediction": "health/prediction_std",
+    },
+    "effective rank (1: collapsed)": {
+        "target": "validation/health/target_rank",
+        "prediction": "validation/health/prediction_rank",
+    },
+    "share of the variance that is between clips": {
+        "target": "validation/health/target_clip_share",
+        "prediction": "validation/health/prediction_clip_share",
+    },
+    "norm of the gradients": {"training": "gradient_norm"},
+    "learning rate": {"training": "learning_rate"},
+}
+
+Series = tuple[np.ndarray, np.ndarray]  # steps, values
+Run = list[dict[str, float]]
+
+
+def read(workdir: Path) -> Run:
+    """Return the reports of a run, oldest first."""
+    path = workdir / METRICS
+    if not path.is_file():
+        raise UserError(f"{path}: not there; wanted the workdir of a run")
+    rows, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):  # the last may be in the making
+                raise UserError(f"{path}: line {number} is not JSON") from None
+    return rows
+
+
+def series(run: Run, key: str) -> Series:
+    """Return the steps at which `key` was reported, and its values."""
+    found = [(row["step"], row[key]) for row in run if key in row]
+    steps, values = np.array(found, float).reshape(-1, 2).T
+    return steps, values

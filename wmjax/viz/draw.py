@@ -1,0 +1,353 @@
+"""Figures of what the other files computed. Matplotlib is loaded here, when something is drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wmjax.errors import UserError
+from wmjax.viz import curves, features, frames
+from wmjax.viz.features import Basis
+from wmjax.viz.look import Hidden, Look
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLUMNS = 8  # tubelets that a figure shows, evenly spread
+_HEAT = "cividis"  # lightness alone tells its values apart
+_DPI = 110
+# Okabe and Ito's, the darker ones: of runs.
+_LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_MARKERS = {"-": "o", "--": "s"}  # of few points, by style of the line
+
+Row = tuple[str, Sequence[np.ndarray]]  # what is written beside a row of pictures, and those
+
+
+def need() -> None:
+    """Raise UserError naming the extra where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError(
+            'pictures need matplotlib, which is not installed: pip install "wmjax[viz]"'
+        ) from None
+
+
+def masks(look: Look) -> "Figure":
+    """A row a mask: what is context, what is target."""
+    shown = _shown(look)
+    video = look.video_BTHWC[0]
+    rows: list[Row] = [("frames", video[shown * look.tubelet])]
+    for name, hidden in look.hidden.items():
+        K, M = len(hidden.context_ids_K), len(hidden.target_ids_M)
+        painted = frames.paint_roles(video, _roles(look, hidden))
+        rows.append((f"{name}\n{K} context\n{M} target", painted[shown * look.tubelet]))
+    figure = _table(rows, _tubelets(look))
+    _legend(figure, {"context": 1, "target": 2, "neither": 0})
+    return figure
+
+
+def clips(look: Look) -> "Figure":
+    """A row a clip."""
+    frames_T = _shown(look) * look.tubelet
+    rows = [(n, v[frames_T]) for n, v in zip(look.names, look.video_BTHWC, strict=True)]
+    return _table(rows, _tubelets(look))
+
+
+def components(look: Look, basis: Basis) -> "Figure":
+    """Principal components of the target's features as colours, and of what is predicted."""
+    shown = _shown(look)
+    video = look.video_BTHWC[0]
+    rows: list[Row] = [
+        ("frames", video[shown * look.tubelet]),
+        ("target", target_colours(look, basis)[shown]),
+    ]
+    for name, hidden in look.hidden.items():
+        if hidden.prediction_MD is not None:
+            painted = prediction_colours(look, hidden, basis)
+            rows.append((f"prediction\n{name}", painted[shown * look.tubelet]))
+    return _table(rows, _tubelets(look))
+
+
+def errors(look: Look) -> "Figure":
+    """Error of the prediction at the tokens that each mask hides; frames in grey elsewhere."""
+    shown = _shown(look)
+    found = error_maps(look)
+    top = max(float(np.nanmax(error_THW)) for error_THW in found.values())
+    video = look.video_BTHWC[0]
+    rows: list[Row] = [("frames", video[shown * look.tubelet])]
+    for name, error_THW in found.items():
+        painted = paint_error(video, error_THW, top)
+        label = f"{name}\nmean {np.nanmean(error_THW):.2f}"
+        rows.append((label, painted[shown * look.tubelet]))
+    return _table(rows, _tubelets(look), bar=(0.0, top, "mean |prediction - target|"))
+
+
+def similarity(look: Look, token: int) -> "Figure":
+    """Cosine of one token, marked, to all others of its clip."""
+    shown = _shown(look)
+    cells = look.grid[1] * look.grid[2]
+    at = token // cells
+    mean_D = look.target_BND.reshape(-1, look.target_BND.shape[-1]).mean(axis=0)
+    cosine_THW = features.similarity(look.target_BND[0], token, mean_D).reshape(look.grid)
+    low = min(0.0, float(cosine_THW.min()))
+    video = look.video_BTHWC[0]
+    rows: list[Row] = [
+        ("frames", video[shown * look.tubelet]),
+        ("similarity", heat(cosine_THW, low, 1.0)[shown]),
+    ]
+    figure = _table(rows, _tubelets(look), bar=(low, 1.0, "cosine"))
+    if at in shown:
+        column = int(np.flatnonzero(shown == at)[0])
+        row, col = divmod(token % cells, look.grid[2])
+        height = video.shape[1] // look.grid[1]
+        _mark(figure.axes[column], row * height, col * height, height)
+        _mark(figure.axes[column + len(shown)], row, col, 1)
+    return figure
+
+
+def retrieval(look: Look, queries: int = 4, found: int = 5) -> "Figure":
+    """Frames of the first clips, each beside the frames of other clips most like it."""
+    T = look.grid[0]
+    of_frames = features.frame_features(look.target_BND, look.grid)
+    rows: list[list[tuple[str, np.ndarray]]] = []
+    for clip in range(min(queries, len(of_frames))):
+        t = T // 2
+        others = np.flatnonzero(np.arange(len(of_frames)) != clip)
+        bank_ND = of_frames[others].reshape(-1, of_frames.shape[-1])
+        order, cosines = features.nearest(of_frames[clip, t], bank_ND, found)
+        frame = t * look.tubelet
+        label = f"looked for: {look.names[clip]}\nframe {frame}"
+        row = [(label, look.video_BTHWC[clip, frame])]
+        for place, cosine in zip(order, cosines, strict=True):
+            other, frame = others[place // T], place % T * look.tubelet
+            label = f"{look.names[other]}\nframe {frame}, cosine {cosine:.2f}"
+            row.append((label, look.video_BTHWC[other, frame]))
+        rows.append(row)
+    height, width = look.video_BTHWC.shape[2:4]
+    figure = _figure(1.5 * (found + 1), (1.4 * height / width + 0.4) * len(rows))
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for y, row in enumerate(rows):
+        for x, (label, picture) in enumerate(row):
+            _picture(axes[y, x], picture)
+            axes[y, x].set_title(label, fontsize=8)
+    return figure
+
+
+def reports(runs: Mapping[str, curves.Run]) -> "Figure":
+    """Loss and health of runs over their steps, a colour a run."""
+    panels = {
+        title: lines
+        for title, lines in curves.PANELS.items()
+        if any(len(curves.series(run, key)[0]) for run in runs.values() for key in lines.values())
+    }
+    deep = -(-len(panels) // 2)
+    figure = _figure(9, 2.5 * deep + 0.3 * len(runs))
+    axes = figure.subplots(deep, 2, squeeze=False, sharex=True).ravel()
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for colour, run in zip(_cycle(len(runs)), runs.values(), strict=True):
+            for key, style in zip(lines.values(), _MARKERS, strict=False):
+                steps, values = curves.series(run, key)
+                marker = _MARKERS[style] if len(steps) < 12 else ""
+                axis.plot(steps, values, style, color=colour, marker=marker, ms=5, mfc="none")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.tick_params(labelsize=8, labelbottom=True)
+        axis.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            handles = axis.get_lines()[: len(lines)]
+            axis.legend(handles, lines, fontsize=8, handlelength=3)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour) for colour in _cycle(len(runs))]
+    figure.legend(handles, list(runs), loc="outside upper center", fontsize=9)
+    return figure
+
+
+def overview(look: Look, basis: Basis) -> dict[str, "Figure"]:
+    """One figure a mask, for reports in training: frames, mask, features, prediction, error."""
+    shown = _shown(look)
+    video = look.video_BTHWC[0]
+    found = error_maps(look)
+    figures = {}
+    for name, hidden in look.hidden.items():
+        top = float(np.nanmax(found[name]))
+        rows: list[Row] = [
+            ("frames", video[shown * look.tubelet]),
+            ("mask", frames.paint_roles(video, _roles(look, hidden))[shown * look.tubelet]),
+            ("target", target_colours(look, basis)[shown]),
+            ("prediction", prediction_colours(look, hidden, basis)[shown * look.tubelet]),
+            ("error", paint_error(video, found[name], top)[shown * look.tubelet]),
+        ]
+        figures[name] = _table(rows, _tubelets(look), bar=(0.0, top, "error"))
+    return figures
+
+
+def panels(look: Look, name: str, basis: Basis) -> np.ndarray:
+    """Every frame of the clip as six captioned pictures, two by three, for a video: THWC."""
+    video, hidden = look.video_BTHWC[0], look.hidden[name]
+    of_mask = _roles(look, hidden)
+    pictures = {
+        "frames": video,
+        f"mask {name}": frames.paint_roles(video, of_mask),
+        "what the encoder sees": frames.show_context(video, of_mask),
+        "target, PCA": frames.spread(target_colours(look, basis), video),
+    }
+    if hidden.prediction_MD is not None:
+        error_THW = error_maps(look)[name]
+        pictures["prediction, PCA"] = prediction_colours(look, hidden, basis)
+        pictures["error (bright: large)"] = paint_error(
+            video, error_THW, float(np.nanmax(error_THW))
+        )
+    times = max(1, round(240 / video.shape[1]))
+    tiles = []
+    for caption, picture in pictures.items():
+        large = picture.repeat(times, axis=1).repeat(times, axis=2)
+        strip = np.broadcast_to(
+            _caption(caption, large.shape[2]), (len(large), 26, *large.shape[2:])
+        )
+        tile = np.concatenate([strip, large], axis=1)
+        tiles.append(np.pad(tile, [(0, 0), (0, 4), (2, 2), (0, 0)], constant_values=255))
+    across = len(tiles) // 2
+    rows = [np.concatenate(tiles[i : i + across], axis=2) for i in (0, across)]
+    return np.concatenate(rows, axis=1)
+
+
+def target_colours(look: Look, basis: Basis) -> np.ndarray:
+    """Colours of the target's features of every token, THWC."""
+    return features.colours(basis(look.target_BND[0])).reshape(*look.grid, 3)
+
+
+def prediction_colours(look: Look, hidden: Hidden, basis: Basis) -> np.ndarray:
+    """Frames with the colours of what is predicted, dark elsewhere."""
+    colours_ND = np.zeros((*look.grid, 3), np.uint8)
+    prediction_MD = np.asarray(hidden.prediction_MD)
+    colours_ND.reshape(-1, 3)[hidden.target_ids_M] = features.colours(basis(prediction_MD))
+    there = _roles(look, hidden) == frames.TARGET
+    return frames.lay_over(look.video_BTHWC[0], colours_ND, there)
+
+
+def error_maps(look: Look) -> dict[str, np.ndarray]:
+    """Error of every mask whose targets are predicted, THW."""
+    return {
+        name: features.errors(
+            hidden.prediction_MD,
+            look.target_BND[0][hidden.target_ids_M],
+            hidden.target_ids_M,
+            look.grid,
+        )
+        for name, hidden in look.hidden.items()
+        if hidden.prediction_MD is not None
+    }
+
+
+def paint_error(video_THWC: np.ndarray, error_THW: np.ndarray, top: float) -> np.ndarray:
+    return frames.lay_over(video_THWC, heat(error_THW, 0.0, top), ~np.isnan(error_THW))
+
+
+def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Colours of numbers, uint8 RGB; NaN is as the lowest."""
+    import matplotlib
+
+    share = np.nan_to_num((values - low) / max(high - low, 1e-12))
+    return matplotlib.colormaps[_HEAT](share, bytes=True)[..., :3]
+
+
+def save(figure: "Figure", path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=_DPI)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def pixels(figure: "Figure") -> np.ndarray:
+    """Render a figure: uint8 RGB."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _figure(width: float, height: float) -> Any:
+    need()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def _table(
+    rows: Sequence[Row], columns: Sequence[str], bar: tuple[float, float, str] | None = None
+) -> Any:
+    """Rows of pictures under column titles; bar: ends and name of a scale of colours."""
+    height, width = rows[0][1][0].shape[:2]
+    figure = _figure(
+        1.1 * len(columns) + 1.1 + (0.8 if bar else 0),
+        1.1 * len(rows) * height / width + 0.65,
+    )
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for (label, pictures), line in zip(rows, axes, strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            _picture(axis, picture)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=9)
+    if bar:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        scale = ScalarMappable(Normalize(bar[0], bar[1]), _HEAT)
+        figure.colorbar(scale, ax=axes, label=bar[2], shrink=0.9, aspect=25)
+    return figure
+
+
+def _picture(axis: Any, picture: np.ndarray) -> None:
+    axis.imshow(picture, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+
+
+def _mark(axis: Any, top: float, left: float, size: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    for colour, width in (("black", 3.5), ("white", 1.5)):
+        corner = left - 0.5, top - 0.5
+        axis.add_patch(Rectangle(corner, size, size, fill=False, ec=colour, lw=width))
+
+
+def _legend(figure: Any, named: Mapping[str, int]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=frames.COLOURS[role] / 255, label=name) for name, role in named.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(named), fontsize=9)
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    """A strip of text as an image, HWC."""
+    figure = _figure(width / _DPI, 26 / _DPI)
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
+    strip = np.full((26, width, 3), 255, np.uint8)
+    drawn = pixels(figure)[:26, :width]
+    strip[: drawn.shape[0], : drawn.shape[1]] = drawn
+    return strip
+
+
+def _cycle(count: int) -> list[str]:
+    return [_LINES[i % len(_LINES)] for i in range(count)]
+
+
+def _roles(look: Look, hidden: Hidden) -> np.ndarray:
+    return frames.roles(hidden.context_ids_K, hidden.target_ids_M, look.grid)
+
+
+def _shown(look: Look) -> np.ndarray:
+    """Numbers of the tubelets that figures show."""
+    T = look.grid[0]
+    return np.unique(np.linspace(0, T - 1, min(T, _COLUMNS)).round().astype(int))
+
+
+def _tubelets(look: Look) -> list[str]:
+    return [f"frame {t * look.tubelet}" for t in _shown(look)]

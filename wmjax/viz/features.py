@@ -1,0 +1,104 @@
+"""Numbers behind the pictures of features: one PCA for all, similarity, retrieval, error.
+
+NumPy on arrays of any origin; nothing is drawn here.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from wmjax.masking import Grid
+from wmjax.types import Array
+
+_REACH = 98  # percentile of a component's sizes that takes its full colour
+
+
+class Basis(NamedTuple):
+    """Three principal components: fitted once, then used on whatever is compared."""
+
+    mean_D: np.ndarray
+    components_D3: np.ndarray
+    reach_3: np.ndarray  # size of a component at which its colour is full
+
+    def __call__(self, features_XD: Array) -> np.ndarray:
+        """Return components of features of any rank, X3, within -1 and 1 where usual."""
+        return (np.asarray(features_XD) - self.mean_D) @ self.components_D3 / self.reach_3
+
+
+def fit_basis(features_XD: Array) -> Basis:
+    """Fit the components of largest variance to all tokens that are given, the largest first.
+
+    Signs are fixed (the largest entry of a component is positive), so that equal features always
+    give equal colours.
+    """
+    tokens_ND = np.asarray(features_XD, np.float64).reshape(-1, np.shape(features_XD)[-1])
+    mean_D = tokens_ND.mean(axis=0)
+    centred_ND = tokens_ND - mean_D
+    vectors_DD = np.linalg.eigh(centred_ND.T @ centred_ND)[1]
+    components_D3 = vectors_DD[:, :-4:-1]
+    components_D3 *= np.sign(
+        np.take_along_axis(components_D3, np.abs(components_D3).argmax(axis=0)[None], axis=0)
+    )
+    reach_3 = np.percentile(np.abs(centred_ND @ components_D3), _REACH, axis=0)
+    return Basis(mean_D, components_D3, np.maximum(reach_3, 1e-12))
+
+
+def colours(components_X3: np.ndarray) -> np.ndarray:
+    """Show three components as uint8 RGB: lightness, blue to yellow, green to magenta.
+
+    In OKLab (Ottosson, 2020), where equal steps look equal; who sees red and green alike loses the
+    third component only.
+    """
+    first, second, third = np.moveaxis(np.clip(components_X3, -1, 1), -1, 0)
+    L, a, b = 0.62 + 0.26 * first, 0.11 * third, 0.13 * second
+    cones = (
+        (L + 0.3963377774 * a + 0.2158037573 * b) ** 3,
+        (L - 0.1055613458 * a - 0.0638541728 * b) ** 3,
+        (L - 0.0894841775 * a - 1.2914855480 * b) ** 3,
+    )
+    linear = np.stack(cones, axis=-1) @ np.array(
+        [
+            [4.0767416621, -1.2684380046, -0.0041960863],
+            [-3.3077115913, 2.6097574011, -0.7034186147],
+            [0.2309699292, -0.3413193965, 1.7076147010],
+        ]
+    )
+    linear = np.clip(linear, 0, 1)
+    rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.round(255 * rgb).astype(np.uint8)
+
+
+def similarity(features_ND: Array, token: int, mean_D: Array) -> np.ndarray:
+    """Cosine between one token and each, N, of what they have beyond the mean token."""
+    units_ND = _units(np.asarray(features_ND) - np.asarray(mean_D))
+    return units_ND @ units_ND[token]
+
+
+def frame_features(features_BND: Array, grid: Grid) -> np.ndarray:
+    """Describe every tubelet of clips by its mean token, BTD.
+
+    The mean over the clips at a tubelet is taken away: it says when in a clip, not what is there.
+    """
+    features = np.asarray(features_BND)
+    frames_BTD = features.reshape(len(features), grid[0], -1, features.shape[-1]).mean(axis=2)
+    return frames_BTD - frames_BTD.mean(axis=0) if len(frames_BTD) > 1 else frames_BTD
+
+
+def nearest(query_D: Array, bank_ND: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the entries most like the query, the most like first, and cosines."""
+    cosine_N = _units(np.asarray(bank_ND)) @ _units(np.asarray(query_D))
+    order = np.argsort(-cosine_N, kind="stable")[:count]
+    return order, cosine_N[order]
+
+
+def errors(prediction_MD: Array, target_MD: Array, target_ids_M: Array, grid: Grid) -> np.ndarray:
+    """Mean |prediction - target| of the predicted tokens, THW; NaN elsewhere."""
+    error_M = np.abs(np.asarray(prediction_MD) - np.asarray(target_MD)).mean(axis=-1)
+    error_THW = np.full(grid, np.nan)
+    error_THW.ravel()[np.asarray(target_ids_M)] = error_M
+    return error_THW
+
+
+def _units(features_XD: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(features_XD, axis=-1, keepdims=True)
+    return features_XD / np.maximum(norm, 1e-12)

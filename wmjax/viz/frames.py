@@ -1,0 +1,61 @@
+"""From tokens to pixels: which role a token has, and frames painted with what is known of them.
+
+NumPy only. Colours are of Okabe and Ito, which those see apart too who are colour-blind.
+"""
+
+import numpy as np
+
+from wmjax.masking import Grid
+from wmjax.types import Array
+
+NEITHER, CONTEXT, TARGET = 0, 1, 2
+COLOURS = np.array([(0, 0, 0), (86, 180, 233), (230, 159, 0)])  # of the roles: black, blue, orange
+
+
+def roles(context_ids_K: Array, target_ids_M: Array, grid: Grid) -> np.ndarray:
+    """Say of every token what a mask makes of it: NEITHER, CONTEXT or TARGET, THW."""
+    roles_THW = np.full(grid, NEITHER)
+    roles_THW.ravel()[np.asarray(context_ids_K)] = CONTEXT
+    roles_THW.ravel()[np.asarray(target_ids_M)] = TARGET
+    return roles_THW
+
+
+def spread(cells_THW: np.ndarray, video_THWC: np.ndarray) -> np.ndarray:
+    """Give every pixel of every frame the value of its token; further axes stay."""
+    for axis, size in enumerate(video_THWC.shape[:3]):
+        cells_THW = cells_THW.repeat(size // cells_THW.shape[axis], axis=axis)
+    return cells_THW
+
+
+def paint_roles(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
+    """Show frames in grey, tinted by role: uint8."""
+    tint_THWC = COLOURS[spread(roles_THW, video_THWC)]
+    return (0.65 * tint_THWC + 0.35 * 255 * _grey(video_THWC)).astype(np.uint8)
+
+
+def show_context(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
+    """Show what the encoder sees: the frames where the context is, black elsewhere."""
+    return video_THWC * (spread(roles_THW, video_THWC) == CONTEXT)[..., None].astype(np.uint8)
+
+
+def lay_over(video_THWC: np.ndarray, colours_THWC: np.ndarray, there_THW: np.ndarray) -> np.ndarray:
+    """Show tokens' colours where they are there, and the frames in dark grey elsewhere: uint8."""
+    dim_THWC = np.broadcast_to(80 * _grey(video_THWC), video_THWC.shape).astype(np.uint8)
+    there = spread(there_THW, video_THWC)[..., None]
+    return np.where(there, spread(colours_THWC, video_THWC), dim_THWC)
+
+
+def busiest(video_THWC: np.ndarray, grid: Grid) -> int:
+    """Return the token of the middle tubelet under which the frames change most."""
+    T, H, W = grid
+    grey_TYX = _grey(video_THWC)[..., 0]
+    change_YX = np.abs(np.diff(grey_TYX, axis=0)).reshape(-1, *grey_TYX.shape[1:])
+    first = min(T // 2 * (len(video_THWC) // T), len(change_YX) - 1)
+    rows, columns = grey_TYX.shape[1] // H, grey_TYX.shape[2] // W
+    cells_HW = change_YX[first].reshape(H, rows, W, columns).mean(axis=(1, 3))
+    return T // 2 * H * W + int(cells_HW.argmax())
+
+
+def _grey(video_THWC: np.ndarray) -> np.ndarray:
+    """Lightness of the pixels, one channel, 0 to 1."""
+    return np.asarray(video_THWC, np.float32) @ np.array([[0.299], [0.587], [0.114]]) / 255
