@@ -98,10 +98,10 @@ def test_retrieval_finds_the_same_frame_in_another_clip():
     clips[3].reshape(3, 20, 16)[2] = clips[1].reshape(3, 20, 16)[2] + 0.01
     of_frames = features.frame_features(clips, GRID)
     assert of_frames.shape == (5, 3, 16)
-    others = np.delete(of_frames, 1, axis=0).reshape(-1, 16)
-    order, cosine = features.nearest(of_frames[1, 2], others, 3)
-    assert order[0] == 2 * 3 + 2  # clip 3 is the third of the others
-    assert cosine[0] > 0.99 > cosine[1]
+    found = features.nearest_frames(of_frames, 1, 2, 9)
+    assert found[0][:2] == (3, 2)
+    assert found[0][2] > 0.99 > found[1][2]
+    assert sorted(clip for clip, _, _ in found) == [0, 2, 3, 4]
 
 
 def test_the_error_is_zero_where_the_prediction_is_right_and_nowhere_else_is_there_one(seen):
@@ -247,6 +247,14 @@ def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
     for name, hidden in found.hidden.items():
         for ours, theirs in zip(hidden, wanted.hidden[name], strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_model_that_has_diverged_is_not_drawn_and_stops_no_training(seen, monkeypatch):
+    monkeypatch.setattr(Pictures, "look", lambda *_: seen)
+    pictures = object.__new__(Pictures)
+    assert pictures(None, None, None).keys() == {"few", "most"}
+    seen.hidden["most"].prediction_MD[3, 2] = np.nan
+    assert pictures(None, None, None) == {}
 
 
 def test_wandb_is_handed_the_pictures(tmp_path, monkeypatch):
