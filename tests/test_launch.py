@@ -1,4 +1,4 @@
-"""The files in launch/, read by the tools of the engines they are for; mistyped, they are refused."""
+"""The files in launch/ under the tools of their engines, which refuse them where mistyped."""
 
 import os
 import subprocess

@@ -3,7 +3,6 @@
 Needs root, slurm and munge (Debian: slurm-wlm). JAX finds the two processes by itself.
 """
 
-import contextlib
 import os
 import shutil
 import socket
@@ -86,8 +85,10 @@ def ask(environment, *command):
 def test_srun_trains_on_two_nodes(slurm, tmp_path):
     environment = slurm | micro.environment(1) | cluster.FAST
     done = subprocess.run(
-        ["srun", "--nodes=2", "--ntasks-per-node=1", "--label"]
-        + micro.command(tmp_path / "run", "train.num_steps=2", "data.workers=0"),
+        [
+            *("srun", "--nodes=2", "--ntasks-per-node=1", "--label"),
+            *micro.command(tmp_path / "run", "train.num_steps=2", "data.workers=0"),
+        ],
         env=environment,
         cwd=micro.ROOT,
         capture_output=True,
@@ -110,5 +111,3 @@ def test_sbatch_takes_the_script(slurm, tmp_path, right, wrong):
     (tmp_path / "slurm.sbatch").write_text(script.replace(right, wrong) if right else script)
     said = ask(slurm, "sbatch", "--test-only", str(tmp_path / "slurm.sbatch"))
     assert ("to start at" in said) == (not right), said
-    with contextlib.suppress(FileNotFoundError):
-        assert right == "" or "nod" in said
