@@ -20,8 +20,9 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
 ]
 
-# Node names are resolved as host names by what runs on them.
-NODES = ("localhost", "localhost2")
+# The first is the host's own name: JAX looks for the coordinator there.
+HOST = socket.gethostname()
+NODES = (HOST, f"{HOST}-second")
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -38,14 +39,15 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
+SlurmdParameters=config_overrides
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 GresTypes=gpu
-NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 Gres=gpu:8
-NodeName=localhost2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 Gres=gpu:8
+NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 Gres=gpu:8
+NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -60,7 +62,7 @@ def slurm(tmp_path_factory):
     (folder / "munge.key").chmod(0o400)
     ports = [cluster.free_port() for _ in range(3)]
     (folder / "slurm.conf").write_text(
-        CONFIG.format(folder=folder, ports=ports, host=socket.gethostname())
+        CONFIG.format(folder=folder, ports=ports, host=HOST, nodes=NODES)
     )
     gpus = "".join(f"NodeName={node} Name=gpu Count=8\n" for node in NODES)
     (folder / "gres.conf").write_text(gpus)
