@@ -64,7 +64,9 @@ def slurm(tmp_path_factory):
     (folder / "slurm.conf").write_text(
         CONFIG.format(folder=folder, ports=ports, host=HOST, nodes=NODES)
     )
-    gpus = "".join(f"NodeName={node} Name=gpu Count=8\n" for node in NODES)
+    for i in range(8):  # Slurm only looks whether the devices of its GPUs exist
+        (folder / f"gpu{i}").touch()
+    gpus = "".join(f"NodeName={node} Name=gpu File={folder}/gpu[0-7]\n" for node in NODES)
     (folder / "gres.conf").write_text(gpus)
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     munge = ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key"]
