@@ -86,6 +86,7 @@ def ask(environment, *command):
     return (done.stdout + done.stderr).strip()
 
 
+@pytest.mark.campaign
 def test_srun_trains_on_two_nodes(slurm, tmp_path):
     environment = slurm | micro.environment(1) | cluster.FAST
     done = subprocess.run(
