@@ -42,6 +42,13 @@ def test_exchanges_count_as_often_as_their_loop_runs():
     }
 
 
+def test_a_loop_without_a_known_count_turns_as_often_as_its_condition_says():
+    untold = PROGRAM.replace("known_trip_count", "unknown").replace(
+        "constant(false)", "compare(%i, %end), direction=LT\n  %end = s32[] constant(3)"
+    )
+    assert hlo.Program(untold).collectives() == hlo.Program(PROGRAM).collectives()
+
+
 def test_traffic_is_what_is_written_to_the_main_memory_and_read_again():
     in_the_loop = 128 + 16  # gathered, sum
     assert hlo.Program(PROGRAM).traffic() == 2 * (32 + 16 + 3 * in_the_loop)
