@@ -77,7 +77,7 @@ def wait(processes, timeout):
     return [process.poll() for process in processes]
 
 
-def run(workdir, *overrides, processes, devices, folder, flags=(), timeout=200):
+def run(workdir, *overrides, processes, devices, folder, flags=(), timeout=280):
     """Run to the end and return what each process printed, as (standard output, error)."""
     folder.mkdir(exist_ok=True)
     with start(

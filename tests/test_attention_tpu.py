@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from wmjax import sharding
 from wmjax.models import attention, attention_tpu
@@ -19,11 +18,10 @@ def forward_and_backward(attend, query_key_value, weight):
     return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(*query_key_value)
 
 
-@pytest.mark.parametrize(("tokens", "devices"), [(128, 1), (130, 2)])
-def test_splash_agrees_with_plain_attention_whatever_the_length(tokens, devices):
-    mesh = sharding.make_mesh(-1, devices, jax.devices()[:devices])
+def test_splash_agrees_with_plain_attention_on_what_fills_no_block():
+    mesh = sharding.make_mesh(-1, 2, jax.devices()[:2])
     keys = jax.random.split(jax.random.key(0), 4)
-    *arrays, weight = (jax.random.normal(key, (2, tokens, 1, 32)) for key in keys)
+    *arrays, weight = (jax.random.normal(key, (2, 130, 1, 32)) for key in keys)
     placed = jax.device_put(arrays, sharding.batch_sharding(mesh))
 
     def splash(*arrays):

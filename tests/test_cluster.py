@@ -68,6 +68,7 @@ def test_only_the_first_process_prints(two_processes):
     assert (said, second_error) == ([], "")
 
 
+@pytest.mark.campaign
 def test_four_processes_go_on_from_two(tmp_path, unbroken, two_processes):
     def run(workdir, *settings):
         cluster.run(workdir, *settings, processes=4, devices=2, folder=tmp_path / "printed")

@@ -90,11 +90,19 @@ class Program:
             if kind in ("while", "conditional", "call") or (
                 into_fusions and kind in ("fusion", "async-start")
             ):
-                repeated = re.search(r"known_trip_count\D+(\d+)", instruction.rest)
-                count = int(repeated[1]) if repeated and kind == "while" else 1
+                count = self._turns(instruction) if kind == "while" else 1
                 for names in _CALLED.findall(instruction.rest):
                     for name in re.findall(r"[\w.-]+", names):
                         yield from self._run(name, times * count, into_fusions)
+
+    def _turns(self, loop: Instruction) -> int:
+        """Count a loop's turns; on TPUs only its condition tells, `i < 24` as scans write it."""
+        if known := re.search(r"known_trip_count\D+(\d+)", loop.rest):
+            return int(known[1])
+        name = re.search(r"condition=%?([\w.-]+)", loop.rest)
+        inside = self.computations[name[1]] if name else []
+        numbers = (re.match(r"\d+", each.rest) for each in inside if each.kind == "constant")
+        return max((int(number[0]) for number in numbers if number), default=1)
 
     def _written(self, instruction: Instruction) -> int:
         """Bytes of a result in the main memory; of an update in place, the update alone."""

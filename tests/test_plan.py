@@ -1,0 +1,106 @@
+"""What plan mode reads from a compiled program, and what it prints."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import micro
+import pytest
+
+from wmjax import hlo, plan
+from wmjax.errors import UserError
+
+# A loop of three turns: each gathers 8 rows of 4 by two members, of a mesh of two axes, and adds.
+PROGRAM = """
+%body (carry: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %carry = (s32[], f32[4]{0}) parameter(0)
+  %rows = f32[4,4]{1,0} broadcast(%carry), dimensions={1}
+  %gathered = f32[8,4]{1,0} all-gather(%rows), replica_groups=mesh['x'=2,'y'=4] {'x'}, dimensions={0}
+  %kept = f32[8,4]{1,0:T(8,128)S(1)} copy(%gathered)
+  %sum = f32[4]{0} add(%x, %y)
+  ROOT %next = (s32[], f32[4]{0}) tuple(%i, %sum)
+}
+
+ENTRY %main (weights: f32[4]) -> f32[4] {
+  %weights = f32[4]{0} parameter(0)
+  %reduced = (f32[4]{0}, f32[4]{0}) all-reduce-start(%weights, %weights), replica_groups=[2,4]<=[8]
+  %alone = f32[4]{0} all-reduce(%weights), replica_groups={{0},{1}}
+  %loop = (s32[], f32[4]{0}) while(%init), condition=%no, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = f32[4]{0} get-tuple-element(%loop), index=1
+}
+
+%no (carry: (s32[], f32[4])) -> pred[] {
+  ROOT %false = pred[] constant(false)
+}
+"""  # noqa: E501
+
+
+def test_exchanges_count_as_often_as_their_loop_runs():
+    assert hlo.Program(PROGRAM).collectives() == {
+        "all-gather": hlo.Collective(count=3, sent=3 * 128 / 2),
+        "all-reduce": hlo.Collective(count=1, sent=2 * 32 * 3 / 4),
+    }
+
+
+def test_a_loop_without_a_known_count_turns_as_often_as_its_condition_says():
+    untold = PROGRAM.replace("known_trip_count", "unknown").replace(
+        "constant(false)", "compare(%i, %end), direction=LT\n  %end = s32[] constant(3)"
+    )
+    assert hlo.Program(untold).collectives() == hlo.Program(PROGRAM).collectives()
+
+
+def test_traffic_is_what_is_written_to_the_main_memory_and_read_again():
+    in_the_loop = 128 + 16  # gathered, sum
+    assert hlo.Program(PROGRAM).traffic() == 2 * (32 + 16 + 3 * in_the_loop)
+
+
+def test_products_count_as_often_as_they_run():
+    def loop(x, w):
+        def body(x, _):
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, length=3)[0])
+
+    x, w = jnp.ones((2, 8)), jnp.ones((8, 8))
+    once = 2 * 2 * 8 * 8
+    assert hlo.executed_flop(jax.make_jaxpr(loop)(x, w)) == 3 * once
+    backward = jax.make_jaxpr(jax.grad(loop, argnums=(0, 1)))(x, w)
+    assert hlo.executed_flop(backward) == 3 * 4 * once  # forward, again, and two backward
+
+
+def test_a_plan_for_local_devices(capsys):
+    assert plan.plan(micro.config("mesh.fsdp=8"), "cpu:8") == 0
+    said = capsys.readouterr().out
+    assert "8 x cpu (data 1 x fsdp 8)" in said
+    assert "all-gather" in said
+    assert "GiB a chip" in said
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("gpu:8", "gpu:8: found 0 of them here"),
+        ("cpu:900", "cpu:900: found 8 of them here"),
+        ("cpu:x", "wanted a number of devices"),
+        ("v5e", "--topology=v5e: "),
+    ],
+)
+def test_devices_that_are_not_there_are_named(topology, said):
+    with pytest.raises(UserError, match=said) as error:
+        plan.find_devices(topology)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu (extra plan)")
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_plan_for_a_pod_of_tpus(capsys, fits):
+    overrides = ("mesh.fsdp=2", "model.dtype=bfloat16", "model.attention=auto")
+    large = () if fits else ("data.batch_size=400000",)
+    assert plan.plan(micro.config(*overrides, *large), "v5e:2x2") == (0 if fits else 1)
+    said = capsys.readouterr().out
+    assert "4 x TPU v5 lite (data 2 x fsdp 2)" in said
+    assert ("does not fit" in said) == (not fits)
+    if fits:
+        assert "reduce-scatter" in said or "all-reduce" in said
+        assert "ceiling     MFU" in said
