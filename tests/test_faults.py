@@ -82,9 +82,8 @@ def unbroken(tmp_path_factory):
 # Signals
 
 
-@pytest.mark.parametrize(  # SIGINT: test_main
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.campaign)]
-)
+@pytest.mark.campaign  # SIGINT, by default: test_main
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_at_a_step_saves_it_and_the_run_ends_as_if_unbroken(
     tmp_path, at_step, capsys, unbroken, number
 ):
@@ -276,6 +275,7 @@ def test_a_run_falls_back_and_so_does_whoever_reads_it(two_checkpoints, tmp_path
     assert (workdir / "checkpoints" / "2.damaged").is_dir()
 
 
+@pytest.mark.campaign
 def test_without_a_whole_checkpoint_nothing_is_begun_anew_unasked(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints, tmp_path / "run")
     for step in (1, 2):
@@ -350,6 +350,7 @@ def _saved_at(workdir, step):
     return checkpoint.Saved(folder)
 
 
+@pytest.mark.campaign
 def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path, poisoned):
     poisoned += [clips[0] for clips in first_clips(5)[1:]]
     config = micro.config("train.num_steps=8", "train.max_skipped=3", "checkpoint.every=1")
@@ -423,9 +424,7 @@ def full_disk():
 
 
 @unreported
-def test_a_save_that_fails_is_said_and_the_next_one_holds_it_all(
-    tmp_path, at_step, capsys, unbroken
-):
+def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, at_step, capsys):
     def fill():
         wait_for_checkpoint(tmp_path, 2)
         disk.enter_context(full_disk())
@@ -444,9 +443,10 @@ def test_a_save_that_fails_is_said_and_the_next_one_holds_it_all(
     assert said.count("warning") == 1
     assert "checkpoints/4: not written: " in said
     assert saved_steps(tmp_path) == [2, 6, 8]
-    assert state_hash(tmp_path, 8) == unbroken
+    assert checkpoint.newest(tmp_path / "checkpoints") == 8
 
 
+@pytest.mark.campaign
 @unreported
 def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path, at_step):
     def fill():
@@ -463,6 +463,7 @@ def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path, at_s
     assert saved_steps(tmp_path) == [2, 4]
 
 
+@pytest.mark.campaign
 @unreported
 def test_a_workdir_that_vanishes_is_made_again(tmp_path, at_step, capsys, unbroken):
     workdir = tmp_path / "run"
@@ -480,6 +481,7 @@ def test_a_workdir_that_vanishes_is_made_again(tmp_path, at_step, capsys, unbrok
     assert micro.rows(workdir)[-1]["step"] == 8
 
 
+@pytest.mark.campaign
 def test_a_logger_that_fails_is_dropped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     import tensorboardX
 
@@ -532,6 +534,7 @@ def test_two_thousand_steps_and_fifty_checkpoints(tmp_path, at_step):
     assert seen[-1][1:] == seen[4][1:]
 
 
+@pytest.mark.campaign
 def test_goodput_accounts_for_all_the_time_over_restarts(tmp_path, monkeypatch, at_step, capsys):
     monkeypatch.setattr(goodput, "process_began", time.time)
     begun = time.time()
@@ -557,6 +560,39 @@ def test_goodput_accounts_for_all_the_time_over_restarts(tmp_path, monkeypatch, 
     said = capsys.readouterr().out
     assert "goodput " in said
     assert f"lost {console.clock(seconds['lost'])}" in said
+
+
+def test_goodput_begins_with_the_account_of_its_checkpoint(tmp_path, monkeypatch):
+    clock, phases = [1000.0], []
+    monkeypatch.setattr(goodput.time, "time", lambda: clock[0])
+    monkeypatch.setattr(goodput, "process_began", lambda: clock[0])
+
+    def run(start, seconds, saves_at):
+        """Take steps of a second; the process is gone at the end of them."""
+        account = goodput.Goodput(tmp_path / "goodput.jsonl", start, phases.append)
+        clock[0] += 5  # of start
+        with account.phase("step"):
+            for second in range(1, seconds + 1):
+                clock[0] += 1
+                if second in saves_at:
+                    with account.phase("checkpoint"):
+                        clock[0] += 2
+                        account.save(start + second)
+        return account
+
+    run(0, 10, {4, 8})  # killed two steps after the save of step 8
+    clock[0] += 30
+    run(8, 5, {})  # killed before it saved anything
+    clock[0] += 30
+    account = run(4, 6, {6})  # the checkpoint of step 8 was damaged
+    row = json.loads((tmp_path / "goodput.jsonl").read_text().splitlines()[-1])
+    assert row["seconds"] == {
+        **{"step": 4.0 + 6, "start": 5.0 + 5, "compile": 0.0, "data": 0.0, "validation": 0.0},
+        **{"checkpoint": 2.0 + 2, "lost": 4.0 + 2 + 2 + 30 + 10 + 30},
+    }
+    assert sum(row["seconds"].values()) == clock[0] - 1000
+    assert phases[:3] == ["step", "checkpoint", "step"]
+    assert account.summary().startswith("goodput 10% of 1:42 since")
 
 
 def test_new_keys_are_checked():
