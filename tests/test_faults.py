@@ -192,7 +192,7 @@ def kill_and_go_on(tmp_path, kills, steps, seed):
 
 
 def test_a_killed_run_ends_bit_equal_to_the_unbroken_one(tmp_path):
-    kill_and_go_on(tmp_path, 3, 20, 0)
+    kill_and_go_on(tmp_path, 1, 8, 0)
 
 
 @pytest.mark.campaign
