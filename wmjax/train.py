@@ -221,15 +221,17 @@ def loop(
                     raise
                 break
             if step == start + 1:
-                with goodput.phase("compile"):
+                with goodput.phase("compile"):  # other processes may be at it for longer
                     train_step = steps.train.lower(state, batch).compile()
-            state, metrics = train_step(state, batch)
+                    state, metrics = train_step(state, batch)
+                    jax.block_until_ready(metrics)
+            else:
+                state, metrics = train_step(state, batch)
             mean.add(metrics)
             guard.add(step, metrics, batch)
             reporter.advance()
             reporter.flush(throughput)
             if step == start + 1:
-                guard.settle()
                 say(f"first step done after {time.perf_counter() - begun:.1f} s")
                 throughput.step_flop = assemble.count_flop(config, batch)
                 throughput.restart(step)

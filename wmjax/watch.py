@@ -69,6 +69,8 @@ class Watchdog:
             asking.join(ANSWER_S + 10.0)
             if asking.is_alive():
                 print("process 0, which coordinates, does not answer", file=sys.stderr)
+            if index == 0:  # with it goes the service, and jax ends whoever still asks
+                time.sleep(ANSWER_S / 2)
         leave(EXIT_CODE)
 
 
