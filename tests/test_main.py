@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -50,11 +51,13 @@ def test_a_mistake_ends_the_process_with_its_line_and_no_traceback(tmp_path):
 
 def test_list_and_help_answer(capsys):
     assert main.run(["--list"]) == 0
-    assert "vjepa2_aloha" in capsys.readouterr().out
+    assert "vjepa2_aloha\n    V-JEPA 2 ViT-L/16" in capsys.readouterr().out
     with pytest.raises(SystemExit) as leave:
         main.run(["--help"])
     assert leave.value.code == 0
-    assert "--config.KEY=VALUE" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for part in ("--config.KEY=VALUE", "modes:\n", "  demo ", "examples:\n", "exit codes:\n"):
+        assert part in said
 
 
 @pytest.mark.parametrize("flags", [[], ["--confg=x"], ["--config=x", "--mode=fly"], ["stray"]])
@@ -129,6 +132,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     again = micro.run(tmp_path, f"train.num_steps={saved + 1}")
     assert f"going on from step {saved}" in again.stdout, again.stderr
+    first, *told = again.stdout.splitlines()
+    assert re.fullmatch(rf"wmjax \S+: train debug_world_model in {tmp_path}", first)
+    assert told[3:4] == ["loading jax ..."]
+    assert f"  python -m wmjax.viz {tmp_path} " in again.stdout
 
 
 def test_importing_wmjax_is_cheap():

@@ -98,10 +98,10 @@ def test_retrieval_finds_the_same_frame_in_another_clip():
     clips[3].reshape(3, 20, 16)[2] = clips[1].reshape(3, 20, 16)[2] + 0.01
     of_frames = features.frame_features(clips, GRID)
     assert of_frames.shape == (5, 3, 16)
-    others = np.delete(of_frames, 1, axis=0).reshape(-1, 16)
-    order, cosine = features.nearest(of_frames[1, 2], others, 3)
-    assert order[0] == 2 * 3 + 2  # clip 3 is the third of the others
-    assert cosine[0] > 0.99 > cosine[1]
+    found = features.nearest_frames(of_frames, 1, 2, 9)
+    assert found[0][:2] == (3, 2)
+    assert found[0][2] > 0.99 > found[1][2]
+    assert sorted(clip for clip, _, _ in found) == [0, 2, 3, 4]
 
 
 def test_the_error_is_zero_where_the_prediction_is_right_and_nowhere_else_is_there_one(seen):

@@ -73,12 +73,12 @@ def see(
     name: str, dataset: str | None, overrides: list[str], clips: int
 ) -> tuple[Look, list[tuple[str, str]]]:
     """Load the model and look at clips; return that and facts to tell."""
-    import wmjax
     from wmjax import assemble
+    from wmjax.inference import load
     from wmjax.masking import Masks
     from wmjax.viz.look import look, read_clips
 
-    model = wmjax.load(name)
+    model = load(name)
     config = configuration(model.config, dataset, overrides)
     configs.check(config)
     source = assemble.make_source(config, "validation")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 8  # tubelets that a figure shows, evenly spread
+_STRIP = 26  # pixels of a caption's height in a video
+_PICTURE = 128  # pixels across that small frames are enlarged to
 _HEAT = "cividis"  # lightness alone tells its values apart
 _DPI = 110
 # Okabe and Ito's, the darker ones: of runs.
@@ -44,7 +46,7 @@ def masks(look: Look) -> "Figure":
         painted = frames.paint_roles(video, _roles(look, hidden))
         rows.append((f"{name}\n{K} context\n{M} target", painted[shown * look.tubelet]))
     figure = _table(rows, _tubelets(look))
-    _legend(figure, {"context": 1, "target": 2, "neither": 0})
+    _legend(figure, {"context": frames.CONTEXT, "target": frames.TARGET, "neither": frames.NEITHER})
     return figure
 
 
@@ -87,46 +89,34 @@ def errors(look: Look) -> "Figure":
 def similarity(look: Look, token: int) -> "Figure":
     """Cosine of one token, marked, to all others of its clip."""
     shown = _shown(look)
-    cells = look.grid[1] * look.grid[2]
-    at = token // cells
     mean_D = look.target_BND.reshape(-1, look.target_BND.shape[-1]).mean(axis=0)
     cosine_THW = features.similarity(look.target_BND[0], token, mean_D).reshape(look.grid)
     low = min(0.0, float(cosine_THW.min()))
     video = look.video_BTHWC[0]
+    maps = frames.spread(heat(cosine_THW, low, 1.0), video)
     rows: list[Row] = [
-        ("frames", video[shown * look.tubelet]),
-        ("similarity", heat(cosine_THW, low, 1.0)[shown]),
+        (name, frames.outline(pictures, token, look.grid)[shown * look.tubelet])
+        for name, pictures in (("frames", video), ("similarity", maps))
     ]
-    figure = _table(rows, _tubelets(look), bar=(low, 1.0, "cosine"))
-    if at in shown:
-        column = int(np.flatnonzero(shown == at)[0])
-        row, col = divmod(token % cells, look.grid[2])
-        height = video.shape[1] // look.grid[1]
-        _mark(figure.axes[column], row * height, col * height, height)
-        _mark(figure.axes[column + len(shown)], row, col, 1)
-    return figure
+    return _table(rows, _tubelets(look), bar=(low, 1.0, "cosine"))
 
 
 def retrieval(look: Look, queries: int = 4, found: int = 5) -> "Figure":
-    """Frames of the first clips, each beside the frames of other clips most like it."""
-    T = look.grid[0]
+    """Frames of the first clips, each beside those most like it, one of each other clip."""
+    t = look.grid[0] // 2
     of_frames = features.frame_features(look.target_BND, look.grid)
     rows: list[list[tuple[str, np.ndarray]]] = []
     for clip in range(min(queries, len(of_frames))):
-        t = T // 2
-        others = np.flatnonzero(np.arange(len(of_frames)) != clip)
-        bank_ND = of_frames[others].reshape(-1, of_frames.shape[-1])
-        order, cosines = features.nearest(of_frames[clip, t], bank_ND, found)
         frame = t * look.tubelet
         label = f"looked for: {look.names[clip]}\nframe {frame}"
         row = [(label, look.video_BTHWC[clip, frame])]
-        for place, cosine in zip(order, cosines, strict=True):
-            other, frame = others[place // T], place % T * look.tubelet
+        for other, at, cosine in features.nearest_frames(of_frames, clip, t, found):
+            frame = at * look.tubelet
             label = f"{look.names[other]}\nframe {frame}, cosine {cosine:.2f}"
             row.append((label, look.video_BTHWC[other, frame]))
         rows.append(row)
     height, width = look.video_BTHWC.shape[2:4]
-    figure = _figure(1.5 * (found + 1), (1.4 * height / width + 0.4) * len(rows))
+    figure = _figure(1.5 * len(rows[0]), (1.4 * height / width + 0.4) * len(rows))
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for y, row in enumerate(rows):
         for x, (label, picture) in enumerate(row):
@@ -207,9 +197,8 @@ def panels(look: Look, name: str, basis: Basis) -> np.ndarray:
     tiles = []
     for caption, picture in pictures.items():
         large = picture.repeat(times, axis=1).repeat(times, axis=2)
-        strip = np.broadcast_to(
-            _caption(caption, large.shape[2]), (len(large), 26, *large.shape[2:])
-        )
+        strip_HWC = _caption(caption, large.shape[2])
+        strip = np.broadcast_to(strip_HWC, (len(large), *strip_HWC.shape))
         tile = np.concatenate([strip, large], axis=1)
         tiles.append(np.pad(tile, [(0, 0), (0, 4), (2, 2), (0, 0)], constant_values=255))
     across = len(tiles) // 2
@@ -283,25 +272,37 @@ def _figure(width: float, height: float) -> Any:
 def _table(
     rows: Sequence[Row], columns: Sequence[str], bar: tuple[float, float, str] | None = None
 ) -> Any:
-    """Rows of pictures under column titles; bar: ends and name of a scale of colours."""
-    height, width = rows[0][1][0].shape[:2]
+    """Rows of pictures under column titles; bar: ends and name of a scale of colours.
+
+    All are one image: matplotlib takes seconds for as many axes.
+    """
+    height, width = np.max([pictures[0].shape[:2] for _, pictures in rows], axis=0)
+    times = max(1, round(_PICTURE / width))
+    height, width = times * height, times * width
+    edge, gap = max(1, width // 100), max(2, width // 16)
+    y, x = height + 2 * edge + gap, width + 2 * edge + gap
+    canvas = np.full((y * len(rows) - gap, x * len(columns) - gap, 3), 255, np.uint8)
+    for r, (_, pictures) in enumerate(rows):
+        for c, picture in enumerate(pictures):
+            up, across = height // picture.shape[0], width // picture.shape[1]
+            tile = canvas[y * r : y * (r + 1) - gap, x * c : x * (c + 1) - gap]
+            tile[:] = 60
+            tile[edge:-edge, edge:-edge] = picture.repeat(up, axis=0).repeat(across, axis=1)
     figure = _figure(
-        1.1 * len(columns) + 1.1 + (0.8 if bar else 0),
-        1.1 * len(rows) * height / width + 0.65,
+        1.15 * len(columns) + 1.1 + (0.8 if bar else 0), 1.15 * len(rows) * height / width + 0.4
     )
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for (label, pictures), line in zip(rows, axes, strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            _picture(axis, picture)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=9)
+    axis = figure.subplots()
+    axis.imshow(canvas)
+    axis.set_xticks(x * np.arange(len(columns)) + (x - gap) / 2, columns, fontsize=9)
+    axis.set_yticks(y * np.arange(len(rows)) + (y - gap) / 2, [r for r, _ in rows], fontsize=9)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
     if bar:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
 
         scale = ScalarMappable(Normalize(bar[0], bar[1]), _HEAT)
-        figure.colorbar(scale, ax=axes, label=bar[2], shrink=0.9, aspect=25)
+        figure.colorbar(scale, ax=axis, label=bar[2], shrink=0.9, aspect=25)
     return figure
 
 
@@ -310,29 +311,23 @@ def _picture(axis: Any, picture: np.ndarray) -> None:
     axis.set(xticks=[], yticks=[])
 
 
-def _mark(axis: Any, top: float, left: float, size: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    for colour, width in (("black", 3.5), ("white", 1.5)):
-        corner = left - 0.5, top - 0.5
-        axis.add_patch(Rectangle(corner, size, size, fill=False, ec=colour, lw=width))
-
-
 def _legend(figure: Any, named: Mapping[str, int]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=frames.COLOURS[role] / 255, label=name) for name, role in named.items()]
+    grey = np.full((len(frames.COLOURS), 1, 1, 3), 128, np.uint8)
+    painted = frames.paint_roles(grey, np.arange(len(grey))[:, None, None])[:, 0, 0] / 255
+    handles = [Patch(color=painted[role], label=name) for name, role in named.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(named), fontsize=9)
 
 
 def _caption(text: str, width: int) -> np.ndarray:
     """A strip of text as an image, HWC."""
-    figure = _figure(width / _DPI, 26 / _DPI)
+    from matplotlib.figure import Figure
+
+    # Half a pixel more, which is cut off, so that rounding does not take a whole one.
+    figure = Figure(figsize=((width + 0.5) / _DPI, (_STRIP + 0.5) / _DPI), dpi=_DPI)
     figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
-    strip = np.full((26, width, 3), 255, np.uint8)
-    drawn = pixels(figure)[:26, :width]
-    strip[: drawn.shape[0], : drawn.shape[1]] = drawn
-    return strip
+    return pixels(figure)
 
 
 def _cycle(count: int) -> list[str]:

@@ -40,9 +40,24 @@ def show_context(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
 
 def lay_over(video_THWC: np.ndarray, colours_THWC: np.ndarray, there_THW: np.ndarray) -> np.ndarray:
     """Show tokens' colours where they are there, and the frames in dark grey elsewhere: uint8."""
-    dim_THWC = np.broadcast_to(80 * _grey(video_THWC), video_THWC.shape).astype(np.uint8)
+    dim_THWC = np.broadcast_to(50 * _grey(video_THWC), video_THWC.shape).astype(np.uint8)
     there = spread(there_THW, video_THWC)[..., None]
     return np.where(there, spread(colours_THWC, video_THWC), dim_THWC)
+
+
+def outline(video_THWC: np.ndarray, token: int, grid: Grid) -> np.ndarray:
+    """Draw a line around a token, white in black, in the frames that it is of: uint8."""
+    line = max(1, video_THWC.shape[1] // grid[1] // 10)
+    t, row, column = np.unravel_index(token, grid)
+    T, H, W = (size // cells for size, cells in zip(video_THWC.shape[:3], grid, strict=True))
+    marked = video_THWC.copy()
+    cell = marked[T * t : T * (t + 1), H * row : H * (row + 1), W * column : W * (column + 1)]
+    inside = cell.copy()
+    cell[:] = 0
+    cell[:, line:-line, line:-line] = 255
+    line *= 2
+    cell[:, line:-line, line:-line] = inside[:, line:-line, line:-line]
+    return marked
 
 
 def busiest(video_THWC: np.ndarray, grid: Grid) -> int:
