@@ -132,9 +132,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     again = micro.run(tmp_path, f"train.num_steps={saved + 1}")
     assert f"going on from step {saved}" in again.stdout, again.stderr
-    first, *told = again.stdout.splitlines()
+    first, second, *_ = again.stdout.splitlines()
     assert re.fullmatch(rf"wmjax \S+: train debug_world_model in {tmp_path}", first)
-    assert told[3:4] == ["loading jax ..."]
+    assert second.startswith("  model     vjepa2, encoder tiny, 48 wide")
     assert f"  python -m wmjax.viz {tmp_path} " in again.stdout
 
 

@@ -249,6 +249,14 @@ def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_a_model_that_has_diverged_is_not_drawn_and_stops_no_training(seen, monkeypatch):
+    monkeypatch.setattr(Pictures, "look", lambda *_: seen)
+    pictures = object.__new__(Pictures)
+    assert pictures(None, None, None).keys() == {"few", "most"}
+    seen.hidden["most"].prediction_MD[3, 2] = np.nan
+    assert pictures(None, None, None) == {}
+
+
 def test_wandb_is_handed_the_pictures(tmp_path, monkeypatch):
     logged = []
     run = types.SimpleNamespace(

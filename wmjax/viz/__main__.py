@@ -96,6 +96,8 @@ def see(
         skip=config.data.on_error == "skip",
     )
     seen = look(model, tqdm(read, "encoding", unit="clip", leave=False, disable=None), masks)
+    if not seen.finite:
+        raise UserError(f"{name}: gives features that are not finite: it has diverged")
     facts = [
         ("model", name),
         ("data", source.describe()),

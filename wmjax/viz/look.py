@@ -44,6 +44,12 @@ class Look:
         """Frames of a token."""
         return self.video_BTHWC.shape[1] // self.grid[0]
 
+    @property
+    def finite(self) -> bool:
+        """Whether there is anything to draw: a model that diverged has no features."""
+        predictions = [h.prediction_MD for h in self.hidden.values() if h.prediction_MD is not None]
+        return all(np.isfinite(array).all() for array in (self.target_BND, *predictions))
+
 
 def read_clips(
     source: Source,

@@ -70,9 +70,12 @@ class Pictures:
         )
 
     def __call__(self, params: Any, target: Any, batch: WorldModelInput) -> dict[str, np.ndarray]:
-        """Return a picture of each mask, uint8 RGB; on the first process alone."""
+        """Return a picture of each mask, uint8 RGB; on the first process alone.
+
+        None of a model that has diverged, which its loss says.
+        """
         seen = self.look(params, target, batch)
-        if jax.process_index():
+        if jax.process_index() or not seen.finite:
             return {}
         figures = draw.overview(seen, fit_basis(seen.target_BND))
         return {name: draw.pixels(figure) for name, figure in figures.items()}
