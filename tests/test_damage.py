@@ -18,6 +18,7 @@ import pytest
 from recordings import TABLE, edit_column, encode, open_pusht, reader_of, to_images, write_v2
 from shared_data import PUSHT, SHARED
 
+from wmjax.data import video
 from wmjax.errors import UserError
 
 SCRIPT = Path(__file__).with_name("damage.py")
@@ -72,6 +73,12 @@ def test_many_damaged_datasets(bases, name, first):
     outcomes = check_cases(bases / name, first, first + 50)
     assert all(outcomes[outcome] for outcome in ("refused", "read")), outcomes
     print(f"{name} {first}: {dict(outcomes)}")
+
+
+def test_frames_beyond_the_most_pixels_are_not_decoded(monkeypatch):
+    monkeypatch.setattr(video, "MOST_PIXELS", 96 * 96 // 2)
+    with pytest.raises(UserError, match=r"file-000\.mp4: frame 0: .*\n.*episode 0"):
+        open_pusht()[0]
 
 
 def test_a_picture_that_says_it_is_huge_takes_no_memory(tmp_path):

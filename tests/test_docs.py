@@ -8,6 +8,7 @@ import ml_collections
 import pytest
 from shared_data import PUSHT
 
+import wmjax
 from wmjax import assemble, demo, main, train
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
@@ -69,6 +70,29 @@ def test_a_command_says_what_the_door_takes(words, monkeypatch, tmp_path):
     for part in parsed if isinstance(parsed, tuple) else ():
         if isinstance(part, ml_collections.ConfigDict):
             check_config(part)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [w for w in COMMANDS if w[0] == "wmjax.data" and w[1] != "transcode" and "DIR" in w],
+    ids=" ".join,
+)
+def test_a_command_on_a_dataset_runs(words, capsys):
+    assert data.run([str(PUSHT) if word == "DIR" else word for word in words[1:]]) == 0
+    assert capsys.readouterr().out
+
+
+def test_keys_named_in_the_text_are_there():
+    base = wmjax.get_config("base")
+    groups = "|".join(name for name in base if isinstance(base[name], ml_collections.ConfigDict))
+    named = re.compile(rf"(?:--config\.|`)((?:{groups})\.[a-z_.]+)=")
+    found = {key for page in PAGES for key in named.findall(page.read_text())}
+    assert len(found) > 30
+    for key in found:
+        holder = base
+        for part in key.split("."):
+            assert part in holder, key
+            holder = holder[part]
 
 
 def test_commands_are_found():

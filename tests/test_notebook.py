@@ -25,8 +25,9 @@ def test_it_is_kept_without_outputs():
 def test_it_runs_from_top_to_bottom(monkeypatch):
     from nbclient import NotebookClient
 
-    for name in ("JAX_NUM_CPU_DEVICES", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
-        monkeypatch.delenv(name)
+    for name in ("NUM_CPU_DEVICES", "NUMPY_DTYPE_PROMOTION", "NUMPY_RANK_PROMOTION"):
+        monkeypatch.delenv(f"JAX_{name}")
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
     monkeypatch.setenv("PYTHONPATH", str(Path(micro.ROOT)))
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     notebook = nbformat.read(NOTEBOOK, as_version=4)

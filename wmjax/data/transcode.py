@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from wmjax.data.lerobot_format import read_info, read_rows
-from wmjax.data.lerobot_paths import in_hub_cache
+from wmjax.data.lerobot_paths import inside
 from wmjax.data.recording import channels_first, choose_cameras
 from wmjax.data.transforms import frame_size
 from wmjax.errors import UserError
@@ -100,14 +100,12 @@ def transcode(
 
 def _files(root: Path) -> dict[Path, Path]:
     """Return every file of the dataset, by its name in it; hidden ones are none of it."""
-    homes = [root, root.parents[1] / "blobs"] if in_hub_cache(root) else [root]
     files = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root)
         if not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        if not any(path.resolve().is_relative_to(home) for home in homes):
-            raise UserError(f"{path}: leads to {path.resolve()}, outside the dataset's folder")
+        inside(root, path)
         if name != _MARK:
             files[name] = path
     return files
