@@ -45,8 +45,17 @@ def test_wider_features_than_samples_are_no_trouble():
 
 def test_labels_that_have_nothing_to_do_with_the_features_give_about_nothing():
     score = fit(lambda x: normal(*x.shape[:2], 3, seed=2))
-    assert score["ridge"] >= 100  # chosen so that the fit stays near the mean
+    assert min(score["ridge_each"]) >= 100  # chosen so that the fit stays near the mean
     assert abs(score["r2"]) < 0.1
+
+
+def test_a_number_that_cannot_be_read_off_does_no_harm_to_the_others():
+    def label(x):
+        return np.concatenate([x[..., :1], normal(*x.shape[:2], 1, seed=2)], axis=-1)
+
+    score, alone = fit(label), fit(lambda x: x[..., :1])
+    assert score["ridge_each"][0] == alone["ridge_each"][0] < score["ridge_each"][1]
+    assert score["r2_each"][0] == pytest.approx(alone["r2"], abs=1e-9)
 
 
 def test_a_number_that_never_varies_is_left_out():
@@ -62,7 +71,7 @@ def test_the_ridge_is_chosen_on_episodes_that_were_not_fitted():
     y = normal(30, 1)[episodes][:, None]
     shuffled = {"train": names, "validation": np.zeros_like(names)}
     truth = {"train": (episodes, {"y": y}), "validation": (episodes, {"y": y})}
-    assert probe.fit_all(shuffled, truth)["y"]["ridge"] == probe.RIDGES[-1]
+    assert probe.fit_all(shuffled, truth)["y"]["ridge_each"] == [probe.RIDGES[-1]]
 
 
 def test_the_table_has_its_three_rows_on_the_console_and_in_json(one_device, tmp_path, capsys):

@@ -26,7 +26,7 @@ TEST_SHARE = 0.5  # held-out clips, as a share of the training ones
 # Of a clip, by dataset id and sample id: its episode, and what was recorded at its frames, TL by
 # name.
 Labels = Callable[[int, int], tuple[int, Mapping[str, np.ndarray]]]
-Scores = dict[str, dict[str, Any]]  # label -> r2 (mean over its numbers), r2_each, ridge
+Scores = dict[str, dict[str, Any]]  # label -> r2 (mean over its numbers), r2_each, ridge_each
 
 
 class Probe:
@@ -163,45 +163,56 @@ def fit_all(
         groups = np.arange(len(episodes))
     chosen_on = np.repeat(groups % EVERY == EVERY - 1, tubelets)
     x, x_test = (features[split].reshape(-1, features[split].shape[-1]) for split in truth)
+    choose, fit = lines(x[~chosen_on], x[chosen_on]), lines(x, x_test)
     return {
-        name: ridge(x, _flat(values), chosen_on, x_test, _flat(truth["validation"][1][name]))
+        name: score(choose, fit, _flat(values), chosen_on, _flat(truth["validation"][1][name]))
         for name, values in labels.items()
     }
 
 
-def ridge(
-    x: np.ndarray, y: np.ndarray, chosen_on: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
-) -> dict[str, Any]:
-    """Fit y by a line in x; the ridge is the best of RIDGES for the samples `chosen_on`.
+# Of labels (samples x numbers) and a ridge: what the line fitted to them says of other samples.
+Lines = Callable[[np.ndarray, float], np.ndarray]
 
-    x: samples x numbers, y: samples x numbers of the label. Returns r2 (mean over the numbers
-    that vary), r2_each (null for those that do not) and ridge.
+
+def lines(x: np.ndarray, x_new: np.ndarray) -> Lines:
+    """Prepare to fit lines in x, samples x numbers, and to read them off at x_new.
+
+    In the samples' own space, whatever x's width. What takes long is here, once for all labels.
     """
-    fits = _fits(x[~chosen_on], y[~chosen_on], x[chosen_on])
-    scale = y.std(axis=0) + 1e-12
-    errors = [np.mean(((fit - y[chosen_on]) / scale) ** 2) for fit in fits(RIDGES)]
-    best = float(RIDGES[int(np.argmin(errors))])
-    (fit,) = _fits(x, y, x_test)([best])
-    spread = ((y_test - y_test.mean(axis=0)) ** 2).mean(axis=0)
-    varies = (spread > 1e-10 * (1e-10 + y_test**2).mean(axis=0)) & (y.std(axis=0) > 0)
-    missed = ((fit - y_test) ** 2).mean(axis=0)
-    each = [float(1 - m / s) if v else None for m, s, v in zip(missed, spread, varies, strict=True)]
-    known = [value for value in each if value is not None]
-    return {"r2": float(np.mean(known)) if known else None, "r2_each": each, "ridge": best}
-
-
-def _fits(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> Callable[..., Iterator[np.ndarray]]:
-    """Return ridges -> predictions at x_new; in the samples' own space, whatever x's width."""
-    mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
-    x, x_new, y = x - mean_x, x_new - mean_x, (y - mean_y).astype(np.float64)
+    mean = x.mean(axis=0)
+    x, x_new = x - mean, x_new - mean
     gram = (x @ x.T).astype(np.float64)
     unit = np.trace(gram) / len(x) or 1.0
     values, vectors = np.linalg.eigh(gram / unit)
-    turned_y = vectors.T @ y
     turned_new = (x_new @ x.T).astype(np.float64) / unit @ vectors
-    return lambda ridges: (
-        turned_new @ (turned_y / (np.maximum(values, 0) + r)[:, None]) + mean_y for r in ridges
-    )
+
+    def fit(y: np.ndarray, ridge: float) -> np.ndarray:
+        mean = y.mean(axis=0)
+        turned_y = vectors.T @ (y - mean).astype(np.float64)
+        return turned_new @ (turned_y / (np.maximum(values, 0) + ridge)[:, None]) + mean
+
+    return fit
+
+
+def score(
+    choose: Lines, fit: Lines, y: np.ndarray, chosen_on: np.ndarray, y_test: np.ndarray
+) -> dict[str, Any]:
+    """Return r2 on y_test, with the ridge of RIDGES that is best for the samples `chosen_on`.
+
+    choose: lines of the other samples, read off at these; fit: of all, read off at those of y_test.
+    Every number of the label has a ridge of its own: what cannot be read off does no harm to the
+    rest. r2: mean over the numbers that vary; r2_each: null for those that do not; ridge_each.
+    """
+    errors = [((choose(y[~chosen_on], r) - y[chosen_on]) ** 2).mean(axis=0) for r in RIDGES]
+    best = RIDGES[np.argmin(errors, axis=0)]
+    fits = [fit(y[:, [k]], ridge)[:, 0] for k, ridge in enumerate(best)]
+    missed = ((np.stack(fits, axis=1) - y_test) ** 2).mean(axis=0)
+    spread = ((y_test - y_test.mean(axis=0)) ** 2).mean(axis=0)
+    varies = (spread > 1e-10 * (1e-10 + y_test**2).mean(axis=0)) & (y.std(axis=0) > 0)
+    each = [float(1 - m / s) if v else None for m, s, v in zip(missed, spread, varies, strict=True)]
+    known = [value for value in each if value is not None]
+    r2 = float(np.mean(known)) if known else None
+    return {"r2": r2, "r2_each": each, "ridge_each": best.tolist()}
 
 
 def _flat(values: np.ndarray) -> np.ndarray:
