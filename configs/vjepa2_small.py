@@ -1,4 +1,4 @@
-"""V-JEPA 2 ViT-S/8 on small frames, as simulators give them: 16 frames of 96 px, one GPU, 20 minutes.
+"""V-JEPA 2 ViT-S/8 on small frames, as simulators give them: 16 frames of 96 px, in 20 minutes.
 
     python -m wmjax.main --config=configs/vjepa2_small.py --config.data.root=DIR
 
