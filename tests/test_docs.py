@@ -9,7 +9,7 @@ import pytest
 from shared_data import PUSHT
 
 import wmjax
-from wmjax import assemble, demo, main, train
+from wmjax import assemble, demo, main, plan, train
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.data import __main__ as data
@@ -37,6 +37,7 @@ def commands(page):
             yield words[words.index("-m") + 1 :]
 
 
+FILLED = {"--processes=N": "--processes=2", "--process=I": "--process=0"}
 COMMANDS = sorted({(*words,) for page in PAGES for words in commands(page) if len(words) > 1})
 
 
@@ -51,12 +52,16 @@ def check_config(config):
 def test_a_command_says_what_the_door_takes(words, monkeypatch, tmp_path):
     module, *argv = words
     argv = [re.sub(r"\bmy_robot\.py$", "vjepa2_aloha", word) for word in argv]
+    argv = [FILLED.get(word, word) for word in argv if word != "..."]
     if module == "wmjax.main":
         taken = []
-        for room, name in ((train, "train"), (train, "evaluate"), (demo, "demo")):
-            monkeypatch.setattr(room, name, lambda config, workdir: taken.append(config) or 0)
+        rooms = ((train, "train"), (train, "evaluate"), (demo, "demo"), (plan, "plan"))
+        for room, name in rooms:
+            monkeypatch.setattr(room, name, lambda config, _: taken.append(config) or 0)
         monkeypatch.chdir(tmp_path)
-        assert main.run([word for word in argv if word != "..."]) == 0
+        if not any(word.startswith("--config=") for word in argv):  # of the command it belongs to
+            argv.append("--config=vjepa2_aloha")
+        assert main.run(argv) == 0
         for config in taken:
             check_config(config)
         assert taken or "--list" in argv

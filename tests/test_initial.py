@@ -101,7 +101,8 @@ def test_an_image_model_gives_encoder_and_target_and_its_positions(tmp_path, cap
     model = wmjax.load(tmp_path / "run")
     assert model.config["model"]["position_grid"] == 5
     positions = tensors["embeddings.position_embeddings"][0, 1:].reshape(5, 5, 36)
-    np.testing.assert_array_equal(model.params["encoder"]["positions"]["space"], positions)
+    averaged = model.params["encoder"]["positions"]["space"]  # of equal ones, so rounded
+    np.testing.assert_allclose(averaged, positions, rtol=3e-7)
     assert train.train(config, tmp_path / "run") == 0  # finished: nothing is loaded again
 
 

@@ -151,14 +151,12 @@ def test_a_jump_threads_and_processes_change_nothing_in_a_mixture(monkeypatch):
 
 
 @needs_shared
-def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(
-    one_device, tmp_path, monkeypatch
-):
+def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(one_device, tmp_path, caplog):
     config = micro.config(*real("train.num_steps=8", "train.log_every=4", "data.on_error=skip"))
-    steps = assemble.make_steps(config, sharding.make_mesh())
-    monkeypatch.setattr(assemble, "make_steps", lambda *_: steps)
-    train.train(config, tmp_path)
-    assert steps.train._cache_size() == 1
+    with jax.log_compiles():
+        train.train(config, tmp_path)
+    compiled = [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
+    assert sum("train_step" in text for text in compiled) == 1
     names = ["g1_subset_v30", "pusht_sim_v3", "aloha_sim_twocam_v3"]
     shares = [[row[f"mixture/{name}"] for name in names] for row in micro.rows(tmp_path)]
     np.testing.assert_allclose(np.sum(shares, axis=1), 1)
@@ -166,7 +164,8 @@ def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(
     assert shares[0] != shares[1]  # each of its own interval
     assert [row["data_skipped"] for row in micro.rows(tmp_path)] == [0, 0]
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
-        restored = checkpoints.restore(8, steps.abstract)
+        abstract = assemble.make_steps(config, sharding.make_mesh()).abstract
+        restored = checkpoints.restore(8, abstract)
     assert restored.data == {"position": 64}
     statistics = restored.meta["statistics"]
     assert statistics == assemble.make_source(config, "train").statistics()

@@ -90,9 +90,8 @@ class Model:
         ) -> jax.Array:
             context_BKD = module(params, "encoder")(video_BTHWC, ids_BK)
             grid = self.input_spec(*video_BTHWC.shape[1:4]).grid
-            return module(params, "predictor")(context_BKD, ids_BK, ids_BM, grid).astype(
-                jnp.float32
-            )
+            (z_BMD,) = module(params, "predictor")(context_BKD, [(ids_BK, ids_BM)], grid)
+            return z_BMD.astype(jnp.float32)
 
         def classify(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
             pooled_B1D = module(params, "pooler")(module(params, "encoder")(video_BTHWC))
