@@ -53,6 +53,7 @@ def agree(found, wanted):
     np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
 
 
+@pytest.mark.processes
 def test_two_processes_train_and_validate_as_one_does(unbroken, two_processes):
     workdir, _ = two_processes
     wanted = losses(unbroken)
@@ -61,6 +62,7 @@ def test_two_processes_train_and_validate_as_one_does(unbroken, two_processes):
     agree(losses(workdir, "validation/loss"), {SAVED: validated[SAVED]})
 
 
+@pytest.mark.processes
 def test_only_the_first_process_prints(two_processes):
     _, ((out, _), (second_out, second_error)) = two_processes
     assert f"done: step {SAVED}" in out
@@ -68,7 +70,7 @@ def test_only_the_first_process_prints(two_processes):
     assert (said, second_error) == ([], "")
 
 
-@pytest.mark.campaign
+@pytest.mark.processes
 def test_four_processes_go_on_from_two(tmp_path, unbroken, two_processes):
     def run(workdir, *settings):
         cluster.run(workdir, *settings, processes=4, devices=2, folder=tmp_path / "printed")
@@ -76,6 +78,7 @@ def test_four_processes_go_on_from_two(tmp_path, unbroken, two_processes):
     agree(go_on(tmp_path / "run", two_processes[0], run), losses(unbroken))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("devices", [8, 1])
 def test_one_process_goes_on_from_two(tmp_path, unbroken, two_processes, devices, monkeypatch):
     if devices == 1:
