@@ -4,8 +4,8 @@
 
 DIR holds meta/info.json. Expect 4.9 GiB of parameters, moments and target, 30 GiB at the peak on
 one GPU, about 100 clips a second on an H100, and one to two minutes of compiling the first time.
-Where that is too much, vjepa2_low_mem takes a quarter of each and 35 % more time a step. On N GPUs
-give --config.data.batch_size=24*N, and --config.mesh.fsdp=N to split the state over them.
+Where that is too much, vjepa2_low_mem takes less of both and more time a step. On N GPUs give
+--config.data.batch_size=24*N, and --config.mesh.fsdp=N to split the state over them.
 
 Learning rate: the reference's 5.25e-4 is for 3,072 clips a step. Adam's noise asks for the square
 root of the batch's ratio: 5.25e-4 * sqrt(24 / 3072) = 4.6e-5.

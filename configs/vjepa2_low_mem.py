@@ -3,7 +3,7 @@
     python -m wmjax.main --config=configs/vjepa2_low_mem.py --config.data.root=DIR
 
 Expect 9.5 GB at the peak for 24 clips a step (measured on an H200), of which 4.9 GiB are
-parameters, moments and target, and about a third more time a step than vjepa2_aloha.
+parameters, moments and target, and more time a step than vjepa2_aloha.
 """
 
 import ml_collections

@@ -194,6 +194,7 @@ def kill_and_go_on(tmp_path, kills, steps, seed):
     return inside, again
 
 
+@pytest.mark.processes
 def test_a_killed_run_ends_bit_equal_to_the_unbroken_one(tmp_path):
     kill_and_go_on(tmp_path, 1, 8, 0)
 

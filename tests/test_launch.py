@@ -64,7 +64,7 @@ def shellcheck(path):
     ("name", "typos"),
     [
         ("tpu_vm.sh", [('"$name" --zone', "$nme --zone"), ("}\n", "\n")]),
-        ("slurm.sbatch", [("\nfi\n", "\n"), ('"$code" -eq', '"$cod" -eq')]),
+        ("slurm.sbatch", [("\nesac\n", "\n"), ("case $code in", "case $cod in")]),
     ],
 )
 def test_shell_scripts_pass_shellcheck(name, typos, tmp_path):

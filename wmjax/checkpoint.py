@@ -44,7 +44,7 @@ def newest(folder: Path, *, verify: bool = True) -> int | None:
         steps = _steps(folder)
         faults = []
         for step in reversed(steps):
-            if not (fault := manifest.fault(folder / str(step), contents=verify)):
+            if not verify or not (fault := manifest.fault(folder / str(step))):
                 found = step
                 break
             faults.append(f"{folder / str(step)} is damaged: {fault}")
@@ -135,6 +135,8 @@ class Checkpoints:
             )
         except Exception as error:  # which, depends on the storage
             self._fail(error)
+            if jax.process_count() > 1:  # the others are within the save, and would wait for ever
+                raise UserError(self._failure) from error
 
     def wait(self) -> None:
         """Wait for the save in flight."""

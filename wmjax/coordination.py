@@ -20,13 +20,10 @@ def tell(key: str, value: str) -> None:
 
 
 def told(key: str) -> str | None:
-    """Return what a process left, if it did."""
-    try:
+    """Return what a process left; None where it did not, or the service does not answer."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         return _client().key_value_try_get(f"wmjax/{key}")
-    except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" not in str(error):
-            raise
-        return None
+    return None
 
 
 def wait_told(key: str, seconds: float) -> str:

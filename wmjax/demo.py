@@ -16,13 +16,14 @@ import numpy as np
 from wmjax import assemble
 from wmjax import config as configs
 from wmjax.checkpoint import Checkpoints
+from wmjax.console import say
 from wmjax.data.source import Source
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.metrics import Row, fetch
 from wmjax.models import base
 from wmjax.step import Steps, TrainState
-from wmjax.train import prepare, say, take_up
+from wmjax.train import prepare, take_up
 from wmjax.types import WorldModelInput
 from wmjax.viz import draw
 from wmjax.viz.features import fit_basis

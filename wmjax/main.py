@@ -29,14 +29,16 @@ examples:
       on a LeRobot dataset, the folder that holds meta/
   python -m wmjax.main --mode=demo --config=debug_world_model
       a first look at it all
-  python -m wmjax.main --mode=plan --config=vjepa2_aloha --topology=v5e:16x16
+  python -m wmjax.main --mode=plan --config=vjepa2_aloha --topology=v5e:16x16 \\
+      --config.data.batch_size=256 --config.model.scan=True --config.model.remat=full
       before paying for 256 chips
 
 exit codes:
   0         done
   2         something that you can put right, said in one to three lines
+  1         plan: it does not fit
   75        no step for train.stuck_after seconds: every thread's stack is printed
-  130, 143  Ctrl-C or SIGTERM: saved, the same command goes on
+  130, 143  Ctrl-C or SIGTERM: saved, the same command goes on (SIGUSR1: 138)
 """
 
 

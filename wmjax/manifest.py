@@ -22,15 +22,10 @@ def write(folder: Path) -> None:
     os.replace(part, folder / NAME)
 
 
-def fault(folder: Path, *, contents: bool = True) -> str:
-    """Say in a few words what is no longer as the manifest has it; '' where nothing is.
-
-    contents: False looks only whether there is a manifest.
-    """
+def fault(folder: Path) -> str:
+    """Say in a few words what is no longer as the manifest has it; '' where nothing is."""
     if not (folder / NAME).is_file():
         return f"no {NAME}"
-    if not contents:
-        return ""
     try:
         entries = json.loads((folder / NAME).read_text())
     except (OSError, ValueError):

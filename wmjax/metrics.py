@@ -205,7 +205,8 @@ class Reporter:
             return
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **entry}) + "\n")
+                begun = "\n" if self._failing else ""  # what was half written is a line of its own
+                file.write(begun + json.dumps({"step": step, **entry}) + "\n")
             self._failing = False
         except OSError as error:
             if not self._failing:

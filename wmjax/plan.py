@@ -1,6 +1,7 @@
 """A run planned without its devices: the train step compiled ahead of time, and what bounds it.
 
-    python -m wmjax.main --mode=plan --config=vjepa2_aloha --topology=v5e:16x16
+    python -m wmjax.main --mode=plan --topology=v5e:16x16 --config=vjepa2_aloha \\
+        --config.data.batch_size=256 --config.model.scan=True --config.model.remat=full
 
 libtpu compiles for any TPU on any CPU; for CPUs and GPUs the local ones are taken. Nothing runs,
 and no dataset is opened.
@@ -95,7 +96,8 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
     batch = abstract_batch(config, masks, sharding.batch_sharding(mesh))
 
-    chip = next((CHIPS[name] for name in CHIPS if name in devices[0].device_kind), None)
+    kind = devices[0].device_kind
+    chip = next((CHIPS[name] for name in CHIPS if re.search(rf"\b{name}\b", kind)), None)
     flop = assemble.count_flop(config, batch)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(steps.abstract.params))
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -45,6 +45,7 @@ class StopSignal:
         self._begun = 0  # batches
         self._last: int | None = None  # batch that is still to be done, once that is known
         self._asked, self._lock = False, threading.Lock()
+        self._noted = False  # a signal, by this process
         self._closed = threading.Event()
         self._alone = coordination.alone()
 
@@ -82,8 +83,9 @@ class StopSignal:
             raise Stopped
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        if self._noted and number == signal.SIGINT:  # the second here, whatever others were sent
             leave(128 + number, "interrupted: nothing was saved since the newest checkpoint")
+        self._noted = True
         self.received = self.received or number
         if self._alone:
             self._asked, self._last = True, self._begun
@@ -100,10 +102,13 @@ class StopSignal:
             with self._lock:
                 self._asked = True
             coordination.tell(f"stop/{jax.process_index()}", str(self._begun))
-            self._last = max(
-                int(coordination.wait_told(f"stop/{process}", ANSWER_S))
-                for process in range(jax.process_count())
-            )
+            try:
+                self._last = max(
+                    int(coordination.wait_told(f"stop/{process}", ANSWER_S))
+                    for process in range(jax.process_count())
+                )
+            except jax.errors.JaxRuntimeError:
+                leave(128 + self.received, "a process does not answer: nothing more was saved")
             return
 
 

@@ -210,7 +210,9 @@ def loop(
                     batch = next(batches)
             except (Stopped, UserError) as error:
                 step -= 1
-                if step > start:  # what was trained until then is kept
+                # What was trained until then is kept; of several processes, those whose data go on
+                # are at the next step, and would not come to save this one.
+                if step > start and (isinstance(error, Stopped) or jax.process_count() == 1):
                     guard.settle()
                     reporter.flush(throughput)
                     if means := mean.take():

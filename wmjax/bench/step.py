@@ -143,14 +143,17 @@ def _noise(shape: jax.ShapeDtypeStruct) -> np.ndarray:
 
 
 def _bind(function: Callable[..., Any], arguments: tuple) -> Callable[[], Any]:
-    return lambda: function(*arguments)
+    return lambda: jax.tree.leaves(function(*arguments))[0]
 
 
 def _compile(graph: nnx.GraphDef, part: Part, arguments: tuple) -> Callable[..., Any]:
     """Jit a part forward, and backward where it is trained, into parameters and features."""
 
+    rows = jax.tree.leaves(arguments[2])[0].sharding  # of the batch
+
     def forward(params: Any, target: Any, batch: WorldModelInput, features: Any) -> Any:
-        return part.run(base.merge(graph, params), target, batch, features)
+        with jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh):
+            return part.run(base.merge(graph, params), target, batch, features)
 
     if not part.trained:
         return jax.jit(forward)

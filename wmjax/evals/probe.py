@@ -59,7 +59,8 @@ class Probe:
             return shapes.target_params(base.split(built)[1])
 
         def read(target: Any, batch: WorldModelInput) -> tuple[Array, Array, Array]:
-            features = pooled(shapes, target, batch)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                features = pooled(shapes, target, batch)
             ids = jnp.stack([batch.dataset_ids_B, batch.sample_ids_B], axis=1)
             return features, scaled(batch, features.shape), ids
 

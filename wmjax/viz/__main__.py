@@ -185,7 +185,7 @@ def run(argv: list[str]) -> int:
     sections = write_pictures(seen, out)
     if all(hidden.prediction_MD is None for hidden in seen.hidden.values()):
         print("no predictor in these weights: no prediction and no error is drawn")
-    if runs:
+    if any(runs.values()):
         draw.save(draw.reports(runs), out / "curves.png")
         text = f"From {curves.METRICS}, over the steps of {', '.join(runs)}."
         sections.append(Section("Loss and health", text, out / "curves.png"))

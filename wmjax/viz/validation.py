@@ -35,13 +35,16 @@ class Pictures:
         def look(
             params: Any, target: Any, batch: WorldModelInput
         ) -> tuple[WorldModelInput, Array, list[Array]]:
-            few: WorldModelInput = jax.tree.map(lambda x: x[:CLIPS], batch)
+            count = -(-CLIPS // mesh.size) * mesh.size  # as many on every device
+            few: WorldModelInput = jax.tree.map(lambda x: x[:count], batch)
             video = jnp.asarray(few.observation.video_BVTHWC)
             B, V = video.shape[:2]
-            target_RND = shapes.target_features(target, video.reshape(B * V, *video.shape[2:]))
-            _, output = base.merge(graph, params).loss(target, few, jax.random.key(0))
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                target_RND = shapes.target_features(target, video.reshape(B * V, *video.shape[2:]))
+                _, output = base.merge(graph, params).loss(target, few, jax.random.key(0))
             features = target_RND.reshape(B, V, *target_RND.shape[1:])
-            return few, features, [z_RMD[:V] for z_RMD in output.prediction_BVMD]
+            shown = jax.tree.map(lambda x: x[:CLIPS], (few, features))
+            return *shown, [z_RMD[:V] for z_RMD in output.prediction_BVMD]
 
         self._look = jax.jit(
             look,

@@ -1,6 +1,7 @@
 """The door: `python -m wmjax.weights import SRC DIR`, `export DIR OUT` and `show SRC`."""
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -95,9 +96,10 @@ def last_metrics(file: Path, step: int) -> dict[str, float]:
     """Return the last value by this step of the loss, of validation and of probes."""
     found: dict[str, float] = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
-        row = json.loads(line)
-        if row["step"] <= step:
-            found |= row
+        with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill or a full disk
+            row = json.loads(line)
+            if row["step"] <= step:
+                found |= row
     return {
         key: value
         for key, value in found.items()
