@@ -75,7 +75,9 @@ def outline(config: ml_collections.ConfigDict) -> str:
     model, data, optim = config.model, config.data, config.optim
     sizes = {"wide": model.width, "deep": model.depth}
     encoder = ", ".join([model.size, *(f"{size} {what}" for what, size in sizes.items() if size)])
-    origin = data.mixture or data.root or data.repo_id or "generated video"
+    origin = data.mixture or data.root or data.repo_id or "no dataset yet"
+    if data.source == "synthetic":
+        origin = "generated video"
     rate = f"stride {data.stride}" if data.stride else f"{data.fps:g} fps"
     return "\n".join(
         [

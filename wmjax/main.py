@@ -35,8 +35,8 @@ examples:
 
 exit codes:
   0         done
-  2         something that you can put right, said in one to three lines
   1         plan: it does not fit
+  2         something that you can put right, said in one to three lines
   75        no step for train.stuck_after seconds: every thread's stack is printed
   130, 143  Ctrl-C or SIGTERM: saved, the same command goes on (SIGUSR1: 138)
 """
