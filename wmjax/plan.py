@@ -114,9 +114,15 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
         wanted = f"{used[1]} of {used[2]}" if used else "more than a chip has"
         print(f"memory      {wanted} a chip: does not fit")
         return 1
-    program = hlo.Program(compiled.as_text())
     executed = hlo.executed_flop(traced.jaxpr)
     fits = _print_memory(compiled.memory_analysis(), chip)
+    try:
+        program = hlo.Program(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:  # libtpu is newer than jax, and writes what is new
+        raise UserError(
+            f"--topology={topology}: jax {jax.__version__} cannot read what this libtpu compiled; "
+            f"wanted a newer jax\n{str(error).splitlines()[0][:200]}"
+        ) from None
     _print_network(program.collectives())
     _print_bounds(program, flop, executed, devices, chip)
     return 0 if fits else 1
