@@ -24,13 +24,17 @@ def normal(*shape, seed=0):
 
 
 def fit(label, clips=60, tubelets=4, width=20):
-    """Probe `label(features)` of random features, the half of the clips held out."""
+    """Probe `label(features)` of random features; a tubelet is one frame."""
     x = normal(clips, tubelets, width).astype(np.float32)
-    y, half = label(x), clips // 2
-    features = {"train": x[:half], "validation": x[half:]}
+    return fit_halves(x, label(x)[:, :, None])
+
+
+def fit_halves(x, y):
+    """Probe y, clips x tubelets x frames x numbers, off x: one half of the clips is held out."""
+    half = len(x) // 2
     episodes = np.arange(half) // 2
     truth = {"train": (episodes, {"y": y[:half]}), "validation": (episodes, {"y": y[half:]})}
-    return probe.fit_all(features, truth)["y"]
+    return probe.fit_all({"train": x[:half], "validation": x[half:]}, truth)["y"]
 
 
 def test_a_known_linear_map_is_recovered_in_any_units():
@@ -58,6 +62,24 @@ def test_a_number_that_cannot_be_read_off_does_no_harm_to_the_others():
     assert score["r2_each"][0] == pytest.approx(alone["r2"], abs=1e-9)
 
 
+@pytest.mark.parametrize("turn", [2 * np.pi, 360.0])
+def test_an_angle_is_read_off_across_its_jump(turn):
+    """Features hold a place and an angle's point on the circle; it goes on within tubelets."""
+    angle = 2 * np.pi * np.random.default_rng(0).uniform(size=(60, 1)) + 0.5 * np.arange(4)
+    x = np.stack([normal(60, 4), np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
+    frames = angle[..., None] + 0.02 * np.arange(4)
+    y = np.stack([x[..., :1] + 0 * frames, frames % (2 * np.pi) * turn / (2 * np.pi)], axis=-1)
+    score = fit_halves(x, y)
+    assert score["angles"] == [1]
+    assert len(score["r2_each"]) == 2
+    assert min(score["r2_each"]) > 0.999
+
+
+def test_a_number_that_only_stays_within_a_turn_is_no_angle():
+    label = fit(lambda x: x[..., :1])
+    assert label["angles"] == []
+
+
 def test_a_number_that_never_varies_is_left_out():
     score = fit(lambda x: np.concatenate([x[..., :1], np.full_like(x[..., :1], 7)], axis=-1))
     assert score["r2_each"][1] is None
@@ -68,7 +90,7 @@ def test_the_ridge_is_chosen_on_episodes_that_were_not_fitted():
     """Features that name the episode say nothing of others; R2 would be 1 if clips were mixed."""
     episodes = np.repeat(np.arange(30), 4)
     names = np.eye(30, dtype=np.float32)[episodes][:, None]
-    y = normal(30, 1)[episodes][:, None]
+    y = normal(30, 1)[episodes][:, None, None]
     shuffled = {"train": names, "validation": np.zeros_like(names)}
     truth = {"train": (episodes, {"y": y}), "validation": (episodes, {"y": y})}
     assert probe.fit_all(shuffled, truth)["y"]["ridge_each"] == [probe.RIDGES[-1]]

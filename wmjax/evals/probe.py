@@ -2,7 +2,8 @@
 
 Frozen target features stand beside those of random weights and raw pixels, all by one rule: a
 sample is a tubelet of a clip, its numbers are centred, and the ridge is chosen on held-out
-episodes of the training split. The figure is R2 on the validation split.
+episodes of the training split. The figure is R2 on the validation split. An angle that jumps by a
+full turn is no linear thing: it is read off as its point on the circle.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +22,13 @@ from wmjax.types import Array, WorldModelInput
 CELLS = 4  # the coarse grid's rows and columns: features are averaged over each of its cells
 RIDGES = 10.0 ** np.arange(-5, 4)  # in units of the mean eigenvalue of the samples' products
 EVERY = 5  # every fifth training episode is held out to choose the ridge
+TURNS = (2 * np.pi, 360.0)  # what an angle jumps by
 TEST_SHARE = 0.5  # held-out clips, as a share of the training ones
 
 # Of a clip, by dataset id and sample id: its episode, and what was recorded at its frames, TL by
 # name.
 Labels = Callable[[int, int], tuple[int, Mapping[str, np.ndarray]]]
-Scores = dict[str, dict[str, Any]]  # label -> r2 (mean over its numbers), r2_each, ridge_each
+Scores = dict[str, dict[str, Any]]  # label -> r2, the mean over its numbers; more: see `score`
 
 
 class Probe:
@@ -105,12 +107,12 @@ class Probe:
     def _truth(
         self, split: str, ids: np.ndarray, tubelets: int
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the clips' episodes and labels (clips x tubelets x numbers), tubelet means."""
+        """Return the clips' episodes and labels (clips x tubelets x frames x numbers)."""
         asked = (self._labels[split](*pair) for pair in ids.tolist())
         episodes, labels = zip(*asked, strict=True)
         stacked = {name: np.stack([each[name] for each in labels]) for name in labels[0]}
         return np.array(episodes), {
-            name: values.reshape(len(ids), tubelets, -1, values.shape[-1]).mean(axis=2)
+            name: values.reshape(len(ids), tubelets, -1, values.shape[-1])
             for name, values in stacked.items()
         }
 
@@ -155,7 +157,7 @@ def fit_all(
     """Fit every label on the training split and score it on the validation split.
 
     features[split]: clips x tubelets x numbers. truth[split]: episode of each clip, and labels
-    by name, clips x tubelets x numbers.
+    by name, clips x tubelets x frames x numbers, of which the tubelets' means are fitted.
     """
     tubelets = features["train"].shape[1]
     episodes, labels = truth["train"]
@@ -165,10 +167,40 @@ def fit_all(
     chosen_on = np.repeat(groups % EVERY == EVERY - 1, tubelets)
     x, x_test = (features[split].reshape(-1, features[split].shape[-1]) for split in truth)
     choose, fit = lines(x[~chosen_on], x[chosen_on]), lines(x, x_test)
-    return {
-        name: score(choose, fit, _flat(values), chosen_on, _flat(truth["validation"][1][name]))
-        for name, values in labels.items()
-    }
+    scores = {}
+    for name, values in labels.items():
+        turn = turns(values)
+        y, y_test = (columns(split[1][name], turn) for split in truth.values())
+        scores[name] = score(choose, fit, y, chosen_on, y_test, turn > 0)
+    return scores
+
+
+def turns(values: np.ndarray) -> np.ndarray:
+    """Return the full turn of each number that is an angle, 0 of the others.
+
+    values: clips x tubelets x frames x numbers. An angle stays within one turn, and there is a
+    frame after which it has gone nearly all of it.
+    """
+    moved = values.reshape(len(values), -1, values.shape[-1])
+    span = np.ptp(moved, axis=(0, 1))
+    jump = np.abs(np.diff(moved, axis=1)).max(axis=(0, 1), initial=0)
+    found = np.zeros(len(span))
+    for turn in TURNS:
+        found[(span < 1.001 * turn) & (jump > 0.75 * turn)] = turn
+    return found
+
+
+def columns(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Return samples x columns: the tubelets' means of each number, of an angle's cosine and sine.
+
+    The cosines stand where the angles did, and the sines after all numbers.
+    """
+    angle = turn > 0
+    phase = values[..., angle] * (2 * np.pi / turn[angle])
+    straight = values.astype(np.float64)
+    straight[..., angle] = np.cos(phase)
+    both = np.concatenate([straight, np.sin(phase)], axis=-1)
+    return both.mean(axis=2).reshape(-1, both.shape[-1])
 
 
 # Of labels (samples x numbers) and a ridge: what the line fitted to them says of other samples.
@@ -196,13 +228,20 @@ def lines(x: np.ndarray, x_new: np.ndarray) -> Lines:
 
 
 def score(
-    choose: Lines, fit: Lines, y: np.ndarray, chosen_on: np.ndarray, y_test: np.ndarray
+    choose: Lines,
+    fit: Lines,
+    y: np.ndarray,
+    chosen_on: np.ndarray,
+    y_test: np.ndarray,
+    angle: np.ndarray,
 ) -> dict[str, Any]:
     """Return r2 on y_test, with the ridge of RIDGES that is best for the samples `chosen_on`.
 
     choose: lines of the other samples, read off at these; fit: of all, read off at those of y_test.
-    Every number of the label has a ridge of its own: what cannot be read off does no harm to the
-    rest. r2: mean over the numbers that vary; r2_each: null for those that do not; ridge_each.
+    y, y_test: columns(); angle: which numbers are angles. Every column has a ridge of its own: what
+    cannot be read off does no harm to the rest.
+    r2: mean over the numbers that vary; r2_each: null for those that do not; ridge_each: of the
+    columns; angles: their places.
     """
     errors = np.stack(
         [((choose(y[~chosen_on], r) - y[chosen_on]) ** 2).mean(axis=0) for r in RIDGES]
@@ -213,14 +252,16 @@ def score(
     missed = ((np.stack(fits, axis=1) - y_test) ** 2).mean(axis=0)
     spread = ((y_test - y_test.mean(axis=0)) ** 2).mean(axis=0)
     varies = (spread > 1e-10 * (1e-10 + y_test**2).mean(axis=0)) & (y.std(axis=0) > 0)
+    number = np.concatenate([np.arange(len(angle)), np.flatnonzero(angle)])  # of each column
+    missed, spread, varies = (np.bincount(number, values) for values in (missed, spread, varies))
     each = [float(1 - m / s) if v else None for m, s, v in zip(missed, spread, varies, strict=True)]
     known = [value for value in each if value is not None]
-    r2 = float(np.mean(known)) if known else None
-    return {"r2": r2, "r2_each": each, "ridge_each": best.tolist()}
-
-
-def _flat(values: np.ndarray) -> np.ndarray:
-    return values.reshape(-1, values.shape[-1])
+    return {
+        "r2": float(np.mean(known)) if known else None,
+        "r2_each": each,
+        "ridge_each": best.tolist(),
+        "angles": np.flatnonzero(angle).tolist(),
+    }
 
 
 def table(scores: Mapping[str, Scores]) -> str:
