@@ -80,6 +80,22 @@ def test_a_number_that_only_stays_within_a_turn_is_no_angle():
     assert label["angles"] == []
 
 
+def test_what_is_held_out_is_told_by_lines_of_the_others():
+    x, groups = normal(40, 60), np.repeat(np.arange(8), 5)
+    y = x[:, :3] @ normal(3, 2, seed=1) + 0.5 * normal(40, 2, seed=2)
+    found = probe.Lines(x, groups).held_out_errors(y)
+    unit = np.sum((x - x.mean(axis=0)) ** 2) / len(x)
+    for errors, ridge in zip(found, probe.RIDGES, strict=True):
+        missed = []
+        for group in range(8):
+            out = groups == group
+            mean, offset = x[~out].mean(axis=0), y[~out].mean(axis=0)
+            inner = (x[~out] - mean) @ (x[~out] - mean).T + ridge * unit * np.eye(35)
+            weight = (x[~out] - mean).T @ np.linalg.solve(inner, y[~out] - offset)
+            missed.append((x[out] - mean) @ weight + offset - y[out])
+        np.testing.assert_allclose(errors, np.mean(np.concatenate(missed) ** 2, axis=0), rtol=1e-6)
+
+
 def test_a_number_that_never_varies_is_left_out():
     score = fit(lambda x: np.concatenate([x[..., :1], np.full_like(x[..., :1], 7)], axis=-1))
     assert score["r2_each"][1] is None

@@ -1,9 +1,9 @@
 """What can be read off the features by a line: ridge regression of known labels, held out.
 
 Frozen target features stand beside those of random weights and raw pixels, all by one rule: a
-sample is a tubelet of a clip, its numbers are centred, and the ridge is chosen on held-out
-episodes of the training split. The figure is R2 on the validation split. An angle that jumps by a
-full turn is no linear thing: it is read off as its point on the circle.
+sample is a tubelet of a clip, its numbers are centred, and the ridge is the one that tells the
+episodes of the training split best, each by a line fitted to the others. The figure is R2 on the
+validation split. An angle that jumps by a full turn is read off as its point on the circle.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +20,8 @@ from wmjax.models import base
 from wmjax.types import Array, WorldModelInput
 
 CELLS = 4  # the coarse grid's rows and columns: features are averaged over each of its cells
-RIDGES = 10.0 ** np.arange(-5, 4)  # in units of the mean eigenvalue of the samples' products
-EVERY = 5  # every fifth training episode is held out to choose the ridge
+RIDGES = 10.0 ** np.arange(-5, 6)  # in units of the mean eigenvalue of the samples' products
+FEW = 5  # episodes; with fewer it is clips that are told by the others
 TURNS = (2 * np.pi, 360.0)  # what an angle jumps by
 TEST_SHARE = 0.5  # held-out clips, as a share of the training ones
 
@@ -161,17 +161,17 @@ def fit_all(
     """
     tubelets = features["train"].shape[1]
     episodes, labels = truth["train"]
-    names, groups = np.unique(episodes, return_inverse=True)
-    if len(names) < EVERY:  # too few to hold any out: the clips then
-        groups = np.arange(len(episodes))
-    chosen_on = np.repeat(groups % EVERY == EVERY - 1, tubelets)
+    if len(np.unique(episodes)) < FEW:
+        episodes = np.arange(len(episodes))
     x, x_test = (features[split].reshape(-1, features[split].shape[-1]) for split in truth)
-    choose, fit = lines(x[~chosen_on], x[chosen_on]), lines(x, x_test)
+    lines = Lines(x, np.repeat(episodes, tubelets))
     scores = {}
     for name, values in labels.items():
         turn = turns(values)
         y, y_test = (columns(split[1][name], turn) for split in truth.values())
-        scores[name] = score(choose, fit, y, chosen_on, y_test, turn > 0)
+        best = choose(lines.held_out_errors(y))
+        scores[name] = score(lines.fit(y, best, x_test), y_test, y.std(axis=0) > 0, turn > 0)
+        scores[name]["ridge_each"] = best.tolist()
     return scores
 
 
@@ -203,55 +203,61 @@ def columns(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
     return both.mean(axis=2).reshape(-1, both.shape[-1])
 
 
-# Of labels (samples x numbers) and a ridge: what the line fitted to them says of other samples.
-Lines = Callable[[np.ndarray, float], np.ndarray]
+class Lines:
+    """Ridge regressions in x, samples x numbers, whatever its width: in the samples' own space."""
 
+    def __init__(self, x: np.ndarray, groups: np.ndarray) -> None:
+        """Do what takes long, once for all labels. groups: of the samples, told apart by number."""
+        self._mean = x.mean(axis=0)
+        self._x = x - self._mean
+        gram = (self._x @ self._x.T).astype(np.float64)
+        self._unit = np.trace(gram) / len(x) or 1.0
+        values, self._vectors = np.linalg.eigh(gram / self._unit)
+        self._values = np.maximum(values, 0)
+        self._groups = [np.flatnonzero(groups == group) for group in np.unique(groups)]
 
-def lines(x: np.ndarray, x_new: np.ndarray) -> Lines:
-    """Prepare to fit lines in x, samples x numbers, and to read them off at x_new.
+    def held_out_errors(self, y: np.ndarray) -> np.ndarray:
+        """Return mean squared errors, RIDGES x columns of y, of each group by all the others' line.
 
-    In the samples' own space, whatever x's width. What takes long is here, once for all labels.
-    """
-    mean = x.mean(axis=0)
-    x, x_new = x - mean, x_new - mean
-    gram = (x @ x.T).astype(np.float64)
-    unit = np.trace(gram) / len(x) or 1.0
-    values, vectors = np.linalg.eigh(gram / unit)
-    turned_new = (x_new @ x.T).astype(np.float64) / unit @ vectors
+        No line is fitted again: what the whole one misses in a group tells what the others' would.
+        """
+        turned = self._vectors.T @ (y - y.mean(axis=0)).astype(np.float64)
+        errors = np.zeros((len(RIDGES), y.shape[1]))
+        for sum, ridge in zip(errors, RIDGES, strict=True):
+            missing = ridge / (self._values + ridge)
+            missed = self._vectors @ (missing[:, None] * turned)
+            for group in self._groups:
+                own = self._vectors[group]
+                left = (own * missing) @ own.T - 1 / len(y)  # of the mean as well
+                sum += (np.linalg.solve(left, missed[group]) ** 2).sum(axis=0)
+        return errors / len(y)
 
-    def fit(y: np.ndarray, ridge: float) -> np.ndarray:
+    def fit(self, y: np.ndarray, ridges: np.ndarray, x_new: np.ndarray) -> np.ndarray:
+        """Return what the lines fitted to y's columns, with a ridge each, say of other samples."""
         mean = y.mean(axis=0)
-        turned_y = vectors.T @ (y - mean).astype(np.float64)
-        return turned_new @ (turned_y / (np.maximum(values, 0) + ridge)[:, None]) + mean
+        turned = self._vectors.T @ (y - mean).astype(np.float64)
+        turned_new = ((x_new - self._mean) @ self._x.T).astype(np.float64) @ self._vectors
+        return turned_new @ (turned / (self._values[:, None] + ridges)) / self._unit + mean
 
-    return fit
+
+def choose(errors: np.ndarray) -> np.ndarray:
+    """Return the best of RIDGES for each column: of those that are alike, the largest."""
+    as_good = errors <= (1 + 1e-4) * errors.min(axis=0)
+    return np.where(as_good, RIDGES[:, None], 0).max(axis=0)
 
 
 def score(
-    choose: Lines,
-    fit: Lines,
-    y: np.ndarray,
-    chosen_on: np.ndarray,
-    y_test: np.ndarray,
-    angle: np.ndarray,
+    fitted: np.ndarray, y_test: np.ndarray, varied: np.ndarray, angle: np.ndarray
 ) -> dict[str, Any]:
-    """Return r2 on y_test, with the ridge of RIDGES that is best for the samples `chosen_on`.
+    """Return the figures of one label.
 
-    choose: lines of the other samples, read off at these; fit: of all, read off at those of y_test.
-    y, y_test: columns(); angle: which numbers are angles. Every column has a ridge of its own: what
-    cannot be read off does no harm to the rest.
-    r2: mean over the numbers that vary; r2_each: null for those that do not; ridge_each: of the
-    columns; angles: their places.
+    fitted, y_test: columns(); varied: which columns did in training; angle: which numbers are
+    angles. r2: mean over the numbers that vary; r2_each: null for those that do not; angles: their
+    places.
     """
-    errors = np.stack(
-        [((choose(y[~chosen_on], r) - y[chosen_on]) ** 2).mean(axis=0) for r in RIDGES]
-    )
-    as_good = errors <= (1 + 1e-4) * errors.min(axis=0)  # of those that are alike, the largest
-    best = np.where(as_good, RIDGES[:, None], 0).max(axis=0)
-    fits = [fit(y[:, [k]], ridge)[:, 0] for k, ridge in enumerate(best)]
-    missed = ((np.stack(fits, axis=1) - y_test) ** 2).mean(axis=0)
+    missed = ((fitted - y_test) ** 2).mean(axis=0)
     spread = ((y_test - y_test.mean(axis=0)) ** 2).mean(axis=0)
-    varies = (spread > 1e-10 * (1e-10 + y_test**2).mean(axis=0)) & (y.std(axis=0) > 0)
+    varies = (spread > 1e-10 * (1e-10 + y_test**2).mean(axis=0)) & varied
     number = np.concatenate([np.arange(len(angle)), np.flatnonzero(angle)])  # of each column
     missed, spread, varies = (np.bincount(number, values) for values in (missed, spread, varies))
     each = [float(1 - m / s) if v else None for m, s, v in zip(missed, spread, varies, strict=True)]
@@ -259,7 +265,6 @@ def score(
     return {
         "r2": float(np.mean(known)) if known else None,
         "r2_each": each,
-        "ridge_each": best.tolist(),
         "angles": np.flatnonzero(angle).tolist(),
     }
 
