@@ -208,9 +208,9 @@ class Lines:
 
     def __init__(self, x: np.ndarray, groups: np.ndarray) -> None:
         """Do what takes long, once for all labels. groups: of the samples, told apart by number."""
-        self._mean = x.mean(axis=0)
-        self._x = x - self._mean
-        gram = (self._x @ self._x.T).astype(np.float64)
+        self._mean = x.mean(axis=0, dtype=np.float64)
+        self._x = x - self._mean  # float64: the smallest ridges tell no more than float32 rounds
+        gram = self._x @ self._x.T
         self._unit = np.trace(gram) / len(x) or 1.0
         values, self._vectors = np.linalg.eigh(gram / self._unit)
         self._values = np.maximum(values, 0)
@@ -236,7 +236,7 @@ class Lines:
         """Return what the lines fitted to y's columns, with a ridge each, say of other samples."""
         mean = y.mean(axis=0)
         turned = self._vectors.T @ (y - mean).astype(np.float64)
-        turned_new = ((x_new - self._mean) @ self._x.T).astype(np.float64) @ self._vectors
+        turned_new = (x_new - self._mean) @ self._x.T @ self._vectors
         return turned_new @ (turned / (self._values[:, None] + ridges)) / self._unit + mean
 
 
