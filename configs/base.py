@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "scan": True,  # one compiled block run over the depth; False: unrolled
                 "attention": "auto",  # auto, xla, cudnn (GPU), splash (TPU)
                 "gelu": "auto",  # exact; polynomial: within 1e-4, faster; auto: it in bfloat16
+                "norm": "auto",  # and the sum before it: xla; fused: a GPU kernel, for bfloat16
             },
             # One group a mask, each used on every clip; context and target are shares of the cells.
             # strategy: multi_block; block (one, scale 0.7, time 0.5); random, spatial (cell);

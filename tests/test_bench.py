@@ -68,10 +68,10 @@ def test_operations_are_those_counted_by_hand(row):
         products = 3 * 48 * 48 + 48 * 48 + 48 * 192 + 192 * 48
         return 2 * (2 * tokens * products + 2 * 2 * tokens**2 * 48) + 2 * tokens * 384 * 48
 
-    def predictor(context, target):  # one layer 32 wide with 128 hidden
+    def predictor(context, target):  # one layer 32 wide with 128 hidden, the last: only targets
         tokens = context + target
-        products = 3 * 32 * 32 + 32 * 32 + 32 * 128 + 128 * 32
-        layer = 2 * tokens * products + 2 * 2 * tokens**2 * 32
+        products = tokens * 3 * 32 * 32 + target * (32 * 32 + 32 * 128 + 128 * 32)
+        layer = 2 * products + 2 * 2 * tokens * target * 32
         return 2 * context * 48 * 32 + layer + 2 * target * 32 * 48
 
     forward = [encoder(2), predictor(2, 22), encoder(8), predictor(8, 16)]

@@ -10,7 +10,7 @@ from clips import batch_of
 
 from wmjax import train
 from wmjax.evals import health, prediction
-from wmjax.models import layers, vjepa2
+from wmjax.models import norm, vjepa2
 from wmjax.types import WorldModelOutput
 
 GRID = (2, 2, 3)
@@ -140,7 +140,7 @@ class Collapsing(vjepa2.VJEPA2):
     """Its target is the trained encoder itself, with gradient: to agree, features become one."""
 
     def target_features(self, target, video_BTHWC):
-        return layers.layer_norm(self.encoder(video_BTHWC), vjepa2.TARGET_EPS)
+        return norm.layer_norm(self.encoder(video_BTHWC), vjepa2.TARGET_EPS)
 
 
 def run(workdir, *overrides):

@@ -77,6 +77,28 @@ def run_loss(batch, **cfg):
     return loss_and_gradients(**cfg)(params, params["encoder"], batch)
 
 
+@pytest.mark.parametrize("layout", [{"scan": True, "remat": "full"}, {"scan": False}])
+def test_the_fused_norm_gives_the_same_loss_and_gradients(layout, monkeypatch):
+    """By the kernel's Python; between the blocks too where they are unrolled."""
+    from wmjax.models import norm_gpu
+
+    calls = []
+
+    def add_norm(*args):
+        calls.append(args)
+        return kernel(*args, True)
+
+    kernel = norm_gpu.add_norm
+    monkeypatch.setattr(norm_gpu, "add_norm", add_norm)
+    monkeypatch.setattr(layers, "choose_norm", lambda wanted, dtype: wanted)
+    (loss, _), gradients = run_loss(batch(), norm="fused", **layout)
+    (plain_loss, _), plain_gradients = run_loss(batch(), norm="xla", **layout)
+    assert calls
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (gradients, plain_gradients)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max() + 1e-9)
+
+
 def paths(tree):
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 

@@ -143,6 +143,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
     _choice(config, "model.attention", ("auto", "xla", "cudnn", "splash"))
     _choice(config, "model.gelu", ("auto", "exact", "polynomial"))
+    _choice(config, "model.norm", ("auto", "xla", "fused"))
     _choice(config, "optim.schedule", ("constant", "cosine", "linear"))
     positive = {
         "data.batch_size": data.batch_size,

@@ -10,7 +10,8 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models.attention import xla_attention
-from wmjax.models.layers import MLP, Block, LayerNorm, Linear, run
+from wmjax.models.layers import MLP, Block, Linear, run
+from wmjax.models.norm import LayerNorm
 
 MLP_RATIO = 4  # of every released probe, those on the giant encoder included
 EPS = 1e-5  # of the layer norms where the probes were trained; transformers runs them with 1e-6

@@ -10,7 +10,8 @@ from flax import nnx
 from wmjax.errors import UserError
 from wmjax.models import rope
 from wmjax.models.base import InputSpec
-from wmjax.models.layers import Block, LayerNorm, Lengths, check_remat, run
+from wmjax.models.layers import Block, Lengths, check_remat, run
+from wmjax.models.norm import LayerNorm
 from wmjax.models.positions import Positions
 
 SIZES = {  # width, depth, heads, mlp_ratio; from large on as released with V-JEPA 2 and 2.1
@@ -77,6 +78,7 @@ class Encoder(nnx.Module):
         scan: bool,
         attention: str,
         gelu: str,
+        norm: str,
     ):
         """position_grid: side of a learned table of positions in place of rope_kind; 0: none."""
         rope.check(rope_kind, width, heads)
@@ -92,6 +94,7 @@ class Encoder(nnx.Module):
             dtype=dtype,
             attention=attention,
             gelu=gelu,
+            norm=norm,
         )
         self.norm = LayerNorm((width,), ("embed",))
         self.positions = Positions(rngs, position_grid, width) if position_grid else None

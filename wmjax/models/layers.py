@@ -1,4 +1,4 @@
-"""Transformer parts: layer norm, linear, attention, MLP, pre-norm block, and the run over depth.
+"""Transformer parts: linear, attention, MLP, pre-norm block, and the run over depth.
 
 Parameters are float32 and products run in the compute dtype; a LayerNorm computes and gives
 float32, and the Linear after it casts down. A stack is one Block whose parameters carry a leading
@@ -11,7 +11,7 @@ Logical axes at the parameters, for the sharding table to place:
     mlp                     hidden width of the MLP
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,11 @@ from wmjax.errors import UserError
 from wmjax.models import rope
 from wmjax.models.attention import attend, choose_attention
 from wmjax.models.gelu import gelu
+from wmjax.models.norm import EPS, Branch, LayerNorm, choose_norm, total
 
 # Of the sequences that lie one after another along N: all go through the products at once, and each
 # attends to itself alone. Empty for a single one.
 Lengths = tuple[int, ...]
-
-EPS = 1e-6  # of every layer norm inside encoders and predictors
 
 # What the backward pass recomputes; "dots" keeps the outputs of the products with parameters.
 REMAT = {
@@ -35,13 +34,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Normalise the last axis in float32, without scale and bias."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -55,16 +47,6 @@ def split_rows(x: jax.Array) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(mesh.axis_names))
-
-
-class LayerNorm(nnx.Module):
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float = EPS):
-        self.scale = nnx.Param(jnp.ones(shape), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
-        self.eps = eps
-
-    def __call__(self, x_BND: jax.Array) -> jax.Array:
-        return layer_norm(x_BND, self.eps) * self.scale[None, None] + self.bias[None, None]
 
 
 class Linear(nnx.Module):
@@ -88,8 +70,11 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x_BNI: jax.Array) -> jax.Array:
-        y_BNO = x_BNI.astype(self.dtype) @ self.kernel.astype(self.dtype)
-        return y_BNO + self.bias.astype(self.dtype)[None, None]
+        return total(self.branch(x_BNI))
+
+    def branch(self, x_BNI: jax.Array) -> Branch:
+        """Return x W and b apart."""
+        return x_BNI.astype(self.dtype) @ self.kernel.astype(self.dtype), self.bias[...]
 
 
 def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
@@ -114,17 +99,24 @@ class Attention(nnx.Module):
         self.implementation = choose_attention(attention, dtype, width // heads)
 
     def __call__(
-        self, x_BND: jax.Array, table: rope.Table | None, lengths: Lengths = ()
-    ) -> jax.Array:
+        self,
+        x_BND: jax.Array,
+        table: rope.Table | None,
+        lengths: Lengths = (),
+        tails: Lengths = (),
+    ) -> Branch:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
         query, key = rope.rotate(query, table), rope.rotate(key, table)
-        apart = zip(*(split(x, lengths or (N,)) for x in (query, key, value)), strict=True)
+        queries, keys, values = (split(x, lengths or (N,)) for x in (query, key, value))
+        if tails:
+            queries = [q[:, -tail:] for q, tail in zip(queries, tails, strict=True)]
+        apart = zip(queries, keys, values, strict=True)
         y_BNHd = jnp.concatenate(
             [attend(q, k, v, self.implementation) for q, k, v in apart], axis=1
         )
-        return self.proj(y_BNHd.reshape(B, N, D))
+        return self.proj.branch(y_BNHd.reshape(B, -1, D))
 
 
 class MLP(nnx.Module):
@@ -149,7 +141,10 @@ class MLP(nnx.Module):
         self.gelu = gelu
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        return self.fc2(gelu(self.fc1(x_BND), self.gelu))
+        return total(self.branch(x_BND))
+
+    def branch(self, x_BND: jax.Array) -> Branch:
+        return self.fc2.branch(gelu(self.fc1(x_BND), self.gelu))
 
 
 class Block(nnx.Module):
@@ -167,18 +162,45 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         attention: str,
         gelu: str = "auto",
+        norm: str = "xla",
         eps: float = EPS,
     ):
         self.norm1 = LayerNorm((depth, width), ("layers", embed), eps)
         self.attention = Attention(rngs, depth, width, heads, embed, dtype, attention)
         self.norm2 = LayerNorm((depth, width), ("layers", embed), eps)
         self.mlp = MLP(rngs, depth, width, hidden, embed, dtype, gelu)
+        self.fused_norm = choose_norm(norm, dtype) == "fused"
 
     def __call__(
-        self, x_BND: jax.Array, table: rope.Table | None, lengths: Lengths = ()
+        self,
+        x_BND: jax.Array,
+        table: rope.Table | None,
+        lengths: Lengths = (),
+        tails: Lengths = (),
     ) -> jax.Array:
-        x_BND = x_BND + self.attention(self.norm1(x_BND), table, lengths)
-        return x_BND + self.mlp(self.norm2(x_BND))
+        """Return the new x; tails: only of as many tokens at the end of each sequence."""
+        x_BND, branch = self.branch(x_BND, None, table, lengths, tails)
+        return x_BND + total(branch)
+
+    def branch(
+        self,
+        x_BND: jax.Array,
+        branch: Branch | None,
+        table: rope.Table | None,
+        lengths: Lengths = (),
+        tails: Lengths = (),
+    ) -> tuple[jax.Array, Branch]:
+        """Return the residual stream and what is still to be added to it, as `branch` is to x."""
+        if branch is None:
+            y_BND = self.norm1(x_BND)
+        else:
+            x_BND, y_BND = self.norm1.after(x_BND, branch, self.fused_norm)
+        branch = self.attention(y_BND, table, lengths, tails)
+        if tails:
+            parts = zip(split(x_BND, lengths), tails, strict=True)
+            x_BND = jnp.concatenate([part[:, -tail:] for part, tail in parts], axis=1)
+        x_BND, y_BND = self.norm2.after(x_BND, branch, self.fused_norm)
+        return x_BND, self.mlp.branch(y_BND)
 
 
 def run(
@@ -188,26 +210,44 @@ def run(
     scan: bool,
     remat: str,
     lengths: Lengths = (),
+    tails: Lengths = (),
 ) -> jax.Array:
-    """Run a stack over its depth: one compiled block scanned, or all of them unrolled."""
+    """Run a stack over its depth: one compiled block scanned, or all of them unrolled.
+
+    tails: of each sequence, how many tokens at its end are wanted; the last block leaves the others
+    out.
+    """
     graphdef, params = nnx.split(blocks)
 
-    def block(x_BND: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        x_BND = nnx.merge(graphdef, params)(split_rows(x_BND), table, lengths)
-        return split_rows(x_BND), None
+    def one(tails: Lengths) -> Callable[[jax.Array, nnx.State], jax.Array]:
+        def block(x_BND: jax.Array, params: nnx.State) -> jax.Array:
+            return split_rows(nnx.merge(graphdef, params)(split_rows(x_BND), table, lengths, tails))
 
-    if remat != "none":
+        if remat == "none":
+            return block
         # Inside a scan nothing can be merged with the first pass anyway, and the guard costs.
-        block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
-    if scan:
-        return jax.lax.scan(block, x_BND, params)[0]
+        return jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
+
+    block, last = one(()), one(tails)
     leaves, structure = jax.tree.flatten(params)
     depth = len(leaves[0])
+    if scan:
+        scanned = jax.tree.map(lambda leaf: leaf[: depth - bool(tails)], params)
+        x_BND, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x_BND, scanned)
+        return last(x_BND, jax.tree.map(lambda leaf: leaf[-1], params)) if tails else x_BND
     # One split a parameter: its gradient is one concatenation, not a sum over padded slices.
     slices = [[s[0] for s in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
-    for layer in zip(*slices, strict=True):
-        x_BND, _ = block(x_BND, jax.tree.unflatten(structure, layer))
-    return x_BND
+    layers = [jax.tree.unflatten(structure, layer) for layer in zip(*slices, strict=True)]
+    if remat != "none":
+        for layer in layers[:-1]:
+            x_BND = block(x_BND, layer)
+        return last(x_BND, layers[-1])
+    branch = None  # of each block goes into the next one's norm
+    for layer in layers:
+        x_BND, branch = nnx.merge(graphdef, layer).branch(
+            split_rows(x_BND), branch, table, lengths, tails if layer is layers[-1] else ()
+        )
+    return split_rows(x_BND if branch is None else x_BND + total(branch))
 
 
 def check_remat(remat: str) -> None:
@@ -215,8 +255,15 @@ def check_remat(remat: str) -> None:
         raise UserError(f"model.remat={remat!r}: wanted one of {', '.join(REMAT)}")
 
 
-def flops(blocks: Block, tokens: int) -> int:
-    """Count the operations of the products in one forward pass over one sequence."""
+def flops(blocks: Block, tokens: int, tail: int | None = None) -> int:
+    """Count the operations of the products in one forward pass over one sequence.
+
+    tail: of the tokens, those that the last block is to give.
+    """
     depth, width, hidden = blocks.mlp.fc1.kernel.shape
-    parameters = 4 * width * width + 2 * width * hidden
-    return depth * tokens * (2 * parameters + 4 * tokens * width)
+
+    def block(kept: int) -> int:
+        products = 3 * width * width * tokens + (width * width + 2 * width * hidden) * kept
+        return 2 * products + 4 * tokens * kept * width
+
+    return (depth - 1) * block(tokens) + block(tokens if tail is None else tail)

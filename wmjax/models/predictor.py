@@ -8,7 +8,8 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import rope
-from wmjax.models.layers import Block, LayerNorm, Linear, check_remat, run, split
+from wmjax.models.layers import Block, Linear, check_remat, run, split
+from wmjax.models.norm import LayerNorm
 
 
 class Predictor(nnx.Module):
@@ -32,6 +33,7 @@ class Predictor(nnx.Module):
         scan: bool,
         attention: str,
         gelu: str,
+        norm: str,
         num_mask_tokens: int,
         mask_index: int,
     ):
@@ -53,6 +55,7 @@ class Predictor(nnx.Module):
             dtype=dtype,
             attention=attention,
             gelu=gelu,
+            norm=norm,
         )
         self.norm = LayerNorm((width,), ("predictor_embed",))
         self.proj = Linear(rngs, (width, encoder_width), ("predictor_embed", "embed"), dtype)
@@ -83,7 +86,6 @@ class Predictor(nnx.Module):
             x_BND = x_BND + rope.sincos(ids_BN, grid, self.width).astype(x_BND.dtype)
         table = rope.table(ids_BN, grid, self.width // self.heads, self.rope_kind)
         lengths = tuple(context.shape[1] + target.shape[1] for context, target in masks)
-        x_BND = run(self.blocks, x_BND, table, self.scan, self.remat, lengths)
-        targets = split(x_BND, [part.shape[1] for part in parts])[1::2]
-        z_BMD = self.proj(self.norm(jnp.concatenate(targets, axis=1)))
-        return split(z_BMD, [target.shape[1] for target in targets])
+        tails = tuple(target.shape[1] for _, target in masks)
+        x_BND = run(self.blocks, x_BND, table, self.scan, self.remat, lengths, tails)
+        return split(self.proj(self.norm(x_BND)), tails)

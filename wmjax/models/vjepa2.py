@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import layers, rope
+from wmjax.models import layers, norm, rope
 from wmjax.models.base import BaseWorldModel, InputSpec, Params, Part, merge
 from wmjax.models.encoder import Encoder, resolve_size
 from wmjax.models.predictor import Predictor
@@ -46,6 +46,7 @@ def create(
     scan: bool = True,
     attention: str = "auto",
     gelu: str = "auto",
+    norm: str = "auto",
 ) -> "VJEPA2":
     """Build the model; width, depth, heads and mlp_ratio of 0 are as the size says.
 
@@ -61,6 +62,7 @@ def create(
         "scan": scan,
         "attention": attention,
         "gelu": gelu,
+        "norm": norm,
     }
     encoder_size = resolve_size(size, width, depth, heads, mlp_ratio)
     return VJEPA2(
@@ -115,7 +117,7 @@ class VJEPA2(BaseWorldModel):
 
     def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
         target_encoder = merge(nnx.graphdef(self.encoder), target)
-        features_BND = layers.layer_norm(target_encoder(video_BTHWC), TARGET_EPS)
+        features_BND = norm.layer_norm(target_encoder(video_BTHWC), TARGET_EPS)
         return jax.lax.stop_gradient(features_BND)
 
     def loss(
@@ -163,7 +165,7 @@ class VJEPA2(BaseWorldModel):
         ):
             K, M = context_ids.shape[1], target_ids.shape[1]
             context = layers.flops(encoder.blocks, K) + 2 * K * patch
-            prediction = layers.flops(predictor.blocks, K + M) + 2 * (K + M) * embed
+            prediction = layers.flops(predictor.blocks, K + M, M) + 2 * (K + M) * embed
             total += 3 * (context + prediction)  # a backward pass is two forward ones
         return B * V * total
 

@@ -13,7 +13,7 @@ from wmjax.data.reader import Reader
 from wmjax.data.source import Source
 from wmjax.inference import Model
 from wmjax.masking import Grid, Masks
-from wmjax.models.layers import layer_norm
+from wmjax.models.norm import layer_norm
 from wmjax.models.vjepa2 import TARGET_EPS
 
 

@@ -1,0 +1,196 @@
+"""A residual sum and the layer norm after it, in one kernel for GPUs (Triton, by Pallas).
+
+XLA reads and writes the residual stream three to four times there; this does it once each, and its
+backward pass sums the gradients of bias and scale on the way.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+ROWS = 4  # of the stream that a program of the forward kernel works on
+AT_ONCE = 2048  # numbers that one of the backward kernel takes at a time
+WARPS = 4  # of any program
+PROGRAMS = 1056  # of it, eight to a multiprocessor of an H100
+SUMS = 3  # that it gives: gradients of bias, scale and shift
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def add_norm(
+    x_BND: jax.Array,
+    branch_BND: jax.Array,
+    bias_D: jax.Array,
+    scale_D: jax.Array,
+    shift_D: jax.Array,
+    eps: float,
+    dtype: jnp.dtype,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Return x + branch + bias, in x's dtype, and its layer norm times scale plus shift, in dtype.
+
+    Every device works on its own rows of the ambient mesh. interpret: run the kernel's Python in
+    place of compiling it, on any device.
+    """
+    args = x_BND, branch_BND, bias_D, scale_D, shift_D, eps, dtype, interpret
+    return _add_norm_forward(*args)[0]
+
+
+def _add_norm_forward(
+    x: jax.Array,
+    branch: jax.Array,
+    bias: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    eps: float,
+    dtype: jnp.dtype,
+    interpret: bool,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    vectors = jnp.stack([bias, scale, shift])
+    total, y = _per_device(_forward, (x, branch), vectors, eps, dtype, interpret)
+    return (total, y), (total, scale)
+
+
+def _add_norm_backward(
+    eps: float, dtype: jnp.dtype, interpret: bool, kept: Any, gradients: Any
+) -> tuple[jax.Array, ...]:
+    total, scale = kept
+    rows = (total, *gradients)
+    gradient, sums = _per_device(_backward, rows, scale[None], eps, None, interpret)
+    return gradient, gradient, *jnp.sum(sums, axis=0)
+
+
+add_norm.defvjp(_add_norm_forward, _add_norm_backward)
+
+
+def _per_device(fn: Any, rows: Sequence[jax.Array], vectors: jax.Array, *options: Any) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(fn, options=options)
+    if not mesh.empty:  # XLA cannot split a kernel by itself
+        split = jax.P(mesh.axis_names)
+        local = jax.shard_map(
+            local,
+            in_specs=((split,) * len(rows), jax.P()),
+            out_specs=(split, split),
+            check_vma=False,
+        )
+    return local(tuple(rows), vectors)
+
+
+def _columns(width: int) -> tuple[jax.Array, jax.Array | None]:
+    """Return the places of a row, filled up to a power of two, and which of them there are."""
+    columns = jnp.arange(pl.next_power_of_2(width))[None]
+    return columns, None if columns.size == width else columns < width
+
+
+def _forward(
+    rows: tuple[jax.Array, ...], vectors: jax.Array, options: tuple
+) -> tuple[jax.Array, ...]:
+    x, branch = rows
+    eps, dtype, interpret = options
+    B, N, D = x.shape
+    height = math.gcd(ROWS, B * N)
+
+    def kernel(x_ref: Any, branch_ref: Any, vectors_ref: Any, total_ref: Any, y_ref: Any) -> None:
+        columns, there = _columns(D)
+        at = (pl.program_id(0) * height + jnp.arange(height)[:, None], columns)
+        masked = None if there is None else jnp.broadcast_to(there, (height, columns.size))
+
+        def load(ref: Any) -> jax.Array:
+            return triton.load(ref.at[at], mask=masked, other=0.0 if masked is not None else None)
+
+        def vector(row: int) -> jax.Array:
+            other = None if there is None else 0.0
+            return triton.load(vectors_ref.at[row, columns], mask=there, other=other)
+
+        branch = (load(branch_ref).astype(jnp.float32) + vector(0)).astype(x.dtype)
+        total = (load(x_ref).astype(jnp.float32) + branch.astype(jnp.float32)).astype(x.dtype)
+        centred, scale = _normalise(total.astype(jnp.float32), D, eps, there)
+        triton.store(total_ref.at[at], total, mask=masked)
+        y = centred * scale * vector(1) + vector(2)
+        triton.store(y_ref.at[at], y.astype(dtype), mask=masked)
+
+    shape = (B * N, D)
+    total, y = pl.pallas_call(
+        kernel,
+        grid=(B * N // height,),
+        out_shape=(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, dtype)),
+        compiler_params=triton.CompilerParams(num_warps=WARPS),
+        interpret=interpret,
+        name="add_norm",
+    )(x.reshape(shape), branch.reshape(shape), vectors)
+    return total.reshape(B, N, D), y.reshape(B, N, D)
+
+
+def _normalise(
+    x: jax.Array, width: int, eps: float, there: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the rows less their mean, and one over their standard deviation."""
+    centred = x - jnp.sum(x, axis=1, keepdims=True) / width
+    if there is not None:
+        centred = jnp.where(there, centred, 0.0)
+    variance = jnp.sum(centred * centred, axis=1, keepdims=True) / width
+    return centred, jax.lax.rsqrt(variance + eps)
+
+
+def _backward(
+    rows: tuple[jax.Array, ...], vectors: jax.Array, options: tuple
+) -> tuple[jax.Array, ...]:
+    total, total_gradient, y_gradient = rows
+    eps, _, interpret = options
+    B, N, D = total.shape
+    padded = pl.next_power_of_2(D)
+    height = math.gcd(max(1, AT_ONCE // padded), B * N)
+    steps = B * N // height
+    programs = min(PROGRAMS, steps)
+
+    def kernel(
+        vectors_ref: Any, total_ref: Any, straight_ref: Any, y_ref: Any, out_ref: Any, sums_ref: Any
+    ) -> None:
+        columns, there = _columns(D)
+        masked = None if there is None else jnp.broadcast_to(there, (height, padded))
+        other = None if there is None else 0.0
+        program = pl.program_id(0)
+        weight = triton.load(vectors_ref.at[0, columns], mask=there, other=other)
+
+        def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            first = (program + i * programs) * height
+            at = (first + jnp.arange(height)[:, None], columns)
+            x, straight, gradient = (
+                triton.load(ref.at[at], mask=masked, other=other).astype(jnp.float32)
+                for ref in (total_ref, straight_ref, y_ref)
+            )
+            centred, scale = _normalise(x, D, eps, masked)
+            normal = centred * scale
+            weighted = gradient * weight
+            along = jnp.sum(weighted * normal, axis=1, keepdims=True) / D
+            mean = jnp.sum(weighted, axis=1, keepdims=True) / D
+            out = (straight + (weighted - normal * along - mean) * scale).astype(total.dtype)
+            triton.store(out_ref.at[at], out, mask=masked)
+            parts = (out.astype(jnp.float32), gradient * normal, gradient)
+            return tuple(sum + part for sum, part in zip(sums, parts, strict=True))
+
+        zeros = (jnp.zeros((height, padded), jnp.float32),) * SUMS
+        sums = jax.lax.fori_loop(0, (steps - program + programs - 1) // programs, step, zeros)
+        for k, sum in enumerate(sums):
+            sum = jnp.sum(sum, axis=0, keepdims=True)
+            triton.store(sums_ref.at[program, k, columns], sum, mask=there)
+
+    shape = (B * N, D)
+    gradient, sums = pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=(
+            jax.ShapeDtypeStruct(shape, total.dtype),
+            jax.ShapeDtypeStruct((programs, SUMS, D), jnp.float32),
+        ),
+        compiler_params=triton.CompilerParams(num_warps=WARPS),
+        interpret=interpret,
+        name="add_norm_backward",
+    )(vectors, *(array.reshape(shape) for array in (total, total_gradient, y_gradient)))
+    return gradient.reshape(B, N, D), sums
