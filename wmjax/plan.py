@@ -63,7 +63,7 @@ def find_devices(topology: str) -> list[jax.Device]:
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
         raise UserError(
             f"--topology={topology}: {str(error).splitlines()[0][:200]}\n"
-            'wanted v5e:16x16, v6e:16x16, ... (pip install "wmjax[plan]"), cpu:N or gpu:N'
+            'wanted v5e:16x16, v6e:16x16, ... (pip install "wmjax[tpu]"), cpu:N or gpu:N'
         ) from error
 
 
