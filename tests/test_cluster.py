@@ -20,7 +20,7 @@ EPOCH = 32  # clips of the recording at this stride, of which every step takes 8
 SETTINGS = (
     *("data.source=lerobot", f"data.root={PUSHT}", "data.stride=24", "data.workers=0"),
     *(f"train.num_steps={STEPS}", f"checkpoint.every={SAVED}", f"train.eval_every={SAVED}"),
-    *("mesh.fsdp=4", "eval.batches=1", "model.depth=1"),
+    *("eval.batches=1", "model.depth=1"),
 )
 
 
@@ -32,11 +32,10 @@ class Run(NamedTuple):
 
 def launch(folder, processes, devices):
     """Run in folder/run, going on where it is."""
-    notes = folder / "notes"
-    printed = cluster.run(
-        folder / "run", *SETTINGS, processes=processes, devices=devices, folder=notes
-    )
-    return Run(folder / "run", printed, cluster.clips(notes))
+    workdir, notes = folder / "run", folder / "notes"
+    settings = (*SETTINGS, f"mesh.fsdp={min(4, processes * devices)}")
+    printed = cluster.run(workdir, *settings, processes=processes, devices=devices, folder=notes)
+    return Run(workdir, printed, cluster.clips(notes))
 
 
 @pytest.fixture(scope="module")

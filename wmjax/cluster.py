@@ -70,11 +70,14 @@ def _join_what_is_found() -> None:
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
     try:
         found = next((kind for kind in kinds if kind.is_env_present()), None)
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if found is None and address:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS={address}, but JAX finds no cluster here")
         if found is None:
             return
         patience = PATIENCE_S if found.name in ("slurm", "ompi") else IMAGES_S
         with _saying_that_it_lasts(found.name, patience):
-            coordinator = found.get_coordinator_address(
+            coordinator = address or found.get_coordinator_address(
                 timeout_secs=patience,
                 override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
             )
