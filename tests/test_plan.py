@@ -114,6 +114,17 @@ def test_a_plan_for_local_devices(capsys):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        "Used 20.5G of 15.75G hbm. Exceeded",
+        "memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_a_compiler_lacks_is_told(error):
+    assert plan._told(error) == "20.5G of 15.75G a chip"
+
+
+@pytest.mark.parametrize(
     ("topology", "said"),
     [
         ("gpu:8", "gpu:8: found 0 of them here"),
