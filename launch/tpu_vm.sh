@@ -11,6 +11,11 @@ remote() {
     gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
 }
 
-gcloud compute tpus tpu-vm scp --recurse . "$name":wmjax --zone="$zone" --worker=all
-remote "pip install -e 'wmjax[tpu]'"
-remote "cd wmjax && python3 -m wmjax.main --workdir=$(printf '%q' "$workdir")$(printf ' %q' "$@")"
+built=$(mktemp -d)
+uv build --quiet --wheel --out-dir "$built"
+wheel=$(basename "$built"/*.whl)
+gcloud compute tpus tpu-vm scp "$built/$wheel" "$name": --zone="$zone" --worker=all
+# The Python of these machines is too old.
+remote "pip install --quiet uv && python3 -m uv venv --allow-existing --python 3.12 wmjax &&
+    python3 -m uv pip install --python wmjax --reinstall-package wmjax './${wheel}[tpu]'"
+remote "wmjax/bin/python -m wmjax.main --workdir=$(printf '%q' "$workdir")$(printf ' %q' "$@")"

@@ -1,16 +1,22 @@
 """Runs of several processes on this machine: N processes of D fake CPU devices, over gloo."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import micro
 
-# Only what process 0 compiles is kept from run to run: the others compile every time.
 FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+# The first process compiles for all of them; see member.py.
+SHARED = {
+    "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true",
+    "JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS": "240000",
+}
 
 
 def free_port():
@@ -50,20 +56,6 @@ def group(commands, environments, folder):
             process.wait()
 
 
-def start(workdir, *overrides, processes, devices, folder, flags=()):
-    """Start a micro run of `processes` processes with `devices` devices each; see `group`."""
-    coordinator = f"localhost:{free_port()}"
-    command = [*micro.command(workdir, *overrides), *flags]
-    return group(
-        [
-            [*command, f"--coordinator={coordinator}", f"--processes={processes}", f"--process={i}"]
-            for i in range(processes)
-        ],
-        [micro.environment(devices) | FAST] * processes,
-        folder,
-    )
-
-
 def wait(processes, timeout):
     """Wait for all of them and return their exit codes; the first failure ends the wait."""
     deadline = time.monotonic() + timeout
@@ -77,16 +69,34 @@ def wait(processes, timeout):
     return [process.poll() for process in processes]
 
 
-def run(workdir, *overrides, processes, devices, folder, flags=(), timeout=280):
-    """Run to the end and return what each process printed, as (standard output, error)."""
+def run(workdir, *overrides, processes, devices, folder, timeout=280):
+    """Run micro to its end on `processes` processes of `devices` devices each.
+
+    Returns what each process printed, as (standard output, error). The ids of the clips that
+    process I was handed, a list for each step, are in folder/I.ids; see `clips`.
+    """
     folder.mkdir(exist_ok=True)
-    with start(
-        workdir, *overrides, processes=processes, devices=devices, folder=folder, flags=flags
-    ) as group:
-        codes = wait(group, timeout)
+    flags = micro.command(workdir, *overrides)[3:]
+    commands = [
+        [
+            *(sys.executable, micro.ROOT / "tests" / "member.py", folder / f"{i}.ids", *flags),
+            *(f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={i}"),
+        ]
+        for port in [free_port()]
+        for i in range(processes)
+    ]
+    environment = micro.environment(devices) | FAST | SHARED
+    with group(commands, [environment] * processes, folder) as members:
+        codes = wait(members, timeout)
     printed = [
         tuple((folder / f"{i}.{kind}").read_text() for kind in ("out", "err"))
         for i in range(processes)
     ]
     assert codes == [0] * processes, (codes, printed)
     return printed
+
+
+def clips(folder):
+    """Return, for each process of a run, the ids of the clips that it was handed at each step."""
+    files = sorted(folder.glob("*.ids"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]

@@ -1,93 +1,108 @@
 """Runs of several processes: the losses, samples and files of one; another number goes on."""
 
+import functools
 import shutil
+from itertools import chain
+from typing import NamedTuple
 
 import cluster
 import micro
 import numpy as np
 import pytest
-from conftest import use_one_device
+from shared_data import PUSHT
 
-from wmjax import train
 from wmjax.cluster import start
 from wmjax.errors import UserError
 
 STEPS = 5
 SAVED = 3
-SETTINGS = ("mesh.fsdp=4", "eval.batches=1", "checkpoint.every=3", "data.workers=0")
+EPOCH = 32  # clips of the recording at this stride, of which every step takes 8
+SETTINGS = (
+    *("data.source=lerobot", f"data.root={PUSHT}", "data.stride=24", "data.workers=0"),
+    *(f"train.num_steps={STEPS}", f"checkpoint.every={SAVED}", f"train.eval_every={SAVED}"),
+    *("eval.batches=1", "model.depth=1"),
+)
 
 
-def losses(workdir, name="loss"):
-    return {row["step"]: row[name] for row in micro.rows(workdir) if name in row}
+class Run(NamedTuple):
+    workdir: object
+    printed: list  # (standard output, error) of each process
+    clips: list  # for each process, the ids that it was handed at each step
+
+
+def launch(folder, processes, devices):
+    """Run in folder/run, going on where it is."""
+    workdir, notes = folder / "run", folder / "notes"
+    settings = (*SETTINGS, f"mesh.fsdp={min(4, processes * devices)}")
+    printed = cluster.run(workdir, *settings, processes=processes, devices=devices, folder=notes)
+    return Run(workdir, printed, cluster.clips(notes))
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """Workdir of one process of 8 devices."""
-    workdir = tmp_path_factory.mktemp("unbroken")
-    settings = (*SETTINGS, f"train.num_steps={STEPS}", "train.eval_every=3")
-    assert train.train(micro.config(*settings), workdir) == 0
-    return workdir
+def run_of(tmp_path_factory):
+    """Give the run of so many processes, of 8 devices together."""
+
+    @functools.cache
+    def run_of(processes):
+        return launch(tmp_path_factory.mktemp("run"), processes, 8 // processes)
+
+    return run_of
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Workdir of 2 processes x 4 devices that stopped at step 3, and what they printed."""
-    folder = tmp_path_factory.mktemp("two")
-    settings = (*SETTINGS, f"train.num_steps={SAVED}", "train.eval_every=3")
-    printed = cluster.run(
-        folder / "run", *settings, processes=2, devices=4, folder=folder / "printed"
-    )
-    return folder / "run", printed
+def reported(run, name):
+    """Return the steps that metrics.jsonl has a figure for, and the figures."""
+    rows = [row for row in micro.rows(run.workdir) if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def go_on(workdir, saved, run):
-    """Go on with a copy of a run and return its losses, all steps of them."""
-    shutil.copytree(saved, workdir)
-    run(workdir, *SETTINGS, f"train.num_steps={STEPS}")
-    return losses(workdir)
+def agree(found, wanted, name):
+    (steps, figures), (wanted_steps, wanted_figures) = reported(found, name), reported(wanted, name)
+    assert steps == wanted_steps
+    np.testing.assert_allclose(figures, wanted_figures, rtol=1e-5)
 
 
-def agree(found, wanted):
-    assert found.keys() == wanted.keys()
-    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
+def at_steps(run):
+    """Return the ids of all processes' clips at each step, in order of their numbers."""
+    return [sorted(chain(*parts)) for parts in zip(*run.clips, strict=True)]
 
 
 @pytest.mark.processes
-def test_two_processes_train_and_validate_as_one_does(unbroken, two_processes):
-    workdir, _ = two_processes
-    wanted = losses(unbroken)
-    agree(losses(workdir), {step: wanted[step] for step in range(1, SAVED + 1)})
-    validated = losses(unbroken, "validation/loss")
-    agree(losses(workdir, "validation/loss"), {SAVED: validated[SAVED]})
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_and_validate_as_one_does(run_of, processes):
+    agree(run_of(processes), run_of(1), "loss")
+    agree(run_of(processes), run_of(1), "validation/loss")
 
 
 @pytest.mark.processes
-def test_only_the_first_process_prints(two_processes):
-    _, ((out, _), (second_out, second_error)) = two_processes
-    assert f"done: step {SAVED}" in out
-    said = [line for line in second_out.splitlines() if not line.startswith("[Gloo]")]
-    assert (said, second_error) == ([], "")
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_clip_of_an_epoch_is_seen_once_by_one_process(run_of, processes):
+    clips = run_of(processes).clips
+    epoch = [list(chain(*steps[: EPOCH // 8])) for steps in clips]
+    assert [len(each) for each in epoch] == [EPOCH // processes] * processes
+    assert sorted(chain(*epoch)) == list(range(EPOCH))
 
 
 @pytest.mark.processes
-def test_four_processes_go_on_from_two(tmp_path, unbroken, two_processes):
-    def run(workdir, *settings):
-        cluster.run(workdir, *settings, processes=4, devices=2, folder=tmp_path / "printed")
-
-    agree(go_on(tmp_path / "run", two_processes[0], run), losses(unbroken))
+@pytest.mark.parametrize("processes", [2, 4])
+def test_only_the_first_process_prints_and_logs(run_of, processes):
+    (out, _), *others = run_of(processes).printed
+    assert f"done: step {STEPS}" in out
+    for said, error in others:
+        assert error == ""
+        assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == []
+    steps, _ = reported(run_of(processes), "loss")
+    assert steps == [*range(1, STEPS + 1)]  # and none twice, as if another had logged it
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("devices", [8, 1])
-def test_one_process_goes_on_from_two(tmp_path, unbroken, two_processes, devices, monkeypatch):
-    if devices == 1:
-        use_one_device(monkeypatch)
-
-    def run(workdir, *settings):
-        assert train.train(micro.config(*settings), workdir) == 0
-
-    agree(go_on(tmp_path / "run", two_processes[0], run), losses(unbroken))
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2), (1, 1)])
+def test_another_number_goes_on_from_two_processes(tmp_path, run_of, processes, devices):
+    shutil.copytree(run_of(2).workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    resumed = launch(tmp_path, processes, devices)
+    assert f"going on from step {SAVED}" in resumed.printed[0][0]
+    assert at_steps(resumed) == at_steps(run_of(2))[SAVED:]
+    agree(resumed, run_of(1), "loss")
 
 
 @pytest.mark.parametrize(
@@ -117,3 +132,50 @@ def test_a_port_that_is_taken_is_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on port {port}: Address already"):
             start(f"localhost:{port}", 2, 0)
+
+
+def of_slurm(monkeypatch, process):
+    """Make this process the given one of two that srun started; return the coordinator's port."""
+    monkeypatch.setattr("wmjax.cluster.PATIENCE_S", 1)
+    port = cluster.free_port()
+    variables = {
+        "JOB_ID": "17",
+        "STEP_NODELIST": "localhost,other",
+        "NTASKS": "2",
+        "PROCID": str(process),
+        "LOCALID": "0",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", str(port))
+    return port
+
+
+def test_a_job_of_slurm_whose_first_process_does_not_answer_is_two_lines(monkeypatch):
+    port = of_slurm(monkeypatch, 1)
+    with pytest.raises(
+        UserError, match=f"slurm, process 0 at localhost:{port}: no answer"
+    ) as error:
+        start(None, None, None)
+    assert str(error.value).splitlines()[1:] == [
+        "to run by itself, whatever JAX finds: --processes=1"
+    ]
+
+
+def test_a_job_of_slurm_whose_port_is_taken_is_two_lines(monkeypatch):
+    port = of_slurm(monkeypatch, 0)
+    with (
+        cluster.socket.create_server(("", port)),
+        pytest.raises(UserError, match=f"slurm, .*: cannot listen on port {port}: Address"),
+    ):
+        start(None, None, None)
+
+
+def test_a_container_is_waited_for_longer_and_that_is_said(monkeypatch, capsys):
+    port = of_slurm(monkeypatch, 1)
+    monkeypatch.setattr("wmjax.cluster.IMAGES_S", 2)
+    monkeypatch.setattr("jax._src.clusters.SlurmCluster.name", "k8s")
+    with pytest.raises(UserError, match=f"localhost:{port}: no answer within 2 s"):
+        start(None, None, None)
+    said = "k8s: no answer of process 0 within 1 s; waiting for up to 2 s\n"
+    assert capsys.readouterr().err == said

@@ -24,6 +24,7 @@ PROGRAM = """
 ENTRY %main (weights: f32[4]) -> f32[4] {
   %weights = f32[4]{0} parameter(0)
   %reduced = (f32[4]{0}, f32[4]{0}) all-reduce-start(%weights, %weights), replica_groups=[2,4]<=[8]
+  %summed = (f32[4]{0}, f32[4]{0}) all-reduce-done(%reduced)
   %alone = f32[4]{0} all-reduce(%weights), replica_groups={{0},{1}}
   %loop = (s32[], f32[4]{0}) while(%init), condition=%no, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %out = f32[4]{0} get-tuple-element(%loop), index=1
@@ -35,10 +36,46 @@ ENTRY %main (weights: f32[4]) -> f32[4] {
 """  # noqa: E501
 
 
+# What a TPU makes of an exchange that products hide, and of a sum of which each keeps its part.
+FUSED = """
+%begin (part: f32[4]) -> f32[8] {
+  ROOT %all = f32[8]{0} all-gather(%part), replica_groups=[4,2]<=[8], backend_config={"flag_start":"-1"}
+}
+
+%go_on (part: f32[4]) -> f32[8] {
+  ROOT %all = f32[8]{0} all-gather(%part), replica_groups=[4,2]<=[8], backend_config={"flag_start":"2"}
+}
+
+%all-reduce-scatter.1 (whole: f32[8]) -> f32[4] {
+  %sum = f32[8]{0} all-reduce(%whole), replica_groups=[4,2]<=[8]
+  ROOT %kept = f32[4]{0} dynamic-slice(%sum, %mine), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (part: f32[4]) -> f32[4] {
+  %begun = f32[8]{0} fusion(%part), kind=kCustom, calls=%begin
+  %whole = f32[8]{0} fusion(%begun), kind=kOutput, calls=%go_on
+  ROOT %kept = f32[4]{0} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+
+
 def test_exchanges_count_as_often_as_their_loop_runs():
     assert hlo.Program(PROGRAM).collectives() == {
         "all-gather": hlo.Collective(count=3, sent=3 * 128 / 2),
         "all-reduce": hlo.Collective(count=1, sent=2 * 32 * 3 / 4),
+    }
+
+
+def test_the_order_of_the_devices_does_not_hide_their_groups():
+    ordered = PROGRAM.replace("] {'x'}", "], device_ids=([2,4]T(1,0)) {'x'}")
+    assert ordered != PROGRAM
+    assert hlo.Program(ordered).collectives() == hlo.Program(PROGRAM).collectives()
+
+
+def test_an_exchange_in_several_fusions_counts_once():
+    assert hlo.Program(FUSED).collectives() == {
+        "all-gather": hlo.Collective(count=1, sent=32 / 2),
+        "reduce-scatter": hlo.Collective(count=1, sent=32 / 2),
     }
 
 
@@ -77,6 +114,17 @@ def test_a_plan_for_local_devices(capsys):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        "Used 20.5G of 15.75G hbm. Exceeded",
+        "memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_a_compiler_lacks_is_told(error):
+    assert plan._told(error) == "20.5G of 15.75G a chip"
+
+
+@pytest.mark.parametrize(
     ("topology", "said"),
     [
         ("gpu:8", "gpu:8: found 0 of them here"),
@@ -92,7 +140,7 @@ def test_devices_that_are_not_there_are_named(topology, said):
 
 
 @pytest.mark.campaign
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu (extra plan)")
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu (extra tpu)")
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_plan_for_a_pod_of_tpus(capsys, fits):
     overrides = ("mesh.fsdp=2", "model.dtype=bfloat16", "model.attention=auto")

@@ -1,12 +1,18 @@
 """The start of a run that is several processes: found by JAX itself, or told by three flags."""
 
 import argparse
+import contextlib
+import os
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from wmjax.errors import UserError
 
 PATIENCE_S = 25  # for a coordinator that does not answer; a program may still be starting there
+IMAGES_S = 300  # where programs are in containers, which start as their images arrive
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +47,10 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
         )
     if not 0 <= process < processes:
         raise UserError(f"--process={process}: wanted 0 to {processes - 1}, as --processes says")
-    host, colon, port = coordinator.rpartition(":")
+    _, colon, port = coordinator.rpartition(":")
     if not (colon and port.isdigit() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator={coordinator}: wanted HOST:PORT")
-    if process == 0:
-        _check_free(int(port))
-        print(f"process 0 of {processes}: waiting at {coordinator} for the others", flush=True)
-    else:
-        _wait_for(host.strip("[]"), int(port))
+    _meet("--coordinator=", coordinator, processes, process, PATIENCE_S)
     jax.distributed.initialize(
         coordinator, processes, process, cluster_detection_method="deactivate"
     )
@@ -63,26 +65,60 @@ def speaks() -> bool:
 
 def _join_what_is_found() -> None:
     import jax
+    from jax._src.clusters import ClusterEnv  # what initialize() will find has no public name
 
+    kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
     try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        if "coordinator_address" not in str(error):  # which is unknown where there is no cluster
-            raise
-    except RuntimeError as error:
-        raise UserError(f"{error}\nto run by itself: --processes=1") from error
+        found = next((kind for kind in kinds if kind.is_env_present()), None)
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if found is None and address:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS={address}, but JAX finds no cluster here")
+        if found is None:
+            return
+        patience = PATIENCE_S if found.name in ("slurm", "ompi") else IMAGES_S
+        with _saying_that_it_lasts(found.name, patience):
+            coordinator = address or found.get_coordinator_address(
+                timeout_secs=patience,
+                override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
+            )
+            processes, process = found.get_process_count(), found.get_process_id()
+            _meet(f"{found.name}, process 0 at ", coordinator, processes, process, patience)
+    except Exception as error:  # each kind of cluster has its own
+        raise UserError(f"{error}\nto run by itself, whatever JAX finds: --processes=1") from error
+    jax.distributed.initialize()
 
 
-def _check_free(port: int) -> None:
+@contextlib.contextmanager
+def _saying_that_it_lasts(name: str, patience: int) -> Iterator[None]:
+    text = f"{name}: no answer of process 0 within {PATIENCE_S} s; waiting for up to {patience} s"
+    late = threading.Timer(PATIENCE_S, print, [text], {"file": sys.stderr, "flush": True})
+    if patience > PATIENCE_S:
+        late.start()
     try:
-        socket.create_server(("", port)).close()
+        yield
+    finally:
+        late.cancel()
+
+
+def _meet(origin: str, coordinator: str, processes: int, process: int, patience: int) -> None:
+    """Return once process 0, which this may be, can be reached."""
+    host, _, port = coordinator.rpartition(":")
+    if process:
+        _wait_for(origin, host.strip("[]"), int(port), patience)
+        return
+    try:
+        socket.create_server(("", int(port))).close()
     except OSError as error:
-        raise UserError(f"--coordinator: cannot listen on port {port}: {error.strerror}") from error
+        raise UserError(
+            f"{origin}{coordinator}: cannot listen on port {port}: {error.strerror}"
+        ) from error
+    if processes > 1:
+        print(f"process 0 of {processes}: waiting at {coordinator} for the others", flush=True)
 
 
-def _wait_for(host: str, port: int) -> None:
+def _wait_for(origin: str, host: str, port: int, patience: int) -> None:
     """Return once something listens there."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience
     while True:
         try:
             socket.create_connection((host, port), timeout=5).close()
@@ -90,7 +126,7 @@ def _wait_for(host: str, port: int) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--coordinator={host}:{port}: no answer within {PATIENCE_S} s "
+                    f"{origin}{host}:{port}: no answer within {patience} s "
                     f"({error.strerror or error}); wanted process 0 of the run there"
                 ) from error
         time.sleep(0.5)

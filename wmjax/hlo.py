@@ -12,8 +12,8 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}  # others say it: f3
 # Instructions that name what others have computed, or run it: they move nothing themselves.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "iota", "broadcast", "copy-start"),
-    *("async-start", "async-update", "async-done", "opt-barrier"),
+    *("call", "after-all", "partition-id", "replica-id", "iota", "broadcast"),
+    *("async-update", "opt-barrier"),
 }
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"),
@@ -23,6 +23,8 @@ COLLECTIVES = (
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+# A TPU's exchange that products hide is named in each of their fusions, the first with a -1.
+_GOES_ON = re.compile(r'"flag_start":"\d')
 _CALLED = re.compile(r"(?:calls|body|condition|branch_computations)=\{?([^,}]+(?:, %[^,}]+)*)")
 
 
@@ -63,9 +65,14 @@ class Program:
     def collectives(self) -> dict[str, Collective]:
         """Sum up what the chips exchange, by kind; those of one member are none."""
         result: dict[str, Collective] = {}
-        for times, instruction in self._run(self.entry, 1, into_fusions=True):
+        for times, where, instruction in self._run(self.entry, 1, into_fusions=True):
             kind = instruction.kind.removesuffix("-start")
-            if kind not in COLLECTIVES or (sent := _sent(kind, instruction)) == 0:
+            if kind not in COLLECTIVES or _GOES_ON.search(instruction.rest):
+                continue
+            sent = _sent(kind, instruction)
+            if where.startswith("all-reduce-scatter"):  # a fusion that keeps its part of the sum
+                kind, sent = "reduce-scatter", sent / 2
+            if sent == 0:
                 continue
             total = result.setdefault(kind, Collective())
             total.count += times
@@ -76,16 +83,16 @@ class Program:
         """Bytes through a chip's memory, at least: every result written once and read once."""
         return sum(
             2 * times * self._written(instruction)
-            for times, instruction in self._run(self.entry, 1, into_fusions=False)
-            if instruction.kind not in FREE
+            for times, _, instruction in self._run(self.entry, 1, into_fusions=False)
+            if not (instruction.kind in FREE or instruction.kind.endswith("-start"))
         )
 
     def _run(
         self, computation: str, times: int, into_fusions: bool
-    ) -> Iterator[tuple[int, Instruction]]:
-        """Yield every instruction and how often a step runs it."""
+    ) -> Iterator[tuple[int, str, Instruction]]:
+        """Yield how often a step runs each instruction, its computation, and itself."""
         for instruction in self.computations[computation]:
-            yield times, instruction
+            yield times, computation, instruction
             kind = instruction.kind
             if kind in ("while", "conditional", "call") or (
                 into_fusions and kind in ("fusion", "async-start")
@@ -151,12 +158,12 @@ def _sent(kind: str, instruction: Instruction) -> float:
 def _members(rest: str) -> int:
     """Count a group's members in any of the three ways in which XLA writes them.
 
-    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] or =mesh['x'=2,'y'=2] {'y'};
-    'y':(1)2 is a part of an axis.
+    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] or =mesh['x'=2,'y'=2] {'y'}, which may say before the
+    braces in which order it names the devices; 'y':(1)2 is a part of an axis.
     """
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]* \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
         named = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in named)

@@ -58,12 +58,13 @@ def find_devices(topology: str) -> list[jax.Device]:
     from jax.experimental import topologies
 
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's server where it runs
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # another plan may be at work
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
         raise UserError(
             f"--topology={topology}: {str(error).splitlines()[0][:200]}\n"
-            'wanted v5e:16x16, v6e:16x16, ... (pip install "wmjax[plan]"), cpu:N or gpu:N'
+            'wanted v5e:16x16, v6e:16x16, ... (pip install "wmjax[tpu]"), cpu:N or gpu:N'
         ) from error
 
 
@@ -110,9 +111,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-        wanted = f"{used[1]} of {used[2]}" if used else "more than a chip has"
-        print(f"memory      {wanted} a chip: does not fit")
+        print(f"memory      {_told(str(error))}: does not fit")
         return 1
     executed = hlo.executed_flop(traced.jaxpr)
     fits = _print_memory(compiled.memory_analysis(), chip)
@@ -121,7 +120,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     except jax.errors.JaxRuntimeError as error:  # libtpu is newer than jax, and writes what is new
         raise UserError(
             f"--topology={topology}: jax {jax.__version__} cannot read what this libtpu compiled; "
-            f"wanted a newer jax\n{str(error).splitlines()[0][:200]}"
+            f'wanted its own (pip install "wmjax[tpu]")\n{str(error).splitlines()[0][:200]}'
         ) from None
     _print_network(program.collectives())
     _print_bounds(program, flop, executed, devices, chip)
@@ -154,6 +153,15 @@ def abstract_batch(
         array(jnp.int32),
         array(jnp.int32),
     )
+
+
+def _told(error: str) -> str:
+    """Return what a compiler that ran out of memory says of it, in either of its ways."""
+    needed = r"Used (\S+) of (\S+) hbm|HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)"
+    if not (found := re.search(needed, error)):
+        return "more than a chip has"
+    used, there = (number for number in found.groups() if number)
+    return f"{used} of {there} a chip"
 
 
 def _print_memory(used: Any, chip: Chip | None) -> bool:

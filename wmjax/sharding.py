@@ -43,12 +43,13 @@ def arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
     """
     groups = {getattr(d, "slice_index", d.process_index) for d in devices}
     if data % len(groups):
-        return mesh_utils.create_device_mesh((data, fsdp), devices)
+        return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(
         (data // len(groups), fsdp),
         (len(groups), 1),
         devices,
         process_is_granule=not hasattr(devices[0], "slice_index"),
+        allow_split_physical_axes=True,  # 16 of a 4 x 8 x 8 torus, say
     )
 
 
