@@ -254,6 +254,15 @@ def test_a_model_that_has_diverged_is_not_drawn_and_stops_no_training(seen):
     assert Pictures.draw(seen) == {}
 
 
+@pytest.mark.usefixtures("one_device")
+def test_the_demo_of_a_model_that_has_diverged_ends_in_a_line(seen, tmp_path, monkeypatch):
+    seen.target_BND[0, 0, 0] = np.nan
+    monkeypatch.setattr(demo, "show_model", lambda *_: types.SimpleNamespace(params={}, target={}))
+    monkeypatch.setattr(Pictures, "look", lambda *_: seen)
+    with pytest.raises(UserError, match="features that are not finite: it has diverged"):
+        demo.demo(micro.config(), tmp_path)
+
+
 def test_wandb_is_handed_the_pictures_that_can_be_drawn(tmp_path, monkeypatch, capsys):
     logged = []
     run = types.SimpleNamespace(
