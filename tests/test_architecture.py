@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str] | None] = {
     "step": {"models", "sharding", "optim"},
     "sharding": set(),
     "optim": set(),
-    "checkpoint": {"step", "manifest", "console"},
+    "checkpoint": {"step", "manifest", "console", "coordination"},
     "manifest": set(),
     "console": set(),
     "coordination": set(),

@@ -27,19 +27,34 @@ SyntheticSource.__getitem__ = slow
 main.cli()
 """
 
+# A process whose files may not grow beyond some kB while this step is saved: for it, a full disk.
+FULL = """
+import resource, sys
+from wmjax import main
+from wmjax.checkpoint import Checkpoints
+full, save = int(sys.argv.pop(1)), Checkpoints.save
+def limited(self, step, *rest):
+    self.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if step == full else hard, hard))
+    save(self, step, *rest)
+Checkpoints.save = limited
+main.cli()
+"""
+
 
 @contextlib.contextmanager
-def two_processes(tmp_path, *overrides, clips=(10**9, 10**9)):
-    """Start two processes, the reading of which ends after `clips`; yield them."""
+def two_processes(tmp_path, *overrides, script=SLOW, given=(10**9, 10**9)):
+    """Start two processes that run a script, each given its number; yield them."""
     command = micro.command(tmp_path / "run", "data.workers=0", "train.log_every=1", *overrides)
     flags = command[3:]
     coordinator = f"localhost:{cluster.free_port()}"
     commands = [
         [
-            *(sys.executable, "-c", SLOW, str(count), *flags),
+            *(sys.executable, "-c", script, str(number), *flags),
             *(f"--coordinator={coordinator}", "--processes=2", f"--process={i}"),
         ]
-        for i, count in enumerate(clips)
+        for i, number in enumerate(given)
     ]
     # Only one of the two would find its programs in the cache; gloo gives the other 30 s.
     environment = micro.environment(2) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -62,7 +77,7 @@ def saved_steps(tmp_path):
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signalled", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, signalled):
     with two_processes(tmp_path, "train.num_steps=100000") as processes:
         wait_for_step(tmp_path, processes, 5)
@@ -79,7 +94,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, signalled
 
 
 def test_a_signal_while_no_process_gets_clips_saves_at_once(tmp_path):
-    with two_processes(tmp_path, "train.num_steps=100000", clips=(60, 60)) as processes:
+    with two_processes(tmp_path, "train.num_steps=100000", given=(60, 60)) as processes:
         wait_for_step(tmp_path, processes, 5)
         time.sleep(10)
         processes[1].send_signal(signal.SIGTERM)
@@ -105,10 +120,21 @@ def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path):
 
 def test_a_process_that_gets_no_clips_is_told_from_those_that_wait_for_it(tmp_path):
     overrides = ("train.num_steps=100000", "train.stuck_after=10")
-    with two_processes(tmp_path, *overrides, clips=(10**9, 60)) as processes:
+    with two_processes(tmp_path, *overrides, given=(10**9, 60)) as processes:
         codes = cluster.wait(processes, 300)
     said = [(tmp_path / f"{i}.err").read_text() for i in (0, 1)]
     assert codes == [75, 75], said
     for text in said:
         assert "process 0: step, after" in text
         assert "process 1: data, after" in text
+
+
+def test_a_save_that_fails_in_one_process_fails_in_both_and_the_next_is_whole(tmp_path):
+    overrides = ("train.num_steps=8", "checkpoint.every=2")
+    with two_processes(tmp_path, *overrides, script=FULL, given=(0, 4)) as processes:
+        codes = cluster.wait(processes, 300)
+    out, errors = ((tmp_path / f"0.{kind}").read_text() for kind in ("out", "err"))
+    assert codes == [0, 0], errors
+    assert out.count("warning: ") == 1
+    assert "checkpoints/4: not written: process 1: " in out
+    assert saved_steps(tmp_path) == [2, 6, 8]

@@ -106,6 +106,7 @@ def test_a_truncated_video_stops_the_run_with_its_name(dataset, tmp_path):
     assert video.name in answer(*lerobot(dataset, tmp_path / "run"))
 
 
+@pytest.mark.processes
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     flags = ("train.num_steps=100000", "train.log_every=1", "data.workers=2")
     process = subprocess.Popen(

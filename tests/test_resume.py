@@ -27,7 +27,8 @@ def final_hash(workdir, step, *overrides):
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.campaign), 8])
+@pytest.mark.processes  # in one process: test_a_run_falls_back in test_faults.py
+@pytest.mark.parametrize("devices", [1, 8])
 def test_ten_steps_and_ten_more_equal_twenty_to_the_last_bit(tmp_path, devices):
     split = f"mesh.fsdp={devices}"
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

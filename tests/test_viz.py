@@ -248,15 +248,22 @@ def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_a_model_that_has_diverged_is_not_drawn_and_stops_no_training(seen, monkeypatch):
-    monkeypatch.setattr(Pictures, "look", lambda *_: seen)
-    pictures = object.__new__(Pictures)
-    assert pictures(None, None, None).keys() == {"few", "most"}
+def test_a_model_that_has_diverged_is_not_drawn_and_stops_no_training(seen):
+    assert Pictures.draw(seen).keys() == {"few", "most"}
     seen.hidden["most"].prediction_MD[3, 2] = np.nan
-    assert pictures(None, None, None) == {}
+    assert Pictures.draw(seen) == {}
 
 
-def test_wandb_is_handed_the_pictures(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("one_device")
+def test_the_demo_of_a_model_that_has_diverged_ends_in_a_line(seen, tmp_path, monkeypatch):
+    seen.target_BND[0, 0, 0] = np.nan
+    monkeypatch.setattr(demo, "show_model", lambda *_: types.SimpleNamespace(params={}, target={}))
+    monkeypatch.setattr(Pictures, "look", lambda *_: seen)
+    with pytest.raises(UserError, match="features that are not finite: it has diverged"):
+        demo.demo(micro.config(), tmp_path)
+
+
+def test_wandb_is_handed_the_pictures_that_can_be_drawn(tmp_path, monkeypatch, capsys):
     logged = []
     run = types.SimpleNamespace(
         log=lambda row, step: logged.append((step, row)), finish=lambda: None
@@ -269,8 +276,11 @@ def test_wandb_is_handed_the_pictures(tmp_path, monkeypatch):
     )
     with reporter:
         assert reporter.draws
-        reporter.show(3, {"short": np.zeros((4, 5, 3), np.uint8)})
+        reporter.show(3, lambda: {"short": np.zeros((4, 5, 3), np.uint8)})
+        reporter.show(4, lambda: {"short": 1 / 0})
     assert logged == [(3, {"validation/short": (4, 5, 3)})]
+    said = capsys.readouterr().out
+    assert said == "warning: step 4: pictures are not drawn: division by zero\n"
 
 
 def test_without_matplotlib_one_line_names_the_extra(monkeypatch, tmp_path, capsys):

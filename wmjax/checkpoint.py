@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from wmjax import manifest
+from wmjax import coordination, manifest
 from wmjax.console import reason, say
 from wmjax.errors import UserError
 from wmjax.step import TrainState
@@ -25,6 +25,11 @@ from wmjax.step import TrainState
 _PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a folder while Orbax writes it
 _DELETED = ".deleted"
 _DAMAGED = ".damaged"
+_PATIENCE_S = 24 * 3600  # of a save: what is stuck, the watchdog ends
+
+
+class _FailedElsewhere(Exception):
+    """A save failed in another process of the run."""
 
 
 class Restored(NamedTuple):
@@ -33,11 +38,11 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-def newest(folder: Path, *, verify: bool = True) -> int | None:
+def newest(folder: Path, *, verify: bool = True, advice: str = "") -> int | None:
     """Return the newest checkpoint that is whole; those after it are named with what is wrong.
 
-    verify: hash every file, or else look only whether there is a manifest. All processes call this
-    at once, and the first one looks. Raises UserError where there are some and none is whole.
+    verify: hash every file, or else take the newest as it is. All processes call this at once, and
+    the first one looks. Raises UserError, with advice, where there are some and none is whole.
     """
     found = -1
     if jax.process_index() == 0:
@@ -56,10 +61,7 @@ def newest(folder: Path, *, verify: bool = True) -> int | None:
             say("\n".join(faults))
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == -2:
-        raise UserError(
-            f"{folder}: no checkpoint in it is whole; to begin anew: another --workdir\n"
-            "to read the newest all the same: --config.checkpoint.verify=False"
-        )
+        raise UserError(f"{folder}: no checkpoint in it is whole{advice}")
     return None if found < 0 else found
 
 
@@ -81,8 +83,13 @@ class Checkpoints:
         for name in ("absl", "asyncio"):  # a save that fails is said in a line, not by each write
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._folder, self._keep = folder.absolute(), keep
-        self._newest = newest(folder, verify=verify)
+        advice = (
+            "; to begin anew: another --workdir\n"
+            "to read the newest all the same: --config.checkpoint.verify=False"
+        )
+        self._newest = newest(folder, verify=verify, advice=advice)
         self._saving: int | None = None
+        self._saves = self._met = 0  # saves begun; how often the processes met in the last of them
         self._failure = ""
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -91,7 +98,10 @@ class Checkpoints:
                 meta=ocp.JsonCheckpointHandler(),
             ),
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._seal, create_directories_asynchronously=False
+                timeout_secs=_PATIENCE_S,
+                barrier_sync_fn=self._meet,
+                post_finalization_callback=self._seal,
+                create_directories_asynchronously=False,
             ),
         )
 
@@ -122,7 +132,8 @@ class Checkpoints:
         self.wait()
         if step == self._newest:
             return
-        self._saving = step
+        self._saving, self._met = step, 0
+        self._saves += 1
         try:
             self._clear()
             self._orbax.save(
@@ -145,6 +156,8 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
         except Exception as error:
+            if jax.process_count() > 1 and not isinstance(error, _FailedElsewhere):
+                self._tell(error)
             self._fail(error)
             return
         self._newest, self._saving, self._failure = self._saving, None, ""
@@ -179,6 +192,23 @@ class Checkpoints:
         step, self._saving = self._saving, None
         self._failure = f"{self._folder / str(step)}: not written: {reason(error)}"
         say(f"warning: {self._failure}; the next save tries again")
+
+    def _tell(self, error: Exception) -> None:
+        """Tell the other processes, and meet them where they wait for this one."""
+        failed = f"process {jax.process_index()}: {reason(error)}"
+        coordination.tell(f"save/{self._saves}", failed)
+        with contextlib.suppress(_FailedElsewhere, jax.errors.JaxRuntimeError):
+            self._meet(timeout_ms=1000 * _PATIENCE_S)
+
+    def _meet(self, *, timeout_ms: int, **_: object) -> None:
+        """Wait for the other processes within a save, as Orbax wants it; raise where one failed.
+
+        Orbax's own barrier would keep them waiting for that one.
+        """
+        self._met += 1
+        coordination.meet(f"save/{self._saves}/{self._met}", timeout_ms / 1000)
+        if failed := coordination.told(f"save/{self._saves}"):
+            raise _FailedElsewhere(failed)
 
     def _seal(self) -> None:
         """Write the manifest; Orbax calls this in its thread, before the folder gets its name."""

@@ -31,11 +31,16 @@ def wait_told(key: str, seconds: float) -> str:
     return _client().blocking_key_value_get(f"wmjax/{key}", round(1e3 * seconds))
 
 
+def meet(name: str, seconds: float) -> None:
+    """Wait until all processes meet; raise JaxRuntimeError where some do not within the time."""
+    _client().wait_at_barrier(f"wmjax/{name}", round(1e3 * seconds))
+
+
 def roll_call(name: str, value: str, seconds: float) -> list[str | None]:
     """Return the values that all processes give within some seconds, in order; None: no answer."""
     tell(f"{name}/{jax.process_index()}", value)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # some are missing: which, is asked below
-        _client().wait_at_barrier(f"wmjax/{name}", round(1e3 * seconds))
+        meet(name, seconds)
     return [told(f"{name}/{process}") for process in range(jax.process_count())]
 
 

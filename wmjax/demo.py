@@ -15,7 +15,6 @@ import numpy as np
 
 from wmjax import assemble
 from wmjax import config as configs
-from wmjax.checkpoint import Checkpoints
 from wmjax.console import say
 from wmjax.data.source import Source
 from wmjax.errors import UserError
@@ -23,7 +22,7 @@ from wmjax.masking import Masks
 from wmjax.metrics import Row, fetch
 from wmjax.models import base
 from wmjax.step import Steps, TrainState
-from wmjax.train import prepare, take_up
+from wmjax.train import open_checkpoints, prepare, take_up
 from wmjax.types import WorldModelInput
 from wmjax.viz import draw
 from wmjax.viz.features import fit_basis
@@ -65,6 +64,11 @@ def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
     model = configs.model_arguments(config)
     pictures = Pictures(model, abstract.params, abstract.target, mesh, masks)
     seen = pictures.look(state.params, state.target, batch)
+    if not seen.finite:
+        raise UserError(
+            f"{workdir}: this model gives features that are not finite: it has diverged\n"
+            "to see what a run begins with: another --workdir"
+        )
     basis = fit_basis(seen.target_BND)
     keep("batch", lambda: draw.clips(seen))
     keep("masks", lambda: draw.masks(seen))
@@ -123,7 +127,7 @@ def show_model(
 ) -> TrainState:
     """Return the newest checkpoint's state, or a fresh one."""
     title(4, "forward pass", "encoder on the context, EMA target on all, predictor on the hidden")
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with open_checkpoints(config, workdir) as checkpoints:
         newest = checkpoints.latest()
         state, _ = take_up(config, checkpoints, steps)
     say(f"  parameters as of step {newest}" if newest else "  parameters as a run begins")

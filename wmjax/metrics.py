@@ -247,9 +247,15 @@ class Reporter:
         for warning in warnings:
             say(f"warning: step {step}: {warning}")
 
-    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Hand pictures, uint8 RGB, to TensorBoard and W&B."""
-        named = {f"validation/{name}": picture for name, picture in pictures.items()}
+    def show(self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Hand the pictures that `draw` gives, uint8 RGB, to TensorBoard and W&B."""
+        if not self._active:
+            return
+        try:
+            named = {f"validation/{name}": picture for name, picture in draw().items()}
+        except Exception as error:  # which, depends on matplotlib
+            say(f"warning: step {step}: pictures are not drawn: {reason(error)}")
+            return
         for name, sink in list(self._sinks.items()):
             with self._surviving(name):
                 sink.show(step, named)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,8 +255,8 @@ def loop(
                         with contextlib.closing(stream("validation")) as held_out:
                             reporter.write(step, validate(steps, state, held_out, config))
                             if pictures:
-                                batch = next(held_out)
-                                reporter.show(step, pictures(state.params, state.target, batch))
+                                seen = pictures.look(state.params, state.target, next(held_out))
+                                reporter.show(step, partial(pictures.draw, seen))
                     if probe and probing:
                         row, text = probe(step, state)
                         reporter.write(step, row)

@@ -19,7 +19,7 @@ CLIPS = 4  # of a batch: one is shown, the basis of colours is of all
 
 
 class Pictures:
-    """Pictures of one run; call it on the parameters, their target and a batch."""
+    """Pictures of one run: `look` at some clips, then `draw` what was seen."""
 
     def __init__(
         self, model: dict[str, Any], params: Any, target: Any, mesh: Mesh, masks: Masks
@@ -72,13 +72,13 @@ class Pictures:
             [f"clip {sample}" for sample in few.sample_ids_B],
         )
 
-    def __call__(self, params: Any, target: Any, batch: WorldModelInput) -> dict[str, np.ndarray]:
-        """Return a picture of each mask, uint8 RGB; on the first process alone.
+    @staticmethod
+    def draw(seen: Look) -> dict[str, np.ndarray]:
+        """Return a picture of each mask, uint8 RGB; none of a model that has diverged.
 
-        None of a model that has diverged, which its loss says.
+        Its loss says that it has.
         """
-        seen = self.look(params, target, batch)
-        if jax.process_index() or not seen.finite:
+        if not seen.finite:
             return {}
         figures = draw.overview(seen, fit_basis(seen.target_BND))
         return {name: draw.pixels(figure) for name, figure in figures.items()}
