@@ -236,6 +236,12 @@ def _check_origin(config: ml_collections.ConfigDict) -> None:
             "data.root is empty: give the dataset's folder with --config.data.root=DIR, or its "
             "name on the Hub with --config.data.repo_id=OWNER/NAME"
         )
+    if data.source == "synthetic" and (data.root or data.repo_id):
+        raise UserError(
+            f"data.source='synthetic' with data.root={data.root!r} and data.repo_id="
+            f"{data.repo_id!r}: generated video is read from nowhere; for the recording: "
+            "--config.data.source=lerobot"
+        )
     if data.repo_id and (data.root or data.mixture):
         raise UserError(
             f"data.repo_id={data.repo_id!r} with data.root={data.root!r} and "

@@ -8,6 +8,11 @@ class UserError(Exception):
     """
 
 
+def how_to_install(extra: str) -> str:
+    """Say how an optional part comes into the environment: a checkout's, by pip or by uv."""
+    return f"pip install -e '.[{extra}]', or uv run --extra {extra} python ..."
+
+
 class ClipError(UserError):
     """A clip of an open dataset that cannot be read; data.on_error=skip passes it over.
 

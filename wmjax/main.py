@@ -55,7 +55,9 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         type=Path,
         help="where checkpoints, metrics and pictures go; default: runs/NAME",
     )
-    parser.add_argument("--mode", choices=["train", "eval", "demo", "plan"], default="train")
+    parser.add_argument(
+        "--mode", choices=["train", "eval", "demo", "plan"], default="train", help="default: train"
+    )
     parser.add_argument(
         "--topology", metavar="NAME", help="of --mode=plan: v5e:16x16, v6e:16x16, cpu:N, gpu:N"
     )

@@ -21,7 +21,7 @@ from clu import metrics as clu_metrics
 from tqdm import tqdm
 
 from wmjax.console import clock, reason, say
-from wmjax.errors import UserError
+from wmjax.errors import UserError, how_to_install
 
 Row = dict[str, float]
 
@@ -363,5 +363,5 @@ def _import(module: str, extra: str) -> Any:
         return __import__(module)
     except ImportError as error:
         raise UserError(
-            f'log.{extra}=True: {module} is not installed; pip install "wmjax[{extra}]"'
+            f"log.{extra}=True: {module} is not installed: {how_to_install(extra)}"
         ) from error

@@ -21,7 +21,7 @@ from jax.sharding import Sharding
 
 from wmjax import assemble, hlo, metrics, sharding
 from wmjax import config as configs
-from wmjax.errors import UserError
+from wmjax.errors import UserError, how_to_install
 from wmjax.masking import Masks
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
@@ -64,7 +64,7 @@ def find_devices(topology: str) -> list[jax.Device]:
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
         raise UserError(
             f"--topology={topology}: {str(error).splitlines()[0][:200]}\n"
-            'wanted v5e:16x16, v6e:16x16, ... (pip install "wmjax[tpu]"), cpu:N or gpu:N'
+            f"wanted v5e:16x16, v6e:16x16, ... ({how_to_install('tpu')}), cpu:N or gpu:N"
         ) from error
 
 

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from wmjax.viz.validation import Pictures
 
 
+EVALUATIONS = "evals.jsonl"
+
+
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train until config.train.num_steps, going on from the newest checkpoint in workdir.
 
@@ -152,6 +155,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         write_evaluation(workdir, {"step": step, **row})
     else:
         say(probe(step, state, row)[1])
+    say(f"added to {workdir / EVALUATIONS}; what each figure means: wmjax/evals/README.md")
     return 0
 
 
@@ -317,6 +321,7 @@ def make_probe(
     )
 
     def probe(step: int, state: TrainState, row: Row | None = None) -> tuple[Row, str]:
+        say(f"linear probe: reading and encoding {config.eval.probe_clips} clips ...")
         scores = measure(state.target)
         write_evaluation(workdir, {"step": step, **(row or {}), "probe": scores})
         return probes.row(scores), probes.table(scores)
@@ -326,22 +331,23 @@ def make_probe(
 
 def make_pictures(
     config: ml_collections.ConfigDict, masks: Masks, mesh: jax.sharding.Mesh, steps: Steps
-) -> "Pictures":
-    """Build what draws validation; UserError where matplotlib is not there."""
+) -> "Pictures | None":
+    """Build what draws validation; None, said, where matplotlib is not there."""
     from wmjax.viz import draw
     from wmjax.viz.validation import Pictures
 
     try:
         draw.need()
     except UserError as error:
-        raise UserError(f"log.figures=True: {error}, or --config.log.figures=False") from None
+        say(f"no pictures at validation: {error}")
+        return None
     model = configs.model_arguments(config)
     return Pictures(model, steps.abstract.params, steps.abstract.target, mesh, masks)
 
 
 def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
     if jax.process_index() == 0:
-        path = workdir / "evals.jsonl"
+        path = workdir / EVALUATIONS
         try:
             with path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")

@@ -18,13 +18,13 @@ from wmjax.errors import UserError
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
     parser = door.parser("python -m wmjax.bench", "Measure a configuration on this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{step,data}", required=True)
     step = commands.add_parser("step", help="the train step, on clips of noise")
-    step.add_argument("--steps", type=int, default=20, metavar="N", help="that are timed")
-    step.add_argument("--views", type=int, default=1, metavar="V", help="cameras of a clip")
+    step.add_argument("--steps", type=int, default=20, metavar="N", help="that are timed (20)")
+    step.add_argument("--views", type=int, default=1, metavar="V", help="cameras of a clip (1)")
     step.add_argument("--parts", action="store_true", help="also what parts of the step take")
     data = commands.add_parser("data", help="the path of a batch, from the recording")
-    data.add_argument("--batches", type=int, default=20, metavar="N", help="that are timed")
+    data.add_argument("--batches", type=int, default=20, metavar="N", help="that are timed (20)")
     data.add_argument(
         "--floor", action="store_true", help="on one core, against a bare loop over PyAV"
     )

@@ -23,7 +23,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Tools for LeRobot datasets, v2.0 to v3.0.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="{transcode,check,stats}", required=True
+    )
     writes = commands.add_parser(
         "transcode", help="write it again with small videos that decode fast; resumes"
     )
@@ -34,13 +36,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     writes.add_argument("--crf", type=int, default=20, help="H.264's: less is better, larger (20)")
     writes.add_argument("--cameras", default="all", help="names, separated by commas (all)")
     writes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (cores)")
-    checks = commands.add_parser("check", help="say what is wrong with it; exit code 1 if anything")
+    checks = commands.add_parser(
+        "check", help="say what is wrong with it; exit code 1 if anything is"
+    )
     checks.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
     checks.add_argument("--decode", action="store_true", help="every frame, not two of each file")
     counts = commands.add_parser("stats", help="statistics of state and action, as JSON")
     counts.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
-    counts.add_argument("--state", default="observation.state", help="feature of the state")
-    counts.add_argument("--action", default="action", help="feature of the action")
+    counts.add_argument("--state", default="observation.state", help="feature (observation.state)")
+    counts.add_argument("--action", default="action", help="feature (action)")
     return parser.parse_args(argv)
 
 
@@ -61,6 +65,15 @@ def statistics(root: Path, state: str, action: str) -> dict[str, Any]:
     return {name: summarize(values) for name, values in tables.items()}
 
 
+def as_json(tables: dict[str, dict[str, Any]]) -> str:
+    """Write each statistic of each feature on a line of its own."""
+    parts = []
+    for name, rows in tables.items():
+        lines = (f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())
+        parts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(parts) + "\n}"
+
+
 def report(findings: list[Finding], looked_at: str) -> int:
     """Print what check found; return its exit code."""
     if findings:
@@ -75,7 +88,7 @@ def run(argv: list[str]) -> int:
     if flags.command == "check":
         return report(*check(flags.root, decode=flags.decode))
     if flags.command == "stats":
-        print(json.dumps(statistics(flags.root, flags.state, flags.action), indent=2))
+        print(as_json(statistics(flags.root, flags.state, flags.action)))
         return 0
     for note in transcode(
         flags.root,

@@ -54,7 +54,12 @@ def read_info(root: Path) -> dict:
         raise UserError(f"data.root={str(root)!r}: no such folder")
     path = root / "meta" / "info.json"
     if not path.is_file():
-        raise UserError(f"data.root={str(root)!r}: no meta/info.json there: not a LeRobot dataset")
+        inside = root.parent.glob(f"{root.name}/info.json")  # the folder meta itself
+        near = [str(p.parents[1]) for p in (*inside, *sorted(root.glob("*/meta/info.json")))]
+        raise UserError(
+            f"data.root={str(root)!r}: no meta/info.json there: not a LeRobot dataset"
+            + (f"; there is one in {', '.join(near[:3])}" if near else "")
+        )
     info = parse_json(path, read_file(root, path))
     version = info.get("codebase_version")
     if version not in ("v2.0", "v2.1", "v3.0"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from wmjax.data.lerobot_format import Episode
 from wmjax.data.recording import Recording
-from wmjax.errors import ClipError, UserError
+from wmjax.errors import ClipError, UserError, how_to_install
 
 
 class LeRobotReader(Recording):
@@ -124,7 +124,7 @@ def _import() -> Any:
         from lerobot.datasets import lerobot_dataset
     except ImportError as error:
         raise UserError(
-            f'data.reader=lerobot: {_line(error)}; pip install "wmjax[lerobot]"'
+            f"data.reader=lerobot: {_line(error)}: {how_to_install('lerobot')}"
         ) from error
     return lerobot_dataset
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, how_to_install
 from wmjax.viz import curves, features, frames
 from wmjax.viz.features import Basis
 from wmjax.viz.look import Hidden, Look
@@ -32,7 +32,7 @@ def need() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError(
-            'pictures need matplotlib, which is not installed: pip install "wmjax[viz]"'
+            f"pictures need matplotlib, which is not installed: {how_to_install('viz')}"
         ) from None
 
 

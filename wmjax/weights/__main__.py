@@ -22,17 +22,19 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2}
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m wmjax.weights",
-        description="Weights in and out.",
+        description="Weights in and out: of transformers, of Meta, of a run.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{import,export,show}", required=True)
     source = "a folder (safetensors), OWNER/NAME on the Hugging Face Hub, or a .pt file of Meta"
-    reads = commands.add_parser("import", help="to a folder of wmjax")
+    reads = commands.add_parser("import", help="from any format to a folder of wmjax")
     reads.add_argument("source", metavar="SRC", help=source)
-    reads.add_argument("folder", metavar="DIR", type=Path)
-    writes = commands.add_parser("export", help="to a folder for transformers")
+    reads.add_argument("folder", metavar="DIR", type=Path, help="a new one")
+    writes = commands.add_parser(
+        "export", help="from a run or an imported folder to one for transformers"
+    )
     writes.add_argument("folder", metavar="DIR", type=Path, help="an imported one, or a run's")
-    writes.add_argument("out", metavar="OUT", type=Path)
+    writes.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     writes.add_argument("--frames", type=int, help="of a clip, where DIR does not say")
     writes.add_argument("--size", type=int, help="of a clip in pixels, where DIR does not say")
     shows = commands.add_parser("show", help="names, shapes and sizes")

@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  by it NumPy, and so safetensors, know bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, how_to_install
 from wmjax.hub import snapshot
 
 MODEL = "model.safetensors"
@@ -102,7 +102,7 @@ def open_torch(path: Path) -> dict[str, Any]:
         import torch
     except ImportError:
         raise UserError(
-            f"{path}: torch reads such files and is not installed: pip install 'wmjax[torch]'"
+            f"{path}: torch reads such files and is not installed: {how_to_install('torch')}"
         ) from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
