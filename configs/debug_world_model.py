@@ -1,4 +1,4 @@
-"""A small V-JEPA 2 on generated video: the whole system on a laptop's CPU in about a minute.
+"""A small V-JEPA 2 on generated video: the whole system on a laptop's CPU in two minutes.
 
     python -m wmjax.main --config=configs/debug_world_model.py
 

@@ -85,6 +85,7 @@ def test_a_wrong_override_says_what_is_wanted(override, parts):
         ("data.frames=5", ["data.frames=5", "model.tubelet=2"]),
         ("data.source=lerobto", ["lerobto", "did you mean lerobot"]),
         ("data.source=lerobot", ["data.root"]),
+        ("data.root=somewhere", ["data.source='synthetic'", "data.source=lerobot"]),
         ("model.rope=tilde", ["model.rope='tilde'", "tiled"]),
         ("optim.ema=1.5", ["optim.ema=1.5", "between 0 and 1"]),
         ("optim.final_ema=1.5", ["optim.final_ema=1.5", "between 0 and 1"]),

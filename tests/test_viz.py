@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import wmjax
-from wmjax import demo, metrics, sharding
+from wmjax import demo, metrics, sharding, train
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
@@ -291,6 +291,8 @@ def test_without_matplotlib_one_line_names_the_extra(monkeypatch, tmp_path, caps
     keep("x", lambda: pytest.fail("drawn"))
     assert ".[viz]" in capsys.readouterr().out
     assert not (tmp_path / "demo").exists()
+    assert train.make_pictures(None, None, None, None) is None  # training goes on without
+    assert capsys.readouterr().out.startswith("no pictures at validation: ")
 
 
 @pytest.mark.usefixtures("one_device")

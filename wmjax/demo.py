@@ -47,6 +47,8 @@ MEANING = {
 
 def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Show configuration, batch, masks, forward pass, loss and a step; return the exit code 0."""
+    if jax.default_backend() == "cpu":  # optimising takes longer than two steps then save
+        jax.config.update("jax_disable_most_optimizations", True)
     keep = keeper(workdir / "demo")
     mesh, sources, masks, steps = prepare(config, ("train",))
     title(1, "configuration", "one file of values; configs/base.py explains every key")
@@ -161,6 +163,8 @@ def show_step(steps: Steps, state: TrainState, batch: WorldModelInput, flop: int
     say(f"  loss {before['loss']:.4f}, and {after['loss']:.4f} after it, on the same clips")
     say(f"  learning rate {before['learning_rate']:.2e}, gradient {before['gradient_norm']:.3f}")
     say(f"  {first:.1f} s with compiling, then {second:.2f} s for {flop / 1e9:.1f} GFLOP")
+    if jax.default_backend() == "cpu":
+        say("  training is compiled with more care: slower to begin, faster a step")
 
 
 def take_step(

@@ -22,6 +22,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; fon
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 img, video { width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; box-sizing: border-box; }
+div { overflow-x: auto; } /* a phone scrolls a picture sideways: its labels stay legible */
+div img { min-width: 44rem; }
 """
 
 
@@ -54,5 +56,5 @@ def _section(section: Section) -> str:
     if section.file.suffix == ".mp4":
         shown = f'<video controls loop muted autoplay playsinline src="{link}"></video>'
     else:
-        shown = f'<img alt="{title}" src="{link}">'
+        shown = f'<div><img alt="{title}" src="{link}"></div>'
     return f"<h2>{title}</h2><p>{html.escape(section.text)}</p>\n{shown}"
