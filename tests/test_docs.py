@@ -113,10 +113,60 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize(
-    "words", [w for w in COMMANDS if "--config.train.num_steps=2" in w], ids=" ".join
-)
-def test_a_command_runs(words, tmp_path):
-    child = micro.run(tmp_path / "run", *(w.removeprefix("--config.") for w in words[2:]))
-    assert child.returncode == 0, child.stderr
+DOORS = {
+    "wmjax.main": main,
+    "wmjax.bench": bench,
+    "wmjax.data": data,
+    "wmjax.viz": viz,
+    "wmjax.weights": weights,
+}
+MY_ROBOT = f"""
+from wmjax.config import get_config as get_base
+
+def get_config():
+    config = get_base("vjepa2_aloha")
+    config.data.root = {str(PUSHT)!r}
+    return config
+"""
+HUB = "facebook/vjepa2-vitl-fpc64-256"
+
+
+def runnable():
+    """Yield the commands in an order in which each finds what it needs, trainings first."""
+    whole = [words for words in COMMANDS if len(words) > 2 or words[1].startswith(("--", "run"))]
+    alone = [words for words in whole if not any("--coordinator" in word for word in words)]
+
+    def place(words):
+        doing = [word for word in words if word.startswith("--mode")]
+        return words[0] != "wmjax.main" or bool(doing), "import" in words or HUB in words, words
+
+    return sorted(alone, key=place)
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("one_device")
+def test_the_commands_run(tmp_path, monkeypatch, capsys):
+    """One after another in an empty folder; models and clips small, weights of the Hub our own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_robot.py").write_text(MY_ROBOT)
+    small = [f"--config.{override}" for override in micro.OVERRIDES]
+    small += ["--config.model.patch=8", "--config.log.figures=False"]
+    run = "runs/debug_world_model"
+    filled = {"RUN": run, "runs/one": run, "runs/two": run, "runs/vjepa2_aloha": run}
+    ran = 0
+    for words in runnable():
+        module, *argv = words
+        place = {"DIR": "imported" if "import" in argv else str(PUSHT), HUB: "OUT", **filled}
+        argv = [re.sub(r"=DIR$", f"={PUSHT}", place.get(word, word)) for word in argv]
+        argv = [word.replace("v5e:16x16", "cpu:2").replace("fsdp=16", "fsdp=2") for word in argv]
+        if "transcode" in argv:
+            argv[2] = "transcoded"
+        if module in ("wmjax.main", "wmjax.bench"):
+            argv += [] if "--list" in argv else small
+        if module == "wmjax.bench":
+            argv += ["--steps=2"] if argv[0] == "step" else ["--batches=2"]
+        if "--mode=plan" not in argv:
+            argv = [word for word in argv if "fsdp" not in word]
+        assert DOORS[module].run(argv) == 0, (words, capsys.readouterr())
+        ran += 1
+    assert ran > 20

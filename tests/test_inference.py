@@ -13,7 +13,7 @@ from wmjax import config as configs
 from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
 from wmjax.models import base
-from wmjax.models.layers import layer_norm
+from wmjax.models.norm import layer_norm
 
 SIZES = weight_files.SIZES
 RNG = np.random.default_rng(0)
