@@ -229,7 +229,7 @@ def test_numbers_that_cannot_be_are_one_line(lerobot, monkeypatch):
 
 def test_without_lerobot_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lerobot", None)
-    with pytest.raises(UserError, match=r'Error: .*lerobot.*pip install "wmjax\[lerobot\]"'):
+    with pytest.raises(UserError, match=r"Error: .*lerobot.*pip install -e .\.\[lerobot\]"):
         LeRobotReader(PUSHT, **SETTINGS)
 
 

@@ -116,5 +116,5 @@ def test_no_mfu_where_the_peak_is_unknown(micro_run):
 @pytest.mark.parametrize(("key", "module"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
 def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, key, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"log\.{key}=True.*wmjax\[{key}\]"):
+    with pytest.raises(UserError, match=rf"log\.{key}=True.*\.\[{key}\]"):
         train.train(micro.config(f"log.{key}=True"), tmp_path)
