@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 ROWS = 4  # of the stream that a program of the forward kernel works on
-AT_ONCE = 2048  # numbers that one of the backward kernel takes at a time
-WARPS = 4  # of any program
-PROGRAMS = 1056  # of it, eight to a multiprocessor of an H100
+AT_ONCE = 2048  # numbers that a program of the backward kernel takes at a time
+PROGRAMS = 1056  # of the backward kernel, eight to a multiprocessor of an H100
 SUMS = 3  # that it gives: gradients of bias, scale and shift
+WARPS = 4  # of any program
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
