@@ -37,6 +37,13 @@ def commands(page):
             yield words[words.index("-m") + 1 :]
 
 
+DOORS = {
+    "wmjax.main": main,
+    "wmjax.bench": bench,
+    "wmjax.data": data,
+    "wmjax.viz": viz,
+    "wmjax.weights": weights,
+}
 FILLED = {"--processes=N": "--processes=2", "--process=I": "--process=0"}
 COMMANDS = sorted({(*words,) for page in PAGES for words in commands(page) if len(words) > 1})
 
@@ -66,12 +73,9 @@ def test_a_command_says_what_the_door_takes(words, monkeypatch, tmp_path):
             check_config(config)
         assert taken or "--list" in argv
         return
-    parse = {"bench": bench, "data": data, "viz": viz, "weights": weights}[
-        module.split(".")[1]
-    ].parse
     if argv[0] in ("check", "transcode", "stats") and len(argv) == 1:
         return  # a command named in the text, without what it is run on
-    parsed = parse(argv)
+    parsed = DOORS[module].parse(argv)
     for part in parsed if isinstance(parsed, tuple) else ():
         if isinstance(part, ml_collections.ConfigDict):
             check_config(part)
@@ -113,13 +117,6 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-DOORS = {
-    "wmjax.main": main,
-    "wmjax.bench": bench,
-    "wmjax.data": data,
-    "wmjax.viz": viz,
-    "wmjax.weights": weights,
-}
 MY_ROBOT = f"""
 from wmjax.config import get_config as get_base
 

@@ -120,7 +120,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     except jax.errors.JaxRuntimeError as error:  # libtpu is newer than jax, and writes what is new
         raise UserError(
             f"--topology={topology}: jax {jax.__version__} cannot read what this libtpu compiled; "
-            f'wanted its own (pip install "wmjax[tpu]")\n{str(error).splitlines()[0][:200]}'
+            f"wanted its own ({how_to_install('tpu')})\n{str(error).splitlines()[0][:200]}"
         ) from None
     _print_network(program.collectives())
     _print_bounds(program, flop, executed, devices, chip)

@@ -88,6 +88,12 @@ def _columns(width: int) -> tuple[jax.Array, jax.Array | None]:
     return columns, None if columns.size == width else columns < width
 
 
+def _load(ref: Any, at: tuple, there: jax.Array | None) -> jax.Array:
+    """Return what lies there, float32, and 0 elsewhere."""
+    other = None if there is None else 0.0
+    return triton.load(ref.at[at], mask=there, other=other).astype(jnp.float32)
+
+
 def _forward(
     rows: tuple[jax.Array, ...], vectors: jax.Array, options: tuple
 ) -> tuple[jax.Array, ...]:
@@ -100,19 +106,12 @@ def _forward(
         columns, there = _columns(D)
         at = (pl.program_id(0) * height + jnp.arange(height)[:, None], columns)
         masked = None if there is None else jnp.broadcast_to(there, (height, columns.size))
-
-        def load(ref: Any) -> jax.Array:
-            return triton.load(ref.at[at], mask=masked, other=0.0 if masked is not None else None)
-
-        def vector(row: int) -> jax.Array:
-            other = None if there is None else 0.0
-            return triton.load(vectors_ref.at[row, columns], mask=there, other=other)
-
-        branch = (load(branch_ref).astype(jnp.float32) + vector(0)).astype(x.dtype)
-        total = (load(x_ref).astype(jnp.float32) + branch.astype(jnp.float32)).astype(x.dtype)
+        bias, weight, shift = (_load(vectors_ref, (row, columns), there) for row in range(3))
+        branch = (_load(branch_ref, at, masked) + bias).astype(x.dtype).astype(jnp.float32)
+        total = (_load(x_ref, at, masked) + branch).astype(x.dtype)
         centred, scale = _normalise(total.astype(jnp.float32), D, eps, there)
         triton.store(total_ref.at[at], total, mask=masked)
-        y = centred * scale * vector(1) + vector(2)
+        y = centred * scale * weight + shift
         triton.store(y_ref.at[at], y.astype(dtype), mask=masked)
 
     shape = (B * N, D)
@@ -154,16 +153,14 @@ def _backward(
     ) -> None:
         columns, there = _columns(D)
         masked = None if there is None else jnp.broadcast_to(there, (height, padded))
-        other = None if there is None else 0.0
         program = pl.program_id(0)
-        weight = triton.load(vectors_ref.at[0, columns], mask=there, other=other)
+        weight = _load(vectors_ref, (0, columns), there)
 
         def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             first = (program + i * programs) * height
             at = (first + jnp.arange(height)[:, None], columns)
             x, straight, gradient = (
-                triton.load(ref.at[at], mask=masked, other=other).astype(jnp.float32)
-                for ref in (total_ref, straight_ref, y_ref)
+                _load(ref, at, masked) for ref in (total_ref, straight_ref, y_ref)
             )
             centred, scale = _normalise(x, D, eps, masked)
             normal = centred * scale
