@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,10 @@ SHARED = {
     "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true",
     "JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS": "240000",
 }
+# What Gloo prints in every process, by its pieces: two threads of one process mix their lines.
+GLOO = re.compile(
+    r"Expected number of connected peer ranks is :|\[Gloo\] Rank|is connected to|peer ranks\.|\d|\s"
+)
 
 
 def free_port():
