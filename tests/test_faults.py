@@ -202,11 +202,14 @@ def test_a_second_ctrl_c_leaves_a_save_that_does_not_end(tmp_path):
         text=True,
     )
     with process:
-        for awaited in ("step ", "saving"):
-            assert any(line.startswith(awaited) for line in process.stdout)
-            assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        try:
+            for awaited in ("step ", "saving"):
+                assert any(line.startswith(awaited) for line in process.stdout)
+                assert process.poll() is None
+                process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()  # or `with` would wait for it
     assert process.returncode == 128 + signal.SIGINT
     assert said.endswith("interrupted: nothing was saved since the newest checkpoint\n")
     assert "Traceback" not in said
