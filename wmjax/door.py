@@ -1,4 +1,4 @@
-"""What the doors that take a configuration share: flags, compiled programs, heap, exit codes."""
+"""What the doors share: flags of the configuration, compiled programs, one heap, exit codes."""
 
 import argparse
 import contextlib
