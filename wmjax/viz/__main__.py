@@ -84,7 +84,7 @@ def see(
     source = assemble.make_source(config, "validation")
     for note in source.notes:
         print(f"warning: {note}")
-    print(f"data: {source.describe()}", flush=True)
+    print(f"held-out data: {source.describe()}", flush=True)
     size = config.data.image_size, configs.width(config)
     masks = Masks(config.mask.to_dict(), model.input_spec(config.data.frames, *size).grid)
     read = read_clips(
@@ -100,7 +100,7 @@ def see(
         raise UserError(f"{name}: gives features that are not finite: it has diverged")
     facts = [
         ("model", name),
-        ("data", source.describe()),
+        ("held-out data", source.describe()),
         ("shown", f"{seen.names[0]} of {len(seen.names)} looked at"),
         ("tokens", f"{' x '.join(map(str, seen.grid))}, {seen.target_BND.shape[-1]} wide"),
         *(("note", note) for note in model.notes),

@@ -24,9 +24,6 @@ _DPI = 110
 _LINES = ("#0072B2", "#E69F00", "#000000", "#009E73", "#56B4E9", "#D55E00", "#CC79A7")
 _MARKS = "osD^v"
 _STYLES = (("-", "full"), ("--", "none"))  # of what a panel shows: line, how marks are filled
-    ("-", "full"),
-    ("--", "none"),
-)  # of what a panel shows: the line, and how marks are filled
 
 Row = tuple[str, Sequence[np.ndarray]]  # what is written beside a row of pictures, and those
 
