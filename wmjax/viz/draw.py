@@ -19,6 +19,7 @@ _STRIP = 26  # pixels of a caption's height in a video
 _PICTURE = 128  # pixels across that small frames are enlarged to
 _HEAT = "cividis"  # lightness alone tells its values apart
 _DPI = 110
+_SAVED_DPI = 160  # a page is wider than most figures, and enlarges them
 # Of runs: Okabe and Ito's, those first that who sees red and green alike tells apart best, and
 # marks, of which there are not as many, so that a run that shares its colour has another.
 _LINES = ("#0072B2", "#E69F00", "#000000", "#009E73", "#56B4E9", "#D55E00", "#CC79A7")
@@ -252,7 +253,7 @@ def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def save(figure: "Figure", path: Path) -> None:
     try:
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=_SAVED_DPI)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
