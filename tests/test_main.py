@@ -98,6 +98,24 @@ def test_a_reader_who_has_seen_enough_is_no_traceback(buffered):
     assert done.stderr == ""
 
 
+DROPPED = """
+import gc, signal, time
+from wmjax import door
+
+def run(argv):
+    gc.callbacks.append(lambda *_: gc.callbacks.clear() or signal.raise_signal(signal.SIGINT))
+    gc.collect()
+    time.sleep(20)
+
+door.leave(run, "interrupted")
+"""
+
+
+def test_a_ctrl_c_that_the_garbage_collector_drops_comes_again():
+    done = subprocess.run([sys.executable, "-c", DROPPED], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "interrupted\n")
+
+
 def test_a_recording_without_actions_is_told_what_to_write(dataset, tmp_path):
     info = dataset / "meta" / "info.json"
     left = json.loads(info.read_text())

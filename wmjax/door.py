@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -90,6 +91,7 @@ def keep_compiled() -> None:
 
 def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     """Run the command line; a user's mistake is its few lines and exit code 2."""
+    sys.unraisablehook = _interrupt_again
     try:
         sys.exit(run(sys.argv[1:]))
     except UserError as error:
@@ -109,3 +111,12 @@ def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
             sys.stdout.flush()
         except OSError:  # nor shall the interpreter, as it ends, complain of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Repeat a Ctrl-C that was lost in a callback of the garbage collector, as jax has one."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(dropped)
