@@ -139,13 +139,14 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
     figure = _figure(9, 2.5 * deep + 0.3 * len(runs))
     axes = figure.subplots(deep, 2, squeeze=False, sharex=True).ravel()
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
-        for look, run in zip(_line_looks(len(runs)), runs.values(), strict=True):
+        for i, (look, run) in enumerate(zip(_line_looks(len(runs)), runs.values(), strict=True)):
             for key, style, fill in zip(
                 lines.values(), ("-", "--"), ("full", "none"), strict=False
             ):
                 steps, values = curves.series(run, key)
-                every = -(-len(steps) // 10) or None
-                axis.plot(steps, values, style, **look, fillstyle=fill, markevery=every)
+                every = max(1, len(steps) // 10)
+                at = every * i // len(runs), every  # beside those of the others, if lines coincide
+                axis.plot(steps, values, style, **look, fillstyle=fill, markevery=at)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8, labelbottom=True)
