@@ -33,6 +33,12 @@ examples:
       --config.data.batch_size=256 --config.model.scan=True --config.model.remat=full
       before paying for 256 chips
 
+other doors, each with --help:
+  python -m wmjax.viz      pictures of what a model sees and predicts
+  python -m wmjax.data     check, transcode and stats of recordings
+  python -m wmjax.weights  import, export and show
+  python -m wmjax.bench    what a step takes, and a batch
+
 exit codes:
   0         done
   1         plan: it does not fit

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from wmjax import door
 from wmjax.data.check import Finding, check, table_of
 from wmjax.data.lerobot_format import read_info, read_rows, read_tables
 from wmjax.data.recording import width_of
@@ -18,7 +19,7 @@ from wmjax.errors import UserError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = door.Parser(
         prog="python -m wmjax.data",
         description="Tools for LeRobot datasets, v2.0 to v3.0.",
         allow_abbrev=False,
@@ -105,11 +106,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command again goes on", file=sys.stderr)
-        sys.exit(130)
+    door.leave(run, "interrupted: the same command again goes on")

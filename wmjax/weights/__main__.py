@@ -4,11 +4,11 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 from pathlib import Path
 
 from flax import traverse_util
 
+from wmjax import door
 from wmjax.errors import UserError
 from wmjax.weights.export import export
 from wmjax.weights.files import MODEL, write_safetensors
@@ -20,7 +20,7 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = door.Parser(
         prog="python -m wmjax.weights",
         description="Weights in and out: of transformers, of Meta, of a run.",
         allow_abbrev=False,
@@ -162,8 +162,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    door.leave(run, "interrupted")
