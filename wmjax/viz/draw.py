@@ -140,9 +140,7 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
     axes = figure.subplots(deep, 2, squeeze=False, sharex=True).ravel()
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for i, (look, run) in enumerate(zip(_line_looks(len(runs)), runs.values(), strict=True)):
-            for key, style, fill in zip(
-                lines.values(), ("-", "--"), ("full", "none"), strict=False
-            ):
+            for key, (style, fill) in zip(lines.values(), _STYLES, strict=False):
                 steps, values = curves.series(run, key)
                 every = max(1, len(steps) // 10)
                 at = every * i // len(runs), every  # beside those of the others, if lines coincide
