@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import micro
 import pytest
 
-from wmjax import hlo, plan
+from wmjax import hlo, main, plan
 from wmjax.errors import UserError
 
 # A loop of three turns: each gathers 8 rows of 4 by two members, of a mesh of two axes, and adds.
@@ -137,6 +137,14 @@ def test_devices_that_are_not_there_are_named(topology, said):
     with pytest.raises(UserError, match=said) as error:
         plan.find_devices(topology)
     assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_plan_joins_no_cluster():
+    with pytest.raises(UserError, match="cpu:900: found 8"):
+        main.run(
+            ["--mode=plan", "--topology=cpu:900", "--config=debug_world_model"],
+            start=lambda *_: pytest.fail("it would wait for the others"),
+        )
 
 
 @pytest.mark.campaign

@@ -53,12 +53,18 @@ CHIPS = {  # by what the kind has in its name, as in metrics.PEAK_TFLOPS
 def find_devices(topology: str) -> list[jax.Device]:
     """Return the devices that e.g. v5e:16x16, cpu:8 or gpu:8 names; abstract ones for TPUs."""
     platform, _, shape = topology.partition(":")
+    if platform != "gpu":  # else kernels would be chosen for a GPU that is here
+        jax.config.update("jax_platforms", "cpu")
     if platform in ("cpu", "gpu"):
         return _local_devices(platform, shape)
     from jax.experimental import topologies
 
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's server where it runs
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # another plan may be at work
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",  # else libtpu asks a cloud's server where it runs
+        TPU_ACCELERATOR_TYPE="v5litepod-1",  # any, on any host: else libtpu logs their lack
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # another plan may be at work
+    )
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
