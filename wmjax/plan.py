@@ -59,6 +59,7 @@ def find_devices(topology: str) -> list[jax.Device]:
         return _local_devices(platform, shape)
     from jax.experimental import topologies
 
+    jax.config.update("jax_enable_compilation_cache", False)  # is not read back without the chips
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",  # else libtpu asks a cloud's server where it runs
         TPU_ACCELERATOR_TYPE="v5litepod-1",  # any, on any host: else libtpu logs their lack
