@@ -21,7 +21,11 @@ def forward_and_backward(attend, query_key_value, weight):
 def test_splash_agrees_with_plain_attention_on_what_fills_no_block():
     mesh = sharding.make_mesh(-1, 2, jax.devices()[:2])
     keys = jax.random.split(jax.random.key(0), 4)
-    *arrays, weight = (jax.random.normal(key, (2, 130, 1, 32)) for key in keys)
+    lengths = (100, 130, 130, 100)  # fewer queries than keys, as in the predictor's last block
+    *arrays, weight = (
+        jax.random.normal(key, (2, length, 1, 32))
+        for key, length in zip(keys, lengths, strict=True)
+    )
     placed = jax.device_put(arrays, sharding.batch_sharding(mesh))
 
     def splash(*arrays):

@@ -56,7 +56,7 @@ def v21(tmp_path):
 def test_a_sound_dataset_has_no_faults(pusht, decode, capsys):
     assert run(["check", str(pusht), *(["--decode"] if decode else [])]) == 0
     assert capsys.readouterr().out.endswith(
-        "LeRobot v3.0, 5 episodes, 400 frames at 10 fps, 1 cameras of video, 0 of images: fine\n"
+        "LeRobot v3.0, 5 episodes, 400 frames at 10 fps, observation.image: fine\n"
     )
 
 

@@ -61,6 +61,13 @@ def test_a_probe_learns_what_one_token_shows(learned):
     assert f" {100 * scores['top1']:.2f}" in probing.table(scores).splitlines()[1]
 
 
+def test_clips_of_one_view_need_no_axis_for_it(learned):
+    with_axis = list(batches(2, count=2, views=(1,)))
+    without = [(features_BVND[:, 0], labels_B) for features_BVND, labels_B in with_axis]
+    scores = [probing.evaluate(learned, each, MESH) for each in (with_axis, without)]
+    assert scores[0] == scores[1]
+
+
 def test_features_that_show_nothing_give_about_chance(learned):
     scores = probing.evaluate(learned, batches(2, count=16, signal=0.0, views=(1,)), MESH)
     assert scores["top1"] < 1 / CLASSES + 0.1

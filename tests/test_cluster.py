@@ -2,6 +2,8 @@
 
 import functools
 import shutil
+import signal
+import time
 from itertools import chain
 from typing import NamedTuple
 
@@ -127,11 +129,31 @@ def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.processes
+def test_ctrl_c_ends_a_process_that_waits_for_the_others(tmp_path):
+    port = cluster.free_port()
+    flags = (f"--coordinator=localhost:{port}", "--processes=2", "--process=0")
+    command = [*micro.command(tmp_path / "run"), *flags]
+    said = f"process 0 of 2: waiting up to 300 s at localhost:{port} for the others\n"
+    with cluster.group([command], [micro.environment(1)], tmp_path) as (process,):
+        deadline = time.monotonic() + 60
+        while (tmp_path / "0.out").read_text() != said or not listens(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+
+
 def test_a_port_that_is_taken_is_one_line():
     with cluster.socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on port {port}: Address already"):
             start(f"localhost:{port}", 2, 0)
+
+
+def listens(port):
+    with cluster.socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
 
 
 def of_slurm(monkeypatch, process):

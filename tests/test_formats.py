@@ -81,7 +81,7 @@ def check_error(error, root, **changes):
 @pytest.mark.parametrize("version", ["v2.0", "v2.1"])
 def test_one_table_and_one_video_an_episode(tmp_path, expected, version):
     source = check_reads(write_v2(tmp_path / "set", version, chunks_size=2), expected)
-    assert f"LeRobot {version}, train: 5 episodes, 400 frames" in source.describe()
+    assert f"LeRobot {version}, 5 episodes, 400 frames" in source.describe()
 
 
 def write_first_v20(root):

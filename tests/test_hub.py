@@ -153,7 +153,7 @@ def test_offline_with_nothing_in_the_cache_is_one_line(tmp_path):
 
 def test_offline_the_cache_is_read(tmp_path):
     lay_out(tmp_path)
-    assert f"snapshots/{COMMIT}: LeRobot v3.0, train: 5 episodes" in offline(tmp_path)
+    assert f"snapshots/{COMMIT}: LeRobot v3.0, 5 episodes" in offline(tmp_path)
 
 
 def test_offline_a_cache_without_the_videos_is_an_error(tmp_path):
@@ -168,7 +168,7 @@ def test_training_opens_what_the_configuration_names(fake):
     config = micro.config(*settings)
     configs.check(config)
     source = make_source(config, "train")
-    assert f"snapshots/{COMMIT}: LeRobot v3.0, train: 4 episodes" in source.describe()
+    assert f"snapshots/{COMMIT}: LeRobot v3.0, 4 episodes" in source.describe()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def test_it_encodes_one_clip_as_a_batch_of_one(model):
     assert np.abs(batch[1] - features).max() > 0.1
 
 
+def test_it_says_where_it_is_from_and_what_it_has(model, folder):
+    parts = "encoder, head, pooler, predictor"
+    assert repr(model) == f"<wmjax model {folder}: {parts}; clip: frames=8, size=16>"
+
+
 def test_floats_are_normalised_already_and_uint8_is_not(model):
     normalised = model.preprocess(VIDEO, size=(12, 16))
     assert normalised.dtype == np.float32

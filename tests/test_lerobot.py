@@ -169,8 +169,8 @@ def test_split_by_episode():
 
 def test_describe_says_what_was_opened():
     assert open_pusht().describe() == (
-        f"{PUSHT}: LeRobot v3.0, train: 5 episodes, 400 frames at 10 fps, observation.image "
-        "(96x96x3, av1), stride 3 (3.333 fps), 355 windows"
+        f"{PUSHT}: LeRobot v3.0, 5 episodes, 400 frames at 10 fps, observation.image "
+        "(96x96x3, av1), stride 3 (3.333 fps), 355 clips"
     )
 
 
@@ -195,7 +195,7 @@ def test_each_camera_is_a_clip_of_its_own():
     each, together = two("each"), two("all")
     windows = len(together)
     assert (each.views, together.views, len(each)) == (1, 2, 2 * windows)
-    assert f"{2 * windows} windows, each camera a clip" in each.describe()
+    assert f"{2 * windows} clips, each of one camera" in each.describe()
     for i in (0, windows - 1):
         views = together[i]["frames_VT"]
         for camera in range(2):

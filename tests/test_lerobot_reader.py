@@ -155,8 +155,8 @@ def test_describe_and_pickle(lerobot):
     reader = LeRobotReader(PUSHT, **SETTINGS)
     again = pickle.loads(pickle.dumps(reader))
     text = (
-        f"{PUSHT}: read by lerobot, train: 5 episodes, 400 frames at 10 fps, "
-        "observation.image (96x96x3, av1), stride 3 (3.333 fps), 355 windows"
+        f"{PUSHT}: read by lerobot, 5 episodes, 400 frames at 10 fps, "
+        "observation.image (96x96x3, av1), stride 3 (3.333 fps), 355 clips"
     )
     assert again.describe() == reader.describe() == text
     check_same(again, open_pusht(), [5])

@@ -94,12 +94,69 @@ def test_list_and_help_answer(capsys):
         assert part in said
 
 
-@pytest.mark.parametrize("flags", [[], ["--confg=x"], ["--config=x", "--mode=fly"], ["stray"]])
-def test_wrong_flags_exit_with_usage(flags, capsys):
-    with pytest.raises(SystemExit) as leave:
-        main.run(flags)
-    assert leave.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--config=NAME is needed"),
+        (["--config=x", "--mode=fly"], "'fly'"),
+        (["--confg=x"], "--confg=x: unknown (did you mean --config?)"),
+        (["vjepa2_aloha"], "vjepa2_aloha: unknown (did you mean --config=vjepa2_aloha?)"),
+        (["--data.fps=4"], "--data.fps=4: unknown (did you mean --config.data.fps=4?)"),
+        (["stray"], "stray: unknown; keys of the configuration are written --config.KEY=VALUE"),
+        (
+            ["--config=x/debug.py"],
+            "--config=x/debug.py: no such configuration (did you mean debug_",
+        ),
+    ],
+)
+def test_wrong_flags_are_named_with_what_was_meant(flags, said):
+    assert said in answer(*flags)
+
+
+def test_the_package_is_the_same_door():
+    help_of = [
+        subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True)
+        for name in ("wmjax", "wmjax.main")
+    ]
+    assert help_of[0].stdout == help_of[1].stdout
+    assert "  python -m wmjax.viz " in help_of[0].stdout
+
+
+@pytest.mark.parametrize("buffered", [[], ["-u"]])
+def test_a_reader_who_has_seen_enough_is_no_traceback(buffered):
+    here, there = os.pipe()
+    os.close(here)
+    command = [sys.executable, *buffered, "-m", "wmjax.main", "--list"]
+    done = subprocess.run(command, stdout=there, stderr=subprocess.PIPE, text=True)
+    os.close(there)
+    assert done.stderr == ""
+
+
+DROPPED = """
+import gc, signal, time
+from wmjax import door
+
+def run(argv):
+    gc.callbacks.append(lambda *_: gc.callbacks.clear() or signal.raise_signal(signal.SIGINT))
+    gc.collect()
+    time.sleep(20)
+
+door.leave(run, "interrupted")
+"""
+
+
+def test_a_ctrl_c_that_the_garbage_collector_drops_comes_again():
+    done = subprocess.run([sys.executable, "-c", DROPPED], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "interrupted\n")
+
+
+def test_a_recording_without_actions_is_told_what_to_write(dataset, tmp_path):
+    info = dataset / "meta" / "info.json"
+    left = json.loads(info.read_text())
+    del left["features"]["action"]
+    info.write_text(json.dumps(left))
+    said = answer(*lerobot(dataset, tmp_path / "run"))
+    assert said.endswith("a recording without actions: --config.data.action=observation.state")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +173,8 @@ def test_wrong_flags_exit_with_usage(flags, capsys):
         (["model.size=enormous"], ["enormous", "large"]),
         (["model.remat=some"], ["some", "full"]),
         (["model.heads=7"], ["model.heads", "7"]),
-        (["mesh.fsdp=3"], ["mesh.fsdp=3", "8"]),
+        (["mesh.fsdp=3"], ["mesh.fsdp=3: devices found: 8 x cpu; wanted a multiple of 3"]),
+        (["mesh.data=3"], ["mesh.data=3, mesh.fsdp=1: devices found: 8 x cpu; wanted 3"]),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_wanted(dataset, tmp_path, overrides, parts):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from wmjax import sharding
 from wmjax.errors import UserError
@@ -73,6 +74,7 @@ def test_every_device_works_on_its_own_rows():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # since jax 0.11
 def test_both_kernels_lower_for_a_gpu():
     args, _ = arguments(384, dtype=jnp.bfloat16)
 
@@ -81,7 +83,10 @@ def test_both_kernels_lower_for_a_gpu():
         return jnp.sum((total + y).astype(jnp.float32))
 
     step = jax.jit(jax.grad(loss, argnums=tuple(range(5))))
-    text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton(") == 2
 
 
@@ -89,3 +94,10 @@ def test_it_is_refused_where_there_is_no_gpu():
     with pytest.raises(UserError, match=r"model.norm='fused' on cpu, bfloat16: wanted a GPU"):
         norm.choose_norm("fused", jnp.dtype(jnp.bfloat16))
     assert norm.choose_norm("auto", jnp.dtype(jnp.bfloat16)) == "xla"
+
+
+@pytest.mark.parametrize(("there", "chosen"), [(True, "fused"), (False, "xla")])
+def test_a_jax_without_triton_takes_the_plain_norm(monkeypatch, there, chosen):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr(norm, "find_spec", lambda name: there or None)
+    assert norm.choose_norm("auto", jnp.dtype(jnp.bfloat16)) == chosen

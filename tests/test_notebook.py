@@ -20,6 +20,20 @@ def test_it_is_kept_without_outputs():
         assert "skip" not in " ".join(cell.metadata.get("tags", ()))
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("", "No wmjax here: fill in REPOSITORY"), ("nowhere", "git clone --depth=1 nowhere ")],
+)
+def test_outside_of_a_checkout_it_says_what_to_fill_in(address, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    source = next(cell.source for cell in cells if cell.cell_type == "code")
+    assert 'REPOSITORY = ""' in source
+    with pytest.raises(Exception, match=said) as stop:
+        exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {address!r}"), {"__name__": "cell"})
+    assert stop.value._render_traceback_() == [str(stop.value)]  # all that IPython then shows
+
+
 @pytest.mark.notebook
 @pytest.mark.timeout(900)
 def test_it_runs_from_top_to_bottom(monkeypatch):

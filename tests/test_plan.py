@@ -1,13 +1,14 @@
 """What plan mode reads from a compiled program, and what it prints."""
 
 import importlib.util
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import micro
 import pytest
 
-from wmjax import hlo, plan
+from wmjax import hlo, main, plan
 from wmjax.errors import UserError
 
 # A loop of three turns: each gathers 8 rows of 4 by two members, of a mesh of two axes, and adds.
@@ -139,14 +140,29 @@ def test_devices_that_are_not_there_are_named(topology, said):
     assert len(str(error.value).splitlines()) <= 2
 
 
+def test_a_plan_joins_no_cluster():
+    with pytest.raises(UserError, match="cpu:900: found 8"):
+        main.run(
+            ["--mode=plan", "--topology=cpu:900", "--config=debug_world_model"],
+            start=lambda *_: pytest.fail("it would wait for the others"),
+        )
+
+
 @pytest.mark.campaign
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu (extra tpu)")
 @pytest.mark.parametrize("fits", [True, False])
-def test_a_plan_for_a_pod_of_tpus(capsys, fits):
+def test_a_plan_for_a_pod_of_tpus(tmp_path, fits):
     overrides = ("mesh.fsdp=2", "model.dtype=bfloat16", "model.attention=auto")
     large = () if fits else ("data.batch_size=400000",)
-    assert plan.plan(micro.config(*overrides, *large), "v5e:2x2") == (0 if fits else 1)
-    said = capsys.readouterr().out
+    command = [*micro.command(tmp_path, *overrides, *large), "--mode=plan", "--topology=v5e:2x2"]
+    environment = micro.environment(1) | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    once, again = (
+        subprocess.run(command, env=environment, cwd=micro.ROOT, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    said = once.stdout
+    assert (once.returncode, once.stderr) == (0 if fits else 1, "")
+    assert (again.returncode, again.stderr, again.stdout) == (once.returncode, "", said)
     assert "4 x TPU v5 lite (data 2 x fsdp 2)" in said
     assert ("does not fit" in said) == (not fits)
     if fits:

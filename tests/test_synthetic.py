@@ -36,7 +36,7 @@ def test_shapes_and_types():
     assert sample["state_TS"].shape == (8, source.state_size)
     assert sample["action_TPA"].shape == (8, 3, source.action_size)
     assert sample["state_TS"].dtype == sample["action_TPA"].dtype == np.float32
-    assert "50 clips of 8 frames, 64 x 96, 2 view(s)" in source.describe()
+    assert "50 clips of 8 frames, 64 x 96, 2 views" in source.describe()
     assert "\n" not in source.describe()
 
 

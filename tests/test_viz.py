@@ -1,6 +1,7 @@
 """The numbers behind the pictures, and that each way to the pictures ends in ones that open."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -148,6 +149,26 @@ def test_reports_are_read_as_series_and_a_line_cut_short_is_left_out(tmp_path):
     assert (steps.tolist(), values.tolist()) == ([1, 3], [0.5, 0.25])
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     assert curves.read(tmp_path) == [{"step": 1}, {"step": 3}]
+
+
+def test_runs_in_one_figure_are_told_apart_without_colour_too():
+    run = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    figure = draw.reports({f"run {i}": run for i in range(8)})
+    looks = [(line.get_color(), line.get_marker()) for line in figure.legends[0].get_lines()]
+    assert len(set(looks)) == 8
+    assert all(mine[1] != next_one[1] for mine, next_one in itertools.pairwise(looks))
+
+
+@pytest.mark.parametrize("tubelets", [2, 3, 4])
+def test_no_label_is_cut_off(seen, tubelets):
+    video = seen.video_BTHWC[:, np.arange(2 * tubelets) % 6]
+    target = normal(2, 20 * tubelets, 8)
+    mask = Hidden(np.arange(5), np.arange(5, 15), target[0, 5:15] + 0.5)
+    look = Look(video, target, (tubelets, 4, 5), {"a_long_name": mask}, seen.names)
+    for figure in (draw.similarity(look, 7), draw.errors(look), draw.masks(look)):
+        rgb = draw.pixels(figure)
+        edges = (rgb[:2], rgb[-2:], rgb[:, :2], rgb[:, -2:])
+        assert min(edge.min() for edge in edges) > 200
 
 
 def test_a_video_has_all_frames_in_h264_and_even_sizes(tmp_path):

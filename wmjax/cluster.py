@@ -3,16 +3,18 @@
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from wmjax.errors import UserError
 
-PATIENCE_S = 25  # for a coordinator that does not answer; a program may still be starting there
-IMAGES_S = 300  # where programs are in containers, which start as their images arrive
+PATIENCE_S = 20  # for a coordinator that does not answer; a program may still be starting there
+IMAGES_S = 300  # for containers, which start as their images arrive; of process 0, for the others
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +53,11 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     if not (colon and port.isdigit() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator={coordinator}: wanted HOST:PORT")
     _meet("--coordinator=", coordinator, processes, process, PATIENCE_S)
-    jax.distributed.initialize(
-        coordinator, processes, process, cluster_detection_method="deactivate"
+    _initialize(
+        coordinator_address=coordinator,
+        num_processes=processes,
+        process_id=process,
+        cluster_detection_method="deactivate",
     )
 
 
@@ -64,7 +69,6 @@ def speaks() -> bool:
 
 
 def _join_what_is_found() -> None:
-    import jax
     from jax._src.clusters import ClusterEnv  # what initialize() will find has no public name
 
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
@@ -85,7 +89,16 @@ def _join_what_is_found() -> None:
             _meet(f"{found.name}, process 0 at ", coordinator, processes, process, patience)
     except Exception as error:  # each kind of cluster has its own
         raise UserError(f"{error}\nto run by itself, whatever JAX finds: --processes=1") from error
-    jax.distributed.initialize()
+    _initialize()
+
+
+def _initialize(**flags: Any) -> None:
+    import jax
+
+    # jax waits outside Python, which would not hear of Ctrl-C before the others have come.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    jax.distributed.initialize(initialization_timeout=IMAGES_S, **flags)
+    signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager
@@ -113,7 +126,10 @@ def _meet(origin: str, coordinator: str, processes: int, process: int, patience:
             f"{origin}{coordinator}: cannot listen on port {port}: {error.strerror}"
         ) from error
     if processes > 1:
-        print(f"process 0 of {processes}: waiting at {coordinator} for the others", flush=True)
+        print(
+            f"process 0 of {processes}: waiting up to {IMAGES_S} s at {coordinator} for the others",
+            flush=True,
+        )
 
 
 def _wait_for(origin: str, host: str, port: int, patience: int) -> None:
@@ -121,7 +137,8 @@ def _wait_for(origin: str, host: str, port: int, patience: int) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            left = max(0.5, deadline - time.monotonic())
+            socket.create_connection((host, port), timeout=min(5, left)).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:

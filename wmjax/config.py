@@ -36,27 +36,26 @@ def describe(name: str) -> str:
 
 
 def get_config(name: str) -> ml_collections.ConfigDict:
-    """Return the shipped configuration `name`, for instance "debug_world_model"."""
-    path = _folder() / f"{name}.py"
+    """Return the shipped configuration `name`, for instance "debug_world_model".
+
+    A path such as configs/debug_world_model.py is looked up by its stem, so that the README's
+    commands work from any folder.
+    """
+    stem = Path(name).stem if name.endswith(".py") else name
+    path = _folder() / f"{stem}.py"
     if not path.is_file():
         raise UserError(
-            f"--config={name}: no such configuration{_suggest(name, list_configs())}\n"
+            f"--config={name}: no such configuration{suggest(stem, list_configs())}\n"
             f"shipped: {', '.join(list_configs())}; or give the path of a .py file"
         )
     return _run(path)
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """Return a configuration by name or path with `KEY=VALUE` overrides applied.
-
-    A path such as configs/debug_world_model.py that is not there is looked up by its stem among
-    the shipped ones, so that the README's commands work from any folder.
-    """
+    """Return a configuration by name or path with `KEY=VALUE` overrides applied."""
     path = Path(name_or_path)
-    if path.suffix == ".py" and path.is_file():
-        config = _run(path)
-    else:
-        config = get_config(path.stem if path.suffix == ".py" else name_or_path)
+    own = path.suffix == ".py" and path.is_file()
+    config = _run(path) if own else get_config(name_or_path)
     override(config, overrides)
     return config
 
@@ -262,14 +261,14 @@ def _check_mixture(config: ml_collections.ConfigDict) -> None:
     for name, settings in data.members.items():
         if name not in names:
             raise UserError(
-                f"data.members.{name}: not in data.mixture{_suggest(name, names)}; "
+                f"data.members.{name}: not in data.mixture{suggest(name, names)}; "
                 f"there are: {', '.join(names) or 'none'}"
             )
         for key in settings:
             if key not in _OF_A_MEMBER:
                 raise UserError(
                     f"data.members.{name}.{key}: not a setting of one dataset"
-                    f"{_suggest(key, _OF_A_MEMBER)}; there are: {', '.join(_OF_A_MEMBER)}"
+                    f"{suggest(key, _OF_A_MEMBER)}; there are: {', '.join(_OF_A_MEMBER)}"
                 )
 
 
@@ -309,7 +308,7 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
         if not isinstance(node, ml_collections.ConfigDict) or name not in node:
             here = ".".join(parents[:depth])
             keys = list(_leaves(config.to_dict()))
-            wrong = f"--config.{key}: no such key{_suggest(key, [k for k, _ in keys])}"
+            wrong = f"--config.{key}: no such key{suggest(key, [k for k, _ in keys])}"
             names = node.keys() if isinstance(node, ml_collections.ConfigDict) else ()
             raise UserError(f"{wrong}\n{here or 'config'} has: {', '.join(sorted(names))}")
         if depth < len(parents):
@@ -353,8 +352,7 @@ def _choice(config: ml_collections.ConfigDict, key: str, choices: Sequence[str])
     value = config[group][leaf]
     if value not in choices:
         raise UserError(
-            f"{key}={value!r}: unknown{_suggest(str(value), choices)}; "
-            f"choices: {', '.join(choices)}"
+            f"{key}={value!r}: unknown{suggest(str(value), choices)}; choices: {', '.join(choices)}"
         )
 
 
@@ -366,6 +364,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
-def _suggest(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+def suggest(word: str, words: Sequence[str]) -> str:
+    """Ask whether the nearest of `words` was meant; nothing where none is near."""
+    longer = [other for other in words if word and other.startswith(word)]
+    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -26,9 +27,16 @@ any key of the configuration:
 """
 
 
-def parser(prog: str, description: str, more: str = "") -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """One whose mistakes are a user's like any other: a line, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.prog} --help says more")
+
+
+def parser(prog: str, description: str, more: str = "") -> Parser:
     """Return a parser whose help tells how keys of the configuration are written, and `more`."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         description=description,
         epilog=f"{_KEYS}\n{more}" if more else _KEYS,
@@ -48,13 +56,22 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     while rest:
         word = rest.pop(0)
         if not word.startswith(_PREFIX):
-            parser.error(
-                f"{word}: unknown; keys of the configuration are written --config.KEY=VALUE"
-            )
+            parser.error(f"{word}: unknown{_meant(parser, word)}")
         if "=" not in word and rest and not rest[0].startswith("--"):
             word += "=" + rest.pop(0)
         overrides.append(word.removeprefix(_PREFIX))
     return flags, overrides
+
+
+def _meant(parser: argparse.ArgumentParser, word: str) -> str:
+    """Suggest the nearest flag, or say how keys of the configuration are written."""
+    flag = word.partition("=")[0]
+    if flag in configs.list_configs():
+        return f" (did you mean --config={flag}?)"
+    if flag.startswith("--") and "." in flag:
+        return f" (did you mean {_PREFIX}{word.removeprefix('--')}?)"
+    nearest = configs.suggest(flag, list(parser._option_string_actions))
+    return nearest or "; keys of the configuration are written --config.KEY=VALUE"
 
 
 def load(
@@ -89,6 +106,7 @@ def share_heap() -> None:
 def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     """Run the command line; a user's mistake is its few lines and exit code 2."""
     share_heap()
+    sys.unraisablehook = _interrupt_again
     try:
         sys.exit(run(sys.argv[1:]))
     except UserError as error:
@@ -97,3 +115,23 @@ def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever reads has seen enough, as in `| head`
+            sys.exit(128 + signal.SIGPIPE)
+        raise
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nor shall the interpreter, as it ends, complain of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Repeat a Ctrl-C that was lost in a callback of the garbage collector, as jax has one."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(dropped)

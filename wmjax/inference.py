@@ -100,6 +100,10 @@ class Model:
         self._encode, self._predict = jax.jit(encode), jax.jit(predict)
         self._classify = jax.jit(classify)
 
+    def __repr__(self) -> str:
+        clip = ", ".join(f"{name}={value}" for name, value in self._clip.items())
+        return f"<wmjax model {self._where}: {', '.join(self.params)}; clip: {clip}>"
+
     def encode(self, video: Any, *, size: Size | None = None) -> jax.Array:
         """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
 

@@ -33,6 +33,12 @@ examples:
       --config.data.batch_size=256 --config.model.scan=True --config.model.remat=full
       before paying for 256 chips
 
+other doors, each with --help:
+  python -m wmjax.viz      pictures of what a model sees and predicts
+  python -m wmjax.data     check, transcode and stats of recordings
+  python -m wmjax.weights  import, export and show
+  python -m wmjax.bench    what a step takes, and a batch
+
 exit codes:
   0         done
   1         plan: it does not fit
@@ -72,14 +78,14 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
     config = door.load(parser, flags, overrides)
     workdir = flags.workdir or Path("runs") / Path(flags.config).stem
 
-    start(flags.coordinator, flags.processes, flags.process)
     door.keep_compiled()  # after the flags: --help and --list answer without jax, at once
-    if flags.mode == "plan":
+    if flags.mode == "plan":  # by this process alone, whatever cluster it is in
         from wmjax.plan import plan
 
         if not flags.topology:
             parser.error("--mode=plan: --topology=NAME is needed, as in --topology=v5e:16x16")
         return plan(config, flags.topology)
+    start(flags.coordinator, flags.processes, flags.process)
     if cluster.speaks() and flags.mode != "demo":  # which explains it
         print(f"wmjax {__version__}: {flags.mode} {flags.config} in {workdir}")
         print(configs.outline(config), flush=True)

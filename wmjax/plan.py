@@ -53,12 +53,19 @@ CHIPS = {  # by what the kind has in its name, as in metrics.PEAK_TFLOPS
 def find_devices(topology: str) -> list[jax.Device]:
     """Return the devices that e.g. v5e:16x16, cpu:8 or gpu:8 names; abstract ones for TPUs."""
     platform, _, shape = topology.partition(":")
+    if platform != "gpu":  # else kernels would be chosen for a GPU that is here
+        jax.config.update("jax_platforms", "cpu")
     if platform in ("cpu", "gpu"):
         return _local_devices(platform, shape)
     from jax.experimental import topologies
 
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's server where it runs
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # another plan may be at work
+    jax.config.update("jax_enable_compilation_cache", False)  # is not read back without the chips
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",  # else libtpu asks a cloud's server where it runs
+        TPU_ACCELERATOR_TYPE="v5litepod-1",  # any, on any host: else libtpu logs their lack
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # another plan may be at work
+    )
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
@@ -102,7 +109,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     flop = assemble.count_flop(config, batch)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(steps.abstract.params))
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(f"devices     {mesh.size} x {devices[0].device_kind} ({axes})")
+    print(f"devices     {mesh.size} x {kind} ({axes})")
     print(f"parameters  {count / 1e6:,.0f} million")
     print(f"arithmetic  {flop / 1e12:,.1f} TFLOP a step of {config.data.batch_size} clips")
     traced = cast(Any, steps.train).trace(steps.abstract, batch)
@@ -113,7 +120,6 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
             raise
         print(f"memory      {_told(str(error))}: does not fit")
         return 1
-    executed = hlo.executed_flop(traced.jaxpr)
     fits = _print_memory(compiled.memory_analysis(), chip)
     try:
         program = hlo.Program(compiled.as_text())
@@ -122,8 +128,17 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
             f"--topology={topology}: jax {jax.__version__} cannot read what this libtpu compiled; "
             f"wanted its own ({how_to_install('tpu')})\n{str(error).splitlines()[0][:200]}"
         ) from None
-    _print_network(program.collectives())
-    _print_bounds(program, flop, executed, devices, chip)
+    sent = _print_network(program.collectives())
+    peak = metrics.peak_flops(devices)
+    if chip is None or peak is None:
+        print(f"bound       unknown: no figures for {kind}")
+    else:
+        seconds = {
+            "compute": hlo.executed_flop(traced.jaxpr) / peak,
+            "memory": program.traffic() / (chip.bandwidth * 1e9),
+            "network": sent / (chip.ring * 1e9),
+        }
+        _print_bound(seconds, flop / peak)
     return 0 if fits else 1
 
 
@@ -181,31 +196,17 @@ def _print_memory(used: Any, chip: Chip | None) -> bool:
     return fits
 
 
-def _print_network(collectives: dict[str, hlo.Collective]) -> None:
+def _print_network(collectives: dict[str, hlo.Collective]) -> float:
+    """Print what the chips exchange and return the bytes that one sends."""
     print("network     a chip and step:" if collectives else "network     nothing is exchanged")
     for name, found in sorted(collectives.items()):
         print(f"  {name:20} {found.count:5} times, {found.sent / 1e9:8.3f} GB sent")
+    return sum(found.sent for found in collectives.values())
 
 
-def _print_bounds(
-    program: hlo.Program,
-    flop: int,
-    executed: int,
-    devices: list[jax.Device],
-    chip: Chip | None,
-) -> None:
-    """Print how long each of the three would take by itself; the longest bounds the step."""
-    peak = metrics.peak_flops(devices)
-    if chip is None or peak is None:
-        print(f"bound       unknown: no figures for {devices[0].device_kind}")
-        return
-    sent = sum(found.sent for found in program.collectives().values())
-    seconds = {
-        "compute": executed / peak,
-        "memory": program.traffic() / (chip.bandwidth * 1e9),
-        "network": sent / (chip.ring * 1e9),
-    }
+def _print_bound(seconds: dict[str, float], useful: float) -> None:
+    """Print how long each would take by itself; the longest bounds the step, of which `useful`."""
     bound = max(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
     print(f"bound       {bound} ({told}; each by itself, at the chip's peak)")
-    print(f"ceiling     MFU {100 * flop / peak / seconds[bound]:.0f} %")
+    print(f"ceiling     MFU {100 * useful / seconds[bound]:.0f} %")

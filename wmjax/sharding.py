@@ -30,8 +30,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
     if data == -1 and count % fsdp == 0:
         data = count // fsdp
     if data * fsdp != count:
+        wanted = f"a multiple of {fsdp}" if data == -1 else data * fsdp
+        found = f"{count} x {devices[0].device_kind}"
         raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp}: wanted a product of {count}, the device count"
+            f"mesh.data={data}, mesh.fsdp={fsdp}: devices found: {found}; wanted {wanted}"
         )
     return Mesh(arrange(devices, data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -19,7 +19,7 @@ from wmjax.errors import UserError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = door.Parser(
         prog="python -m wmjax.data",
         description="Tools for LeRobot datasets, v2.0 to v3.0.",
         allow_abbrev=False,

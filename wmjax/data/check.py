@@ -93,10 +93,11 @@ class _Check:
             with self._going_on():
                 step()
         frames = sum(episode.length for episode in self.episodes)
+        cameras = ", ".join([*self.cameras, *self.images]) or "no camera"
         return self.findings, (
-            f"{self.root}: LeRobot {self.info['codebase_version']}, {len(self.episodes)} episodes, "
-            f"{frames} frames at {self.info['fps']:g} fps, {len(self.cameras)} cameras of video, "
-            f"{len(self.images)} of images"
+            f"{self.root}: LeRobot {self.info['codebase_version']}, {len(self.episodes)} "
+            f"episode{'s' * (len(self.episodes) != 1)}, {frames} frames at "
+            f"{self.info['fps']:g} fps, {cameras}"
         )
 
     def _found(self, where: Path | str, found: object, wanted: object = "") -> None:

@@ -93,7 +93,7 @@ class Mixture(Source):
         return "\n".join(
             [
                 f"mixture of {len(self._sources)}: {self.views} views, state {self.state_size}, "
-                f"action {self.stride} x {self.action_size}, {len(self)} windows",
+                f"action {self.stride} x {self.action_size}, {len(self)} clips",
                 *(f"  {name} {share:.1%}: {source.describe()}" for name, share, source in members),
             ]
         )

@@ -182,12 +182,12 @@ class Recording(Source):
         left_out = f", not read: {', '.join(unread)}" if unread else ""
         short = self._windows.too_short
         return (
-            f"{self.root}: {kind}, {self._split}: {len(self.episodes)} episodes"
+            f"{self.root}: {kind}, {len(self.episodes)} episode{'s' * (len(self.episodes) != 1)}"
             + (f" ({short} shorter than a clip)" if short else "")
             + f", {sum(e.length for e in self.episodes)} frames at {self._recorded_fps:g} fps, "
             f"{cameras}{left_out}, stride {self.stride} ({self.fps_effective:.4g} fps), "
-            f"{len(self)} windows"
-            + (", each camera a clip" if self._each else "")
+            f"{len(self)} clips"
+            + (", each of one camera" if self._each else "")
             + (f", {self.draws} drawn a pass" if self.draws < len(self) else "")
         )
 
@@ -252,7 +252,8 @@ def width_of(root: Path, features: dict, option: str, key: str) -> int:
     """Return how many numbers the feature `key` has; option: the argument that names it."""
     numbers = [name for name, f in features.items() if re.match("float|int", f["dtype"])]
     if key not in numbers:
-        raise UserError(
-            f"{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
-        )
+        said = f"{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
+        if option == "data.action" and numbers:
+            said += f"\na recording without actions: --config.data.action={numbers[0]}"
+        raise UserError(said)
     return math.prod(features[key]["shape"])

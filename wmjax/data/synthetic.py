@@ -80,7 +80,7 @@ class SyntheticSource(Source):
         height, width = self.frame_size
         return (
             f"generated shapes: {self.num_samples} clips of {self.frames} frames, "
-            f"{height} x {width}, {len(self.cameras)} view(s), "
+            f"{height} x {width}, {len(self.cameras)} view{'s' * (len(self.cameras) != 1)}, "
             f"{self.fps_effective:g} fps (stride {self.stride})"
         )
 

@@ -120,7 +120,7 @@ def fit(
 
 
 def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh) -> dict[str, Any]:
-    """Score every probe on all batches of (BVND, B); the softmax is averaged over the views.
+    """Score every probe on all batches of (BND or BVND, B), averaging the softmax over the views.
 
     labels: as for fit. Returns top1, learning_rate and weight_decay of the best probe, its index
     as `best`, and as `all` the same three of every probe.
@@ -151,14 +151,14 @@ def cross_entropy(logits_BL: jax.Array, labels_B: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count_right(
-    graph: nnx.GraphDef, params: base.Params, features_BVND: jax.Array, labels_B: jax.Array
+    graph: nnx.GraphDef, params: base.Params, features: jax.Array, labels_B: jax.Array
 ) -> jax.Array:
     """Return how many rows each probe names rightly (G,); one that diverged names none."""
-    B, V = features_BVND.shape[:2]
-    rows = features_BVND.reshape(B * V, *features_BVND.shape[2:])
+    B = len(labels_B)
+    rows = features.reshape(-1, *features.shape[-2:])
 
     def one(params: base.Params) -> jax.Array:
-        share_BVL = jax.nn.softmax(base.merge(graph, params)(rows)).reshape(B, V, -1)
+        share_BVL = jax.nn.softmax(base.merge(graph, params)(rows)).reshape(B, len(rows) // B, -1)
         share_BL = jnp.mean(share_BVL, axis=1)
         right_B = (jnp.argmax(share_BL, axis=1) == labels_B) & jnp.isfinite(share_BL[:, 0])
         return jnp.sum(right_B, dtype=jnp.int32)

@@ -165,12 +165,13 @@ def fit_all(
         episodes = np.arange(len(episodes))
     x, x_test = (features[split].reshape(-1, features[split].shape[-1]) for split in truth)
     lines = Lines(x, np.repeat(episodes, tubelets))
+    turned_test = lines.turn(x_test)
     scores = {}
     for name, values in labels.items():
         turn = turns(values)
         y, y_test = (columns(split[1][name], turn) for split in truth.values())
         best = choose(lines.held_out_errors(y))
-        scores[name] = score(lines.fit(y, best, x_test), y_test, y.std(axis=0) > 0, turn > 0)
+        scores[name] = score(lines.fit(y, best, turned_test), y_test, y.std(axis=0) > 0, turn > 0)
         scores[name]["ridge_each"] = best.tolist()
     return scores
 
@@ -232,11 +233,14 @@ class Lines:
                 sum += (np.linalg.solve(left, missed[group]) ** 2).sum(axis=0)
         return errors / len(y)
 
-    def fit(self, y: np.ndarray, ridges: np.ndarray, x_new: np.ndarray) -> np.ndarray:
+    def turn(self, x_new: np.ndarray) -> np.ndarray:
+        """Return other samples as `fit` takes them, for all labels."""
+        return (x_new - self._mean) @ self._x.T @ self._vectors
+
+    def fit(self, y: np.ndarray, ridges: np.ndarray, turned_new: np.ndarray) -> np.ndarray:
         """Return what the lines fitted to y's columns, with a ridge each, say of other samples."""
         mean = y.mean(axis=0)
         turned = self._vectors.T @ (y - mean).astype(np.float64)
-        turned_new = (x_new - self._mean) @ self._x.T @ self._vectors
         return turned_new @ (turned / (self._values[:, None] + ridges)) / self._unit + mean
 
 

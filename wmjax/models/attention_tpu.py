@@ -11,9 +11,9 @@ LANES = 128  # the kernel takes whole blocks of as many tokens
 
 
 def attend(
-    query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, interpret: bool = False
+    query_BMHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Attend from everywhere to everywhere; every device its own rows of the ambient mesh.
+    """Attend from each query to every key; every device its own rows of the ambient mesh.
 
     interpret: run the kernel's Python in place of compiling it, on any device.
     """
@@ -22,40 +22,42 @@ def attend(
     if not mesh.empty:  # XLA cannot split a kernel by itself
         rows = jax.P(mesh.axis_names)
         local = jax.shard_map(local, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
-    return local(query_BNHd, key_BNHd, value_BNHd)
+    return local(query_BMHd, key_BNHd, value_BNHd)
 
 
 def _attend(
-    query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, interpret: bool
+    query_BMHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, interpret: bool
 ) -> jax.Array:
-    _, N, H, d = query_BNHd.shape
-    padded = -(-N // LANES) * LANES
-    # What pads is a segment of its own: it sees itself, which keeps its softmax finite, and is cut.
-    segment = (jnp.arange(padded) >= N).astype(jnp.int32)
-    segments = splash.SegmentIds(segment, segment) if padded > N else None
+    _, M, H, d = query_BMHd.shape
+    N = key_BNHd.shape[1]
+    queries, keys = (-(-length // LANES) * LANES for length in (M, N))
+    # Keys that pad are a segment that no query sees; queries that pad see all others, and are cut.
+    hidden = (jnp.arange(keys) >= N).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.zeros(queries, jnp.int32), hidden) if keys > N else None
 
-    def by_head(x_BNHd: jax.Array) -> jax.Array:
-        return jnp.pad(x_BNHd, ((0, 0), (0, padded - N), (0, 0), (0, 0))).swapaxes(1, 2)
+    def by_head(x_BNHd: jax.Array, padded: int) -> jax.Array:
+        missing = padded - x_BNHd.shape[1]
+        return jnp.pad(x_BNHd, ((0, 0), (0, missing), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    kernel = _kernel(H, padded, interpret)
-    query_BNHd = query_BNHd * jnp.asarray(d**-0.5, query_BNHd.dtype)
-    y_BHNd = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(
-        by_head(query_BNHd), by_head(key_BNHd), by_head(value_BNHd)
+    kernel = _kernel(H, queries, keys, interpret)
+    query_BMHd = query_BMHd * jnp.asarray(d**-0.5, query_BMHd.dtype)
+    y_BHMd = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(
+        by_head(query_BMHd, queries), by_head(key_BNHd, keys), by_head(value_BNHd, keys)
     )
-    return y_BHNd.swapaxes(1, 2)[:, :N]
+    return y_BHMd.swapaxes(1, 2)[:, :M]
 
 
-def _kernel(heads: int, tokens: int, interpret: bool) -> Callable[..., jax.Array]:
-    block = next(size for size in (512, 256, LANES) if tokens % size == 0)
+def _kernel(heads: int, queries: int, keys: int, interpret: bool) -> Callable[..., jax.Array]:
+    q, kv = (next(size for size in (512, 256, LANES) if n % size == 0) for n in (queries, keys))
     return splash.make_splash_mha(
-        splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads),
+        splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads),
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=q,
+            block_kv=kv,
+            block_q_dkv=q,
+            block_kv_dkv=kv,
+            block_q_dq=q,
+            block_kv_dq=kv,
         ),
         head_shards=1,
         q_seq_shards=1,

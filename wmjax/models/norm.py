@@ -1,5 +1,6 @@
 """Layer norm, and the sum of the residual stream that comes before it."""
 
+from importlib.util import find_spec
 from typing import Literal
 
 import jax
@@ -49,8 +50,8 @@ class LayerNorm(nnx.Module):
 def choose_norm(wanted: str, dtype: jnp.dtype) -> Literal["xla", "fused"]:
     """Return how a sum and the norm after it will be done; UserError for what cannot."""
     fits = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
-    if wanted == "auto":
-        return "fused" if fits else "xla"
+    if wanted == "auto":  # jax has deprecated what the kernel is written in, and will remove it
+        return "fused" if fits and find_spec("jax.experimental.pallas.triton") else "xla"
     if wanted == "xla":
         return "xla"
     if wanted != "fused":

@@ -7,6 +7,7 @@ python -m wmjax.viz runs/one runs/two runs/three             the curves of all i
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_collections
 from tqdm import tqdm
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from wmjax import config as configs
 from wmjax import door
 from wmjax.errors import UserError
-from wmjax.viz import curves, draw, features, frames, page
-from wmjax.viz.look import Look
+from wmjax.viz import curves, page
 from wmjax.viz.page import Section
-from wmjax.viz.video import write_mp4
+
+if TYPE_CHECKING:  # jax is loaded once the flags are read
+    from wmjax.viz.look import Look
 
 _FPS = 4.0  # of the videos, whatever the recording's: slow enough to compare six pictures
 
@@ -71,7 +73,7 @@ def configuration(
 
 def see(
     name: str, dataset: str | None, overrides: list[str], clips: int
-) -> tuple[Look, list[tuple[str, str]]]:
+) -> tuple["Look", list[tuple[str, str]]]:
     """Load the model and look at clips; return that and facts to tell."""
     from wmjax import assemble
     from wmjax.inference import load
@@ -84,7 +86,7 @@ def see(
     source = assemble.make_source(config, "validation")
     for note in source.notes:
         print(f"warning: {note}")
-    print(f"data: {source.describe()}", flush=True)
+    print(f"held-out data: {source.describe()}", flush=True)
     size = config.data.image_size, configs.width(config)
     masks = Masks(config.mask.to_dict(), model.input_spec(config.data.frames, *size).grid)
     read = read_clips(
@@ -100,7 +102,7 @@ def see(
         raise UserError(f"{name}: gives features that are not finite: it has diverged")
     facts = [
         ("model", name),
-        ("data", source.describe()),
+        ("held-out data", source.describe()),
         ("shown", f"{seen.names[0]} of {len(seen.names)} looked at"),
         ("tokens", f"{' x '.join(map(str, seen.grid))}, {seen.target_BND.shape[-1]} wide"),
         *(("note", note) for note in model.notes),
@@ -108,8 +110,11 @@ def see(
     return seen, facts
 
 
-def write_pictures(seen: Look, out: Path) -> list[Section]:
+def write_pictures(seen: "Look", out: Path) -> list[Section]:
     """Draw everything that shows the clips into `out`."""
+    from wmjax.viz import draw, features, frames
+    from wmjax.viz.video import write_mp4
+
     basis = features.fit_basis(seen.target_BND)
     predicts = any(hidden.prediction_MD is not None for hidden in seen.hidden.values())
     token = frames.busiest(seen.video_BTHWC[0], seen.grid)
@@ -170,6 +175,8 @@ TEXTS = {
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; UserError passes through."""
     flags, overrides = parse(argv)
+    from wmjax.viz import draw
+
     draw.need()  # before a model is loaded
     first, *others = flags.models
     is_run = (Path(first) / curves.METRICS).is_file()

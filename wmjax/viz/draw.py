@@ -19,9 +19,12 @@ _STRIP = 26  # pixels of a caption's height in a video
 _PICTURE = 128  # pixels across that small frames are enlarged to
 _HEAT = "cividis"  # lightness alone tells its values apart
 _DPI = 110
-# Okabe and Ito's, the darker ones: of runs.
-_LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_MARKERS = {"-": "o", "--": "s"}  # of few points, by style of the line
+_SAVED_DPI = 160  # a page is wider than most figures, and enlarges them
+# Of runs: Okabe and Ito's, those first that who sees red and green alike tells apart best, and
+# marks, of which there are not as many, so that a run that shares its colour has another.
+_LINES = ("#0072B2", "#E69F00", "#000000", "#009E73", "#56B4E9", "#D55E00", "#CC79A7")
+_MARKS = "osD^v"
+_STYLES = (("-", "full"), ("--", "none"))  # of what a panel shows: line, how marks are filled
 
 Row = tuple[str, Sequence[np.ndarray]]  # what is written beside a row of pictures, and those
 
@@ -126,7 +129,7 @@ def retrieval(look: Look, queries: int = 4, found: int = 5) -> "Figure":
 
 
 def reports(runs: Mapping[str, curves.Run]) -> "Figure":
-    """Loss and health of runs over their steps, a colour a run."""
+    """Loss and health of runs over their steps, a colour and a mark a run."""
     panels = {
         title: lines
         for title, lines in curves.PANELS.items()
@@ -136,11 +139,12 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
     figure = _figure(9, 2.5 * deep + 0.3 * len(runs))
     axes = figure.subplots(deep, 2, squeeze=False, sharex=True).ravel()
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
-        for colour, run in zip(_cycle(len(runs)), runs.values(), strict=True):
-            for key, style in zip(lines.values(), _MARKERS, strict=False):
+        for i, (look, run) in enumerate(zip(_line_looks(len(runs)), runs.values(), strict=True)):
+            for key, (style, fill) in zip(lines.values(), _STYLES, strict=False):
                 steps, values = curves.series(run, key)
-                marker = _MARKERS[style] if len(steps) < 12 else ""
-                axis.plot(steps, values, style, color=colour, marker=marker, ms=5, mfc="none")
+                every = max(1, len(steps) // 10)
+                at = every * i // len(runs), every  # beside those of the others, if lines coincide
+                axis.plot(steps, values, style, **look, fillstyle=fill, markevery=at)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8, labelbottom=True)
@@ -153,7 +157,7 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
         axis.remove()
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour) for colour in _cycle(len(runs))]
+    handles = [Line2D([], [], **look) for look in _line_looks(len(runs))]
     figure.legend(handles, list(runs), loc="outside upper center", fontsize=9)
     return figure
 
@@ -248,7 +252,7 @@ def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def save(figure: "Figure", path: Path) -> None:
     try:
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=_SAVED_DPI)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -266,7 +270,7 @@ def _figure(width: float, height: float) -> Any:
     need()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return Figure(figsize=(width, height), dpi=_DPI, layout="compressed")
 
 
 def _table(
@@ -300,9 +304,10 @@ def _table(
     if bar:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
+        from matplotlib.ticker import MaxNLocator
 
         scale = ScalarMappable(Normalize(bar[0], bar[1]), _HEAT)
-        figure.colorbar(scale, ax=axis, label=bar[2], shrink=0.9, aspect=25)
+        figure.colorbar(scale, ax=axis, label=bar[2], shrink=0.9, aspect=25, ticks=MaxNLocator(5))
     return figure
 
 
@@ -330,8 +335,12 @@ def _caption(text: str, width: int) -> np.ndarray:
     return pixels(figure)
 
 
-def _cycle(count: int) -> list[str]:
-    return [_LINES[i % len(_LINES)] for i in range(count)]
+def _line_looks(count: int) -> list[dict[str, Any]]:
+    """How the line of each run looks, whatever it shows."""
+    return [
+        {"color": _LINES[i % len(_LINES)], "marker": _MARKS[i % len(_MARKS)], "markersize": 4}
+        for i in range(count)
+    ]
 
 
 def _roles(look: Look, hidden: Hidden) -> np.ndarray:

@@ -20,7 +20,7 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = door.Parser(
         prog="python -m wmjax.weights",
         description="Weights in and out: of transformers, of Meta, of a run.",
         allow_abbrev=False,
