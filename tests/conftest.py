@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from wmjax import door
+
+door.share_heap()  # as the doors do, before jax starts its threads
+
 # jax reads these when it is imported, and child processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"

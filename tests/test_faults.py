@@ -202,11 +202,14 @@ def test_a_second_ctrl_c_leaves_a_save_that_does_not_end(tmp_path):
         text=True,
     )
     with process:
-        for awaited in ("step ", "saving"):
-            assert any(line.startswith(awaited) for line in process.stdout)
-            assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        try:
+            for awaited in ("step ", "saving"):
+                assert any(line.startswith(awaited) for line in process.stdout)
+                assert process.poll() is None
+                process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()  # or `with` would wait for it
     assert process.returncode == 128 + signal.SIGINT
     assert said.endswith("interrupted: nothing was saved since the newest checkpoint\n")
     assert "Traceback" not in said
@@ -468,6 +471,12 @@ def wait_for_checkpoint(workdir, step):
         time.sleep(0.02)
 
 
+def wait_for_save():
+    """Wait until none is being written, whole or not."""
+    while any(thread.name == "async_save" for thread in threading.enumerate()):
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def full_disk():
     """No file may grow beyond some kB: what a full disk does, to this process."""
@@ -487,8 +496,7 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, at_step, 
         disk.enter_context(full_disk())
 
     def make_room():
-        while any(thread.name == "async_save" for thread in threading.enumerate()):
-            time.sleep(0.02)  # the save of step 4 fails, and not that of this one
+        wait_for_save()  # that of step 4 fails, and not this one's
         disk.close()
 
     with contextlib.ExitStack() as disk:
@@ -562,8 +570,7 @@ def held():
 
     Without what the allocator keeps for later, which grows for a while.
     """
-    while any(thread.name == "async_save" for thread in threading.enumerate()):
-        time.sleep(0.02)
+    wait_for_save()
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,6 +1,7 @@
 """Figures of health on known features, and alarms: heard in a collapse, silent in a healthy run."""
 
 import json
+import math
 
 import jax.numpy as jnp
 import micro
@@ -121,6 +122,10 @@ def test_a_tubelet_without_targets_has_no_error():
         ({"validation/health/target_cosine": 0.9995}, "one token"),
         ({"validation/health/target_rank": 1.2}, "effective rank 1.2"),
         ({"validation/health/target_clip_share": 0.002}, "where they are"),
+        (
+            {"health/target_cosine": 0.9995, "health/prediction_std": math.nan, "loss": math.inf},
+            "loss is inf; 2 of 3 figures are not finite",
+        ),
     ],
 )
 def test_alarms_speak_in_words(figure, words):
@@ -134,6 +139,14 @@ def test_features_that_only_know_their_place_raise_the_alarm():
     figures = health.in_validation(output_of(features), batch, TOKENS)
     (said,) = health.alarms({name: float(value) for name, value in figures.items()})
     assert "where they are" in said
+
+
+def test_features_that_are_not_finite_give_figures_that_are_not():
+    features = normal(8, TOKENS, 16)
+    features[1, 2, 3] = np.nan
+    figures = health.in_validation(output_of(features), batch_for(all_ids(8)), TOKENS)
+    assert len(figures) == 8
+    assert all(np.isnan(float(value)) for value in figures.values())
 
 
 class Collapsing(vjepa2.VJEPA2):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -47,6 +48,39 @@ def test_a_mistake_ends_the_process_with_its_line_and_no_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config.optim.learing_rate: no such key")
     assert "Traceback" not in done.stderr
+
+
+THREADS = """
+import ctypes, threading
+from wmjax import door
+def run(argv):
+    together = threading.Barrier(4)
+    def hold():
+        held = bytearray(4000)
+        together.wait()
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ctypes.CDLL(None).malloc_stats()
+    return 0
+door.leave(run, "interrupted")
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps of threads are glibc's")
+@pytest.mark.parametrize(("asked", "heaps"), [({}, 1), ({"MALLOC_ARENA_MAX": "3"}, 3)])
+def test_threads_share_one_heap_unless_others_are_asked_for(asked, heaps):
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        env={name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+        | asked,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^Arena ", done.stderr, re.MULTILINE)) == heaps
 
 
 def test_list_and_help_answer(capsys):

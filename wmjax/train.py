@@ -149,7 +149,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         row = validate(steps, state, batches, config)
     say("\n".join(f"{name:40} {value:.4f}" for name, value in sorted(row.items())))
     for warning in health.alarms(row):
-        say(f"warning: {warning}")
+        say(f"warning: step {step}: {warning}")
     probe = make_probe(config, sources, masks, mesh, steps, workdir)
     if probe is None:
         write_evaluation(workdir, {"step": step, **row})

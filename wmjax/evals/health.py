@@ -4,6 +4,7 @@ V-JEPA 2 normalises each target token over its width, so every token has varianc
 what is measured here is how tokens differ from one another.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -74,7 +75,7 @@ def effective_rank(covariance_DD: jax.Array) -> jax.Array:
     eigenvalues_D = jnp.linalg.eigvalsh(covariance_DD)
     # Below this they are rounding, of which the roots would add up.
     noise = jnp.finfo(jnp.float32).eps * len(covariance_DD) * eigenvalues_D[-1]
-    singular_D = jnp.sqrt(jnp.where(eigenvalues_D > noise, eigenvalues_D, 0.0))
+    singular_D = jnp.sqrt(jnp.where(eigenvalues_D <= noise, 0.0, eigenvalues_D))  # keeps NaN
     share_D = singular_D / jnp.maximum(jnp.sum(singular_D), 1e-30)
     return jnp.exp(jnp.sum(jax.scipy.special.entr(share_D)))
 
@@ -110,7 +111,7 @@ def clip_share(features: Features, batch: WorldModelInput, tokens: int) -> jax.A
         within += jnp.sum(apart_RM * weight_RM * unbiased_P[place_RM])
         from_all_RM = jnp.sum(jnp.square(f - mean_D[None, None]), axis=-1)
         total += jnp.sum(from_all_RM * weight_RM * several_P[place_RM])
-    return jnp.where(total > 0, jnp.minimum(within / jnp.maximum(total, 1e-30), 1.0), 1.0)
+    return jnp.where(total == 0, 1.0, jnp.minimum(within / jnp.maximum(total, 1e-30), 1.0))
 
 
 # Of the targets only: the predictions of a healthy model stay near their mean for its first
@@ -123,7 +124,16 @@ MIN_CLIP_SHARE = 0.01
 
 
 def alarms(row: Mapping[str, float]) -> list[str]:
-    """Say in words which figures of a report, of training or validation, mean collapse."""
+    """Say in words which figures of a report, of training or validation, mean collapse.
+
+    Where some are not finite, that in place of it: they say nothing of the features.
+    """
+    if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+        first = min(bad, key=lambda name: ("loss" not in name, name))
+        return [
+            f"the model has diverged: {first} is {row[first]}; {len(bad)} of {len(row)} figures "
+            "are not finite"
+        ]
 
     def figure(name: str) -> float | None:
         return row.get(f"health/target_{name}", row.get(f"validation/health/target_{name}"))
