@@ -8,7 +8,7 @@ import pytest
 
 from wmjax import door
 
-door.share_heap()  # as the doors do, before jax starts its threads
+door.share_heaps()  # as the doors do, before jax starts its threads
 
 # jax reads these when it is imported, and child processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
