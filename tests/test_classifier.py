@@ -68,6 +68,12 @@ def test_clips_of_one_view_need_no_axis_for_it(learned):
     assert scores[0] == scores[1]
 
 
+def test_labels_of_other_clips_are_no_views(learned):
+    ((features, labels),) = batches(2, count=1)
+    with pytest.raises(TypeError, match="incompatible shapes"):
+        probing.evaluate(learned, [(features, labels[:8])], MESH)
+
+
 def test_features_that_show_nothing_give_about_chance(learned):
     scores = probing.evaluate(learned, batches(2, count=16, signal=0.0, views=(1,)), MESH)
     assert scores["top1"] < 1 / CLASSES + 0.1

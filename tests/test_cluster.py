@@ -121,12 +121,19 @@ def test_flags_that_do_not_go_together_are_refused(flags, said):
         start(*flags)
 
 
-def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch):
+@pytest.mark.parametrize(("container", "patience"), [(False, 1), (True, 2)])
+def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch, capsys, container, patience):
     monkeypatch.setattr("wmjax.cluster.PATIENCE_S", 1)
+    monkeypatch.setattr("wmjax.cluster.IMAGES_S", 2)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    if container:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "there")
     port = cluster.free_port()
-    with pytest.raises(UserError, match=f"localhost:{port}: no answer within 1 s") as error:
+    said = f"localhost:{port}: no answer within {patience} s"
+    with pytest.raises(UserError, match=said) as error:
         start(f"localhost:{port}", 2, 1)
     assert "\n" not in str(error.value)
+    assert ("waiting for up to 2 s" in capsys.readouterr().err) == container
 
 
 @pytest.mark.processes

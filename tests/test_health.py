@@ -115,6 +115,10 @@ def test_a_tubelet_without_targets_has_no_error():
     assert "by_time/0" not in row
 
 
+def test_targets_that_are_all_one_are_told_by_the_alarm_and_not_by_a_division():
+    assert prediction.finish({"l1": 0.5, "l1_mean_token": 0.0}) == {"l1": 0.5, "l1_mean_token": 0.0}
+
+
 @pytest.mark.parametrize(
     ("figure", "words"),
     [

@@ -123,14 +123,28 @@ def test_the_package_is_the_same_door():
     assert "  python -m wmjax.viz " in help_of[0].stdout
 
 
-@pytest.mark.parametrize("buffered", [[], ["-u"]])
-def test_a_reader_who_has_seen_enough_is_no_traceback(buffered):
+def listing(*python, stdout):
+    """Run --list with this standard output; return exit code and standard error."""
+    command = [sys.executable, *python, "-m", "wmjax.main", "--list"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(("python", "code"), [([], 0), (["-u"], 128 + signal.SIGPIPE)])
+def test_a_reader_who_has_seen_enough_is_no_traceback(python, code):
     here, there = os.pipe()
     os.close(here)
-    command = [sys.executable, *buffered, "-m", "wmjax.main", "--list"]
-    done = subprocess.run(command, stdout=there, stderr=subprocess.PIPE, text=True)
+    assert listing(*python, stdout=there) == (code, "")
     os.close(there)
-    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_what_cannot_be_written_is_said():
+    with open("/dev/full", "w") as full:
+        assert listing(stdout=full) == (2, "error: standard output: No space left on device\n")
 
 
 DROPPED = """
@@ -157,7 +171,11 @@ def test_a_recording_without_actions_is_told_what_to_write(dataset, tmp_path):
     del left["features"]["action"]
     info.write_text(json.dumps(left))
     said = answer(*lerobot(dataset, tmp_path / "run"))
-    assert said.endswith("a recording without actions: --config.data.action=observation.state")
+    hint = "\na recording without actions: --config.data.action=observation.state"
+    assert said.endswith(hint)
+    left["features"]["action.joints"] = left["features"]["observation.state"]
+    info.write_text(json.dumps(left))
+    assert hint not in answer(*lerobot(dataset, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

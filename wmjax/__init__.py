@@ -18,7 +18,7 @@ __all__ = ["__version__", *_HOME]
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

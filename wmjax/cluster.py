@@ -52,7 +52,9 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     _, colon, port = coordinator.rpartition(":")
     if not (colon and port.isdigit() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator={coordinator}: wanted HOST:PORT")
-    _meet("--coordinator=", coordinator, processes, process, PATIENCE_S)
+    patience = IMAGES_S if "KUBERNETES_SERVICE_HOST" in os.environ else PATIENCE_S
+    with _saying_that_it_lasts(f"--coordinator={coordinator}", patience):
+        _meet("--coordinator=", coordinator, processes, process, patience)
     _initialize(
         coordinator_address=coordinator,
         num_processes=processes,
@@ -97,8 +99,10 @@ def _initialize(**flags: Any) -> None:
 
     # jax waits outside Python, which would not hear of Ctrl-C before the others have come.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    jax.distributed.initialize(initialization_timeout=IMAGES_S, **flags)
-    signal.signal(signal.SIGINT, handler)
+    try:
+        jax.distributed.initialize(initialization_timeout=IMAGES_S, **flags)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

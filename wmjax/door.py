@@ -68,7 +68,7 @@ def _meant(parser: argparse.ArgumentParser, word: str) -> str:
     flag = word.partition("=")[0]
     if flag in configs.list_configs():
         return f" (did you mean --config={flag}?)"
-    if flag.startswith("--") and "." in flag:
+    if flag.startswith("--") and flag[2:].partition(".")[0] in configs.get_config("base"):
         return f" (did you mean {_PREFIX}{word.removeprefix('--')}?)"
     nearest = configs.suggest(flag, list(parser._option_string_actions))
     return nearest or "; keys of the configuration are written --config.KEY=VALUE"
@@ -109,31 +109,43 @@ def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     """Run the command line; a user's mistake is its few lines and exit code 2."""
     share_heaps()
     sys.unraisablehook = _interrupt_again
+    code = _run(run, interrupted)
     try:
-        sys.exit(run(sys.argv[1:]))
+        if sys.stdout:  # None where it is closed
+            sys.stdout.flush()
+    except OSError as error:
+        # Nor shall the interpreter, as it ends, complain of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            code = code or 2
+    sys.exit(code)
+
+
+def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
+    try:
+        return run(sys.argv[1:])
+    except SystemExit as done:  # as of --help
+        return done.code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         try:
             print(flush=True)
         except BrokenPipeError:  # whoever reads has seen enough, as in `| head`
-            sys.exit(128 + signal.SIGPIPE)
+            return 128 + signal.SIGPIPE
         raise
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError:  # nor shall the interpreter, as it ends, complain of it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
     """Repeat a Ctrl-C that was lost in a callback of the garbage collector, as jax has one."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident
-        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending anyway
+            threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(dropped)

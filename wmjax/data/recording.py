@@ -253,7 +253,8 @@ def width_of(root: Path, features: dict, option: str, key: str) -> int:
     numbers = [name for name, f in features.items() if re.match("float|int", f["dtype"])]
     if key not in numbers:
         said = f"{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
-        if option == "data.action" and numbers:
-            said += f"\na recording without actions: --config.data.action={numbers[0]}"
+        none = option == "data.action" and not any("action" in name for name in numbers)
+        if none and "observation.state" in numbers:
+            said += "\na recording without actions: --config.data.action=observation.state"
         raise UserError(said)
     return math.prod(features[key]["shape"])

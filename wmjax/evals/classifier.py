@@ -154,7 +154,7 @@ def _count_right(
     graph: nnx.GraphDef, params: base.Params, features: jax.Array, labels_B: jax.Array
 ) -> jax.Array:
     """Return how many rows each probe names rightly (G,); one that diverged names none."""
-    B = len(labels_B)
+    B = len(features)
     rows = features.reshape(-1, *features.shape[-2:])
 
     def one(params: base.Params) -> jax.Array:

@@ -57,7 +57,7 @@ def finish(row: Row) -> Row:
     """Turn averaged sums into what is read: by_time/T (mean L1 there), relative.
 
     relative: L1 of the prediction over that of the mean token; 1 is a model that has learned
-    nothing. A tubelet that no target lies in has no by_time.
+    nothing; none where all targets are one. A tubelet that no target lies in has no by_time.
     """
     sums = {k: v for k, v in row.items() if k.startswith(("error_at/", "share_at/"))}
     kept = {k: v for k, v in row.items() if k not in sums}
@@ -65,4 +65,6 @@ def finish(row: Row) -> Row:
         kind, time = name.split("/")
         if kind == "share_at" and share > 0:
             kept[f"by_time/{time}"] = sums[f"error_at/{time}"] / share
-    return kept | {"relative": row["l1"] / row["l1_mean_token"]}
+    if row["l1_mean_token"] != 0:
+        kept["relative"] = row["l1"] / row["l1_mean_token"]
+    return kept

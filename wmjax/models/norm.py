@@ -50,14 +50,17 @@ class LayerNorm(nnx.Module):
 def choose_norm(wanted: str, dtype: jnp.dtype) -> Literal["xla", "fused"]:
     """Return how a sum and the norm after it will be done; UserError for what cannot."""
     fits = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
-    if wanted == "auto":  # jax has deprecated what the kernel is written in, and will remove it
-        return "fused" if fits and find_spec("jax.experimental.pallas.triton") else "xla"
+    # Deprecated by jax, which will remove what the kernel is written in.
+    fits = fits and find_spec("jax.experimental.pallas.triton") is not None
+    if wanted == "auto":
+        return "fused" if fits else "xla"
     if wanted == "xla":
         return "xla"
     if wanted != "fused":
         raise UserError(f"model.norm={wanted!r}: wanted auto, xla or fused")
     if not fits:
         raise UserError(
-            f"model.norm='fused' on {jax.default_backend()}, {dtype}: wanted a GPU and bfloat16"
+            f"model.norm='fused' on {jax.default_backend()}, {dtype}, jax {jax.__version__}: "
+            "wanted a GPU, bfloat16 and a jax that has Pallas for Triton"
         )
     return "fused"
