@@ -282,7 +282,7 @@ def _stream(new: Any, frame: av.VideoFrame, read: Any, job: Job) -> Any:
         "tune": TUNE,
         "bf": "0",
         "sc_threshold": "0",
-        # With it 1 in 100 videos comes out otherwise, by some bits; a short GOP gains nothing by it.
+        # With it 1 video in 100 comes out otherwise, by some bits; short GOPs gain nothing.
         "x264-params": "mbtree=0",
     }
     stream = new.add_stream("libx264", rate=read.average_rate, options=options)
