@@ -30,6 +30,7 @@ from wmjax.data.lerobot_format import (
 )
 from wmjax.data.lerobot_paths import find, find_videos
 from wmjax.data.recording import camera_kind, channels_first
+from wmjax.data.source import counted
 from wmjax.data.stats import summarize
 from wmjax.data.tables import read_columns, read_numbers
 from wmjax.data.transforms import frame_size
@@ -95,8 +96,8 @@ class _Check:
         frames = sum(episode.length for episode in self.episodes)
         cameras = ", ".join([*self.cameras, *self.images]) or "no camera"
         return self.findings, (
-            f"{self.root}: LeRobot {self.info['codebase_version']}, {len(self.episodes)} "
-            f"episode{'s' * (len(self.episodes) != 1)}, {frames} frames at "
+            f"{self.root}: LeRobot {self.info['codebase_version']}, "
+            f"{counted(len(self.episodes), 'episode')}, {frames} frames at "
             f"{self.info['fps']:g} fps, {cameras}"
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from wmjax.data.lerobot_format import Episode
-from wmjax.data.source import Source
+from wmjax.data.source import Source, counted
 from wmjax.data.stats import summarize
 from wmjax.data.windows import Windows, split_episodes, stride_for
 from wmjax.errors import UserError
@@ -182,7 +182,7 @@ class Recording(Source):
         left_out = f", not read: {', '.join(unread)}" if unread else ""
         short = self._windows.too_short
         return (
-            f"{self.root}: {kind}, {len(self.episodes)} episode{'s' * (len(self.episodes) != 1)}"
+            f"{self.root}: {kind}, {counted(len(self.episodes), 'episode')}"
             + (f" ({short} shorter than a clip)" if short else "")
             + f", {sum(e.length for e in self.episodes)} frames at {self._recorded_fps:g} fps, "
             f"{cameras}{left_out}, stride {self.stride} ({self.fps_effective:.4g} fps), "

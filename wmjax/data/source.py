@@ -6,6 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+def counted(number: int, noun: str) -> str:
+    """Return e.g. "1 view" or "2 views"."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 class Part(NamedTuple):
     """One dataset of a source: its name, the numbers of its draws, and its weight in the mix."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.source import Source
+from wmjax.data.source import Source, counted
 from wmjax.errors import UserError
 
 FPS = 10.0  # of the generated recording, before the stride
@@ -80,7 +80,7 @@ class SyntheticSource(Source):
         height, width = self.frame_size
         return (
             f"generated shapes: {self.num_samples} clips of {self.frames} frames, "
-            f"{height} x {width}, {len(self.cameras)} view{'s' * (len(self.cameras) != 1)}, "
+            f"{height} x {width}, {counted(len(self.cameras), 'view')}, "
             f"{self.fps_effective:g} fps (stride {self.stride})"
         )
 
