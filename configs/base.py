@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "dtype": "bfloat16",  # of the products; parameters stay float32
                 "remat": "dots",  # recomputed backward: none, all but products (dots), full
                 "scan": True,  # one compiled block run over the depth; False: unrolled
-                "attention": "auto",  # auto, xla, cudnn (GPU), splash (TPU)
+                "attention": "auto",  # auto, xla, cudnn or triton (GPU), splash (TPU)
                 "gelu": "auto",  # exact; polynomial: within 1e-4, faster; auto: it in bfloat16
                 "norm": "auto",  # and the sum before it: xla; fused: a GPU kernel, for bfloat16
             },

@@ -99,5 +99,5 @@ def test_it_is_refused_where_there_is_no_gpu():
 @pytest.mark.parametrize(("there", "chosen"), [(True, "fused"), (False, "xla")])
 def test_a_jax_without_triton_takes_the_plain_norm(monkeypatch, there, chosen):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    monkeypatch.setattr(norm, "find_spec", lambda name: there or None)
+    monkeypatch.setattr(norm, "triton_is_there", lambda: there)
     assert norm.choose_norm("auto", jnp.dtype(jnp.bfloat16)) == chosen

@@ -140,7 +140,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _choice(config, "data.on_error", ("raise", "skip"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
-    _choice(config, "model.attention", ("auto", "xla", "cudnn", "splash"))
+    _choice(config, "model.attention", ("auto", "xla", "cudnn", "triton", "splash"))
     _choice(config, "model.gelu", ("auto", "exact", "polynomial"))
     _choice(config, "model.norm", ("auto", "xla", "fused"))
     _choice(config, "optim.schedule", ("constant", "cosine", "linear"))

@@ -1,36 +1,57 @@
 """Softmax attention from everywhere to everywhere, by what the device at hand does fastest."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wmjax.errors import UserError
+from wmjax.models.kernels import triton_is_there
+
+# Of the sequences that lie one after another along N: all go through the products at once, and each
+# attends to itself alone. Empty for a single one.
+Lengths = tuple[int, ...]
+
+SHORT = 512  # tokens up to which our kernel beats cuDNN's with heads of 64; with narrower, always
+
+
+def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """Cut the second axis into parts of these lengths, which add up to it."""
+    return jnp.split(x_BN, np.cumsum(lengths)[:-1], axis=1)
 
 
 def choose_attention(
     wanted: str, dtype: jnp.dtype, head_dim: int
-) -> Literal["xla", "cudnn", "splash"]:
+) -> Literal["xla", "cudnn", "triton", "fastest", "splash"]:
     """Return the implementation that will run; UserError for one that cannot.
 
-    splash is taken at its word: it may be compiled for TPUs where there are none.
+    fastest: cudnn or triton, as `attend` finds by the sequences. splash is taken at its word: it
+    may be compiled for TPUs where there are none.
     """
     if wanted == "splash" or (wanted == "auto" and jax.default_backend() == "tpu"):
         return "splash"
-    gpu = jax.default_backend() == "gpu"
-    fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-    if wanted == "auto":
-        return "cudnn" if gpu and fits else "xla"
     if wanted == "xla":
         return "xla"
-    if wanted != "cudnn":
-        raise UserError(f"model.attention={wanted!r}: wanted auto, xla, cudnn or splash")
-    if not (gpu and fits):
-        raise UserError(
-            f"model.attention='cudnn' on {jax.default_backend()}, {dtype}, head width {head_dim}: "
-            "wanted a GPU, bfloat16 and a multiple of 8 up to 128"
-        )
-    return "cudnn"
+    gpu = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+    cudnn = gpu and head_dim % 8 == 0 and head_dim <= 128
+    triton = gpu and head_dim in (16, 32, 64) and triton_is_there()
+    if wanted == "auto":
+        return "fastest" if triton else "cudnn" if cudnn else "xla"
+    where = f"model.attention={wanted!r} on {jax.default_backend()}, {dtype}, head width {head_dim}"
+    if wanted == "cudnn":
+        if not cudnn:
+            raise UserError(f"{where}: wanted a GPU, bfloat16 and a multiple of 8 up to 128")
+        return "cudnn"
+    if wanted == "triton":
+        if not triton:
+            raise UserError(
+                f"{where}, jax {jax.__version__}: wanted a GPU, bfloat16, a head width of 16, 32 "
+                "or 64 and a jax that has Pallas for Triton"
+            )
+        return "triton"
+    raise UserError(f"model.attention={wanted!r}: wanted auto, xla, cudnn, triton or splash")
 
 
 @jax.custom_vjp
@@ -65,10 +86,33 @@ def xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Ar
 
 
 def attend(
-    query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, implementation: str
+    query_BMHd: jax.Array,
+    key_BNHd: jax.Array,
+    value_BNHd: jax.Array,
+    tails: Lengths,
+    lengths: Lengths,
+    implementation: str,
 ) -> jax.Array:
-    """Attend by one of the implementations that choose_attention returns."""
-    arguments = query_BNHd, key_BNHd, value_BNHd
+    """Attend within each sequence by one of the implementations that choose_attention returns.
+
+    lengths: of the sequences along N; tails: of their queries, along M.
+    """
+    if implementation == "fastest":
+        short = max(lengths) <= SHORT or query_BMHd.shape[-1] < 64
+        implementation = "triton" if short else "cudnn"
+    if implementation == "triton":
+        from wmjax.models import attention_gpu  # Pallas takes a while to import
+
+        return attention_gpu.attend(query_BMHd, key_BNHd, value_BNHd, tails, lengths)
+    keys, values = (split(x, lengths) for x in (key_BNHd, value_BNHd))
+    apart = zip(split(query_BMHd, tails), keys, values, strict=True)
+    return jnp.concatenate([_attend(*arrays, implementation) for arrays in apart], axis=1)
+
+
+def _attend(
+    query_BMHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, implementation: str
+) -> jax.Array:
+    arguments = query_BMHd, key_BNHd, value_BNHd
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(*arguments, implementation="cudnn")
     if implementation == "splash":

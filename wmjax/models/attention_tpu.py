@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from wmjax.models.kernels import on_own_rows
+
 LANES = 128  # the kernel takes whole blocks of as many tokens
 
 
@@ -17,12 +19,8 @@ def attend(
 
     interpret: run the kernel's Python in place of compiling it, on any device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(_attend, interpret=interpret)
-    if not mesh.empty:  # XLA cannot split a kernel by itself
-        rows = jax.P(mesh.axis_names)
-        local = jax.shard_map(local, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
-    return local(query_BMHd, key_BNHd, value_BNHd)
+    own = functools.partial(_attend, interpret=interpret)
+    return on_own_rows(own, (query_BMHd, key_BNHd, value_BNHd))
 
 
 def _attend(

@@ -11,22 +11,17 @@ Logical axes at the parameters, for the sharding table to place:
     mlp                     hidden width of the MLP
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import rope
-from wmjax.models.attention import attend, choose_attention
+from wmjax.models.attention import Lengths, attend, choose_attention, split
 from wmjax.models.gelu import gelu
 from wmjax.models.norm import EPS, Branch, LayerNorm, choose_norm, total
-
-# Of the sequences that lie one after another along N: all go through the products at once, and each
-# attends to itself alone. Empty for a single one.
-Lengths = tuple[int, ...]
 
 # What the backward pass recomputes; "dots" keeps the outputs of the products with parameters.
 REMAT = {
@@ -77,9 +72,10 @@ class Linear(nnx.Module):
         return x_BNI.astype(self.dtype) @ self.kernel.astype(self.dtype), self.bias[...]
 
 
-def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
-    """Cut the second axis into parts of these lengths, which add up to it."""
-    return jnp.split(x_BN, np.cumsum(lengths)[:-1], axis=1)
+def ends(x_BN: jax.Array, lengths: Lengths, tails: Lengths) -> jax.Array:
+    """Return as many tokens as the tails say from the end of each sequence."""
+    parts = zip(split(x_BN, lengths), tails, strict=True)
+    return jnp.concatenate([part[:, -tail:] for part, tail in parts], axis=1)
 
 
 class Attention(nnx.Module):
@@ -109,14 +105,11 @@ class Attention(nnx.Module):
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
         query, key = rope.rotate(query, table), rope.rotate(key, table)
-        queries, keys, values = (split(x, lengths or (N,)) for x in (query, key, value))
+        lengths = lengths or (N,)
         if tails:
-            queries = [q[:, -tail:] for q, tail in zip(queries, tails, strict=True)]
-        apart = zip(queries, keys, values, strict=True)
-        y_BNHd = jnp.concatenate(
-            [attend(q, k, v, self.implementation) for q, k, v in apart], axis=1
-        )
-        return self.proj.branch(y_BNHd.reshape(B, -1, D))
+            query = ends(query, lengths, tails)
+        y_BMHd = attend(query, key, value, tails or lengths, lengths, self.implementation)
+        return self.proj.branch(y_BMHd.reshape(B, -1, D))
 
 
 class MLP(nnx.Module):
@@ -197,8 +190,7 @@ class Block(nnx.Module):
             x_BND, y_BND = self.norm1.after(x_BND, branch, self.fused_norm)
         branch = self.attention(y_BND, table, lengths, tails)
         if tails:
-            parts = zip(split(x_BND, lengths), tails, strict=True)
-            x_BND = jnp.concatenate([part[:, -tail:] for part, tail in parts], axis=1)
+            x_BND = ends(x_BND, lengths, tails)
         x_BND, y_BND = self.norm2.after(x_BND, branch, self.fused_norm)
         return x_BND, self.mlp.branch(y_BND)
 

@@ -1,6 +1,5 @@
 """Layer norm, and the sum of the residual stream that comes before it."""
 
-from importlib.util import find_spec
 from typing import Literal
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
+from wmjax.models.kernels import triton_is_there
 
 EPS = 1e-6  # of every layer norm inside encoders and predictors
 
@@ -49,9 +49,7 @@ class LayerNorm(nnx.Module):
 
 def choose_norm(wanted: str, dtype: jnp.dtype) -> Literal["xla", "fused"]:
     """Return how a sum and the norm after it will be done; UserError for what cannot."""
-    fits = jax.default_backend() == "gpu" and dtype == jnp.bfloat16
-    # Deprecated by jax, which will remove what the kernel is written in.
-    fits = fits and find_spec("jax.experimental.pallas.triton") is not None
+    fits = jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and triton_is_there()
     if wanted == "auto":
         return "fused" if fits else "xla"
     if wanted == "xla":

@@ -6,13 +6,14 @@ backward pass sums the gradients of bias and scale on the way.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from wmjax.models.kernels import on_own_rows
 
 ROWS = 4  # of the stream that a program of the forward kernel works on
 AT_ONCE = 2048  # numbers that a program of the backward kernel takes at a time
@@ -52,7 +53,8 @@ def _add_norm_forward(
     interpret: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     vectors = jnp.stack([bias, scale, shift])
-    total, y = _per_device(_forward, (x, branch), vectors, eps, dtype, interpret)
+    own = functools.partial(_forward, eps=eps, dtype=dtype, interpret=interpret)
+    total, y = on_own_rows(own, (x, branch), vectors)
     return (total, y), (total, scale)
 
 
@@ -60,26 +62,12 @@ def _add_norm_backward(
     eps: float, dtype: jnp.dtype, interpret: bool, kept: Any, gradients: Any
 ) -> tuple[jax.Array, ...]:
     total, scale = kept
-    rows = (total, *gradients)
-    gradient, sums = _per_device(_backward, rows, scale[None], eps, None, interpret)
+    own = functools.partial(_backward, eps=eps, interpret=interpret)
+    gradient, sums = on_own_rows(own, (total, *gradients), scale[None])
     return gradient, gradient, *jnp.sum(sums, axis=0)
 
 
 add_norm.defvjp(_add_norm_forward, _add_norm_backward)
-
-
-def _per_device(fn: Any, rows: Sequence[jax.Array], vectors: jax.Array, *options: Any) -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(fn, options=options)
-    if not mesh.empty:  # XLA cannot split a kernel by itself
-        split = jax.P(mesh.axis_names)
-        local = jax.shard_map(
-            local,
-            in_specs=((split,) * len(rows), jax.P()),
-            out_specs=(split, split),
-            check_vma=False,
-        )
-    return local(tuple(rows), vectors)
 
 
 def _columns(width: int) -> tuple[jax.Array, jax.Array | None]:
@@ -95,10 +83,13 @@ def _load(ref: Any, at: tuple, there: jax.Array | None) -> jax.Array:
 
 
 def _forward(
-    rows: tuple[jax.Array, ...], vectors: jax.Array, options: tuple
+    x: jax.Array,
+    branch: jax.Array,
+    vectors: jax.Array,
+    eps: float,
+    dtype: jnp.dtype,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    x, branch = rows
-    eps, dtype, interpret = options
     B, N, D = x.shape
     height = math.gcd(ROWS, B * N)
 
@@ -138,10 +129,13 @@ def _normalise(
 
 
 def _backward(
-    rows: tuple[jax.Array, ...], vectors: jax.Array, options: tuple
+    total: jax.Array,
+    total_gradient: jax.Array,
+    y_gradient: jax.Array,
+    vectors: jax.Array,
+    eps: float,
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    total, total_gradient, y_gradient = rows
-    eps, _, interpret = options
     B, N, D = total.shape
     padded = pl.next_power_of_2(D)
     height = math.gcd(max(1, AT_ONCE // padded), B * N)

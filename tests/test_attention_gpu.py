@@ -1,0 +1,124 @@
+"""The attention kernels for GPUs against plain attention: forward and backward, and in a model.
+
+Run in Python here, and lowered for a GPU; compiled and timed on one by `wmjax.bench`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from wmjax import sharding
+from wmjax.errors import UserError
+from wmjax.models import attention, attention_gpu
+
+
+def arguments(tails, lengths, dtype=jnp.float32, heads=2):
+    """Return query, key and value, and a gradient of what is attended to, for two clips."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    tokens = sum(tails), sum(lengths), sum(lengths), sum(tails)
+    return [
+        (scale * jax.random.normal(key, (2, n, heads, 32))).astype(dtype)
+        for key, n, scale in zip(keys, tokens, (3, 1, 1, 1), strict=True)
+    ]
+
+
+def results(attend, query, key, value, gradient):
+    def both(*arrays):
+        out, backward = jax.vjp(attend, *arrays)
+        return out, *backward(gradient)
+
+    return jax.jit(both)(query, key, value)
+
+
+def compare(found, wanted, bound):
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    ("tails", "lengths"),
+    [
+        ((70, 128), (70, 128)),  # one that fills no blocks, one that does
+        ((40, 64), (64, 100)),  # fewer queries than keys, as in the predictor's last block
+        ((5,), (5,)),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_results_and_gradients_are_the_plain_ones(tails, lengths, dtype, bound):
+    arrays = arguments(tails, lengths, dtype)
+    found = results(lambda *x: attention_gpu.attend(*x, tails, lengths, interpret=True), *arrays)
+    wanted = results(lambda *x: attention.attend(*x, tails, lengths, "xla"), *arrays)
+    compare(found, wanted, bound)
+
+
+def test_logits_far_from_zero_overflow_nowhere():
+    """With all of them far below, the weight of a key that is not there would be infinite."""
+    query, key, value, gradient = arguments((70,), (70,))
+    query, key = jnp.abs(query) * 4, -jnp.abs(key) * 4
+    arrays = query, key, value, gradient
+    found = results(lambda *x: attention_gpu.attend(*x, (70,), (70,), interpret=True), *arrays)
+    wanted = results(lambda *x: attention.attend(*x, (70,), (70,), "xla"), *arrays)
+    compare(found, wanted, 1e-4)
+
+
+def test_every_device_works_on_its_own_rows():
+    mesh = sharding.make_mesh(-1, 2, jax.devices()[:2])
+    lengths = (70, 5)
+    arrays = arguments(lengths, lengths)
+
+    def split(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention_gpu.attend(*arrays, lengths, lengths, interpret=True)
+
+    found = results(split, *jax.device_put(arrays, sharding.batch_sharding(mesh)))
+    wanted = results(lambda *x: attention.attend(*x, lengths, lengths, "xla"), *arrays)
+    compare(found, wanted, 2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # since jax 0.11
+def test_the_kernels_lower_for_a_gpu():
+    tails, lengths = (992, 1408), (1496, 1536)
+    arrays = arguments(tails, lengths, jnp.bfloat16)
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=gpu)
+
+    @jax.jit
+    def both(query, key, value, gradient):
+        out, backward = jax.vjp(
+            lambda *x: attention_gpu.attend(*x, tails, lengths), query, key, value
+        )
+        return out, *backward(gradient)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = both.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton(") == 3
+
+
+def test_narrow_heads_and_short_sequences_go_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(attention_gpu, "attend", lambda *_: "triton")
+    monkeypatch.setattr(attention, "_attend", lambda q, k, v, implementation: q)
+
+    def chosen(head_dim, *lengths):
+        x = jnp.zeros((1, sum(lengths), 1, head_dim))
+        found = attention.attend(x, x, x, lengths, lengths, "fastest")
+        return found if isinstance(found, str) else "cudnn"
+
+    assert chosen(32, 3000) == chosen(64, 504, 128) == "triton"
+    assert chosen(64, 2048) == "cudnn"
+
+
+def test_it_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(
+        UserError, match=r"model.attention='triton' on cpu, bfloat16, head width 32"
+    ):
+        attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 32) == "triton"
+    with pytest.raises(UserError, match=r"head width 80, jax .*: wanted a GPU, .* 16, 32 or 64"):
+        attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 80)
+    monkeypatch.setattr(attention, "triton_is_there", lambda: False)  # jax will drop it
+    assert attention.choose_attention("auto", jnp.dtype(jnp.bfloat16), 32) == "cudnn"

@@ -1,0 +1,299 @@
+"""Fused attention on GPUs (Triton, by Pallas), of several sequences in one call.
+
+cuDNN fills heads of 32 up to 64, and wants every sequence by itself. Here sequences lie one after
+another in the same arrays, are neither cut out nor put together again, and need not fill blocks.
+The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691), without atomics: the same inputs
+give the same bits.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from wmjax.models.attention import Lengths
+from wmjax.models.kernels import on_own_rows
+
+BLOCK = 64  # rows of its own that a program keeps, and of the others that it takes at a time
+WARPS, STAGES = 4, 3  # of every kernel
+
+
+def attend(
+    query_BMHd: jax.Array,
+    key_BNHd: jax.Array,
+    value_BNHd: jax.Array,
+    tails: Lengths,
+    lengths: Lengths,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attend within each sequence; every device its own rows of the ambient mesh.
+
+    lengths: of the sequences along N; tails: along M. interpret: run the kernel's Python in place
+    of compiling it, on any device.
+    """
+
+    def own(*arrays: jax.Array) -> jax.Array:
+        return _attend(*arrays, tails, lengths, interpret)
+
+    return on_own_rows(own, (query_BMHd, key_BNHd, value_BNHd))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tails: Lengths,
+    lengths: Lengths,
+    interpret: bool,
+) -> jax.Array:
+    return _forward(query, key, value, tails, lengths, interpret)[0]
+
+
+def _attend_forward(query: jax.Array, key: jax.Array, value: jax.Array, *static: Any) -> Any:
+    out, log_sum = _forward(query, key, value, *static)
+    return out, (query, key, value, out, log_sum)
+
+
+def _attend_backward(
+    tails: Lengths, lengths: Lengths, interpret: bool, kept: Any, gradient: jax.Array
+) -> tuple[jax.Array, ...]:
+    static = tails, lengths, interpret
+    query, key, value, out, log_sum = kept
+    into_query, shift = _into_queries(query, key, value, out, gradient, log_sum, *static)
+    return into_query, *_into_keys(query, key, value, gradient, log_sum, shift, *static)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+class Rows:
+    """BLOCK rows of one head of one clip; those at or after `end` are missing.
+
+    Vectors lie as (B * N, H * d), single numbers as (B * H, N).
+    """
+
+    def __init__(self, shape_BNHd: tuple[int, ...], ids: Any, first: Any, end: Any = None):
+        """shape_BNHd: of the whole array. ids: of clip and head."""
+        (_, N, H, d), (clip, head) = shape_BNHd, ids
+        row = first + jnp.arange(BLOCK)
+        self._vectors = (clip * N + row)[:, None], (head * d + jnp.arange(d))[None]
+        self._numbers = clip * H + head, row
+        self.there: Any = None
+        self._masked: Any = None
+        if end is not None:
+            self.there = row < end
+            self._masked = jnp.broadcast_to(self.there[:, None], (BLOCK, d))
+
+    def vectors(self, ref: Any) -> jax.Array:
+        """Load (BLOCK, d), 0 where a row is missing."""
+        other = None if self._masked is None else 0.0
+        return triton.load(ref.at[self._vectors], mask=self._masked, other=other)
+
+    def numbers(self, ref: Any) -> jax.Array:
+        """Load (BLOCK,), 0 where a row is missing."""
+        other = None if self.there is None else 0.0
+        return triton.load(ref.at[self._numbers], mask=self.there, other=other)
+
+    def store_vectors(self, ref: Any, x: jax.Array) -> None:
+        triton.store(ref.at[self._vectors], x.astype(ref.dtype), mask=self._masked)
+
+    def store_numbers(self, ref: Any, x: jax.Array) -> None:
+        triton.store(ref.at[self._numbers], x, mask=self.there)
+
+
+def _work(
+    own_shape: tuple[int, ...], own: Lengths, other_shape: tuple[int, ...], other: Lengths
+) -> tuple[Rows, Callable[[Callable[[Rows, Any], Any], Any], Any]]:
+    """Return this program's own rows, and a loop over the blocks of the others in their sequence.
+
+    The shapes are BNHd. loop(step, carry) calls step(rows, carry); the last rows may be missing.
+    """
+    ids = pl.program_id(2), pl.program_id(1)
+    first, end, start, length = _place(pl.program_id(0), own, other)
+
+    def loop(step: Callable[[Rows, Any], Any], carry: Any) -> Any:
+        def at(i: jax.Array, end: Any = None) -> Rows:
+            return Rows(other_shape, ids, start + i * BLOCK, end)
+
+        whole, blocks = length // BLOCK, (length + BLOCK - 1) // BLOCK
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(at(i), carry), carry)
+        return jax.lax.fori_loop(
+            whole, blocks, lambda i, carry: step(at(i, start + length), carry), carry
+        )
+
+    return Rows(own_shape, ids, first, end), loop
+
+
+def _place(block: jax.Array, own: Lengths, other: Lengths) -> tuple[Any, ...]:
+    """Return where block number `block` of the own sequences begins, and its sequence ends; and the
+    start and length of the other one that belongs to it."""
+    blocks_before = own_before = other_before = 0
+    place: Any = None
+    for length, other_length in zip(own, other, strict=True):
+        first = own_before + (block - blocks_before) * BLOCK
+        here = first, own_before + length, other_before, other_length
+        if place is None:
+            place = here
+        else:
+            inside, pairs = block >= blocks_before, zip(here, place, strict=True)
+            place = tuple(jnp.where(inside, *map(jnp.int32, pair)) for pair in pairs)
+        blocks_before += pl.cdiv(length, BLOCK)
+        own_before, other_before = own_before + length, other_before + other_length
+    return place
+
+
+def _call(
+    kernel: Callable[..., None],
+    name: str,
+    own: Lengths,
+    arrays: Sequence[jax.Array],
+    outs: Sequence[Any],
+    interpret: bool,
+) -> list[jax.Array]:
+    """Run a kernel for each block of each clip's heads, on arrays as Rows takes them.
+
+    outs: anything with the shapes and dtypes of the results.
+    """
+    B, _, H, _ = arrays[0].shape
+
+    def flat(shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[0] * shape[1], math.prod(shape[2:])
+
+    found = pl.pallas_call(
+        kernel,
+        grid=(sum(pl.cdiv(length, BLOCK) for length in own), H, B),
+        out_shape=[jax.ShapeDtypeStruct(flat(x.shape), x.dtype) for x in outs],
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        interpret=interpret,
+        name=name,
+    )(*(x.reshape(flat(x.shape)) for x in arrays))
+    return [x.reshape(out.shape) for x, out in zip(found, outs, strict=True)]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tails: Lengths,
+    lengths: Lengths,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Return the values attended to, and of each query and head the logarithm, to base 2, of the
+    sum of its weights (B, H, M)."""
+    B, M, H, d = query.shape
+    to_log = math.log2(math.e) * d**-0.5
+
+    def kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any) -> None:
+        own, loop = _work(query.shape, tails, key.shape, lengths)
+        q = own.vectors(q_ref)
+
+        def step(rows: Rows, carry: Any) -> Any:
+            sum, total, largest = carry
+            scores = _dot(q, rows.vectors(k_ref).T)
+            if rows.there is not None:
+                scores = jnp.where(rows.there[None], scores, -jnp.inf)
+            above = jnp.maximum(largest, jnp.max(scores, axis=1))
+            weights = jnp.exp2(scores * to_log - (above * to_log)[:, None])
+            shrink = jnp.exp2((largest - above) * to_log)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            v = rows.vectors(v_ref)
+            sum = sum * shrink[:, None] + _dot(weights.astype(v.dtype), v)
+            return sum, total, above
+
+        zeros = jnp.zeros(BLOCK, jnp.float32)
+        carry = jnp.zeros((BLOCK, d), jnp.float32), zeros, zeros - jnp.inf
+        sum, total, largest = loop(step, carry)
+        own.store_vectors(out_ref, sum / total[:, None])
+        own.store_numbers(log_sum_ref, largest * to_log + jnp.log2(total))
+
+    outs = query, jax.ShapeDtypeStruct((B, H, M), jnp.float32)
+    arrays = query, key, value
+    return _call(kernel, "attend", tails, arrays, outs, interpret)
+
+
+def _into_queries(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out: jax.Array,
+    gradient: jax.Array,
+    log_sum: jax.Array,
+    tails: Lengths,
+    lengths: Lengths,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Return the queries' gradient, and what every weight's gradient is shifted by (B, H, M)."""
+    B, M, H, d = query.shape
+    to_log = math.log2(math.e) * d**-0.5
+
+    def kernel(*refs: Any) -> None:
+        q_ref, k_ref, v_ref, out_ref, g_ref, log_sum_ref, dq_ref, shift_ref = refs
+        own, loop = _work(query.shape, tails, key.shape, lengths)
+        q, g = own.vectors(q_ref), own.vectors(g_ref)
+        log_sum = own.numbers(log_sum_ref)
+        shift = jnp.sum(g.astype(jnp.float32) * own.vectors(out_ref).astype(jnp.float32), axis=1)
+        own.store_numbers(shift_ref, shift)
+
+        def step(rows: Rows, dq: jax.Array) -> jax.Array:
+            k = rows.vectors(k_ref)
+            weights = jnp.exp2(_dot(q, k.T) * to_log - log_sum[:, None])
+            if rows.there is not None:  # a key of zeros could overflow
+                weights = jnp.where(rows.there[None], weights, 0.0)
+            errors = weights * (_dot(g, rows.vectors(v_ref).T) - shift[:, None])
+            return dq + _dot(errors.astype(k.dtype), k)
+
+        dq = jnp.zeros((BLOCK, d), jnp.float32)
+        own.store_vectors(dq_ref, loop(step, dq) * d**-0.5)
+
+    outs = query, jax.ShapeDtypeStruct((B, H, M), jnp.float32)
+    arrays = query, key, value, out, gradient, log_sum
+    return _call(kernel, "attend_into_queries", tails, arrays, outs, interpret)
+
+
+def _into_keys(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gradient: jax.Array,
+    log_sum: jax.Array,
+    shift: jax.Array,
+    tails: Lengths,
+    lengths: Lengths,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Return the gradients of keys and values."""
+    d = key.shape[-1]
+    to_log = math.log2(math.e) * d**-0.5
+
+    def kernel(*refs: Any) -> None:
+        q_ref, k_ref, v_ref, g_ref, log_sum_ref, shift_ref, dk_ref, dv_ref = refs
+        own, loop = _work(key.shape, lengths, query.shape, tails)
+        k, v = own.vectors(k_ref), own.vectors(v_ref)
+
+        def step(rows: Rows, carry: Any) -> Any:
+            dk, dv = carry
+            q, g = rows.vectors(q_ref), rows.vectors(g_ref)
+            log_sum = rows.numbers(log_sum_ref)
+            weights = jnp.exp2(_dot(k, q.T) * to_log - log_sum[None])
+            dv = dv + _dot(weights.astype(g.dtype), g)
+            errors = weights * (_dot(v, g.T) - rows.numbers(shift_ref)[None])
+            return dk + _dot(errors.astype(q.dtype), q), dv
+
+        zeros = jnp.zeros((BLOCK, d), jnp.float32)
+        dk, dv = loop(step, (zeros, zeros))
+        own.store_vectors(dk_ref, dk * d**-0.5)
+        own.store_vectors(dv_ref, dv)
+
+    outs = key, value
+    arrays = query, key, value, gradient, log_sum, shift
+    return _call(kernel, "attend_into_keys", lengths, arrays, outs, interpret)
