@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from wmjax import sharding
 from wmjax.errors import UserError
-from wmjax.models import attention, attention_gpu
+from wmjax.models import attention, attention_gpu, kernels
 
 
 def arguments(tails, lengths, dtype=jnp.float32, heads=2):
@@ -116,9 +116,36 @@ def test_it_is_refused_where_it_cannot_run(monkeypatch):
         UserError, match=r"model.attention='triton' on cpu, bfloat16, head width 32"
     ):
         attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 32)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "modern_gpu", lambda: True)
     assert attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 32) == "triton"
-    with pytest.raises(UserError, match=r"head width 80, jax .*: wanted a GPU, .* 16, 32 or 64"):
+    with pytest.raises(
+        UserError,
+        match=r"head width 80, jax .*: wanted an NVIDIA GPU from Ampere on, .* 16, 32 or 64",
+    ):
         attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 80)
     monkeypatch.setattr(attention, "triton_is_there", lambda: False)  # jax will drop it
     assert attention.choose_attention("auto", jnp.dtype(jnp.bfloat16), 32) == "cudnn"
+
+
+class Device:
+    def __init__(self, platform, capability):
+        self.platform = platform
+        if capability:
+            self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "modern"),
+    [
+        ("gpu", "9.0", True),
+        ("gpu", "10.3", True),
+        ("gpu", "8.0", True),
+        ("gpu", "7.5", False),  # a T4, as on Colab
+        ("gpu", "gfx942", False),
+        ("gpu", None, False),
+        ("tpu", None, False),
+    ],
+)
+def test_gpus_that_take_the_kernels(monkeypatch, platform, capability, modern):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(platform, capability)])
+    assert kernels.modern_gpu() is modern

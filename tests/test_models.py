@@ -353,12 +353,14 @@ def test_clips_must_divide():
         ("gpu", jnp.bfloat16, 136, "xla"),
         ("gpu", jnp.bfloat16, 26, "xla"),
         ("gpu", jnp.float32, 64, "xla"),
+        ("old gpu", jnp.bfloat16, 64, "xla"),
         ("tpu", jnp.bfloat16, 64, "splash"),
         ("cpu", jnp.bfloat16, 64, "xla"),
     ],
 )
 def test_auto_attention(monkeypatch, backend, dtype, head_dim, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(attention, "modern_gpu", lambda: backend == "gpu")
     assert attention.choose_attention("auto", jnp.dtype(dtype), head_dim) == chosen
 
 

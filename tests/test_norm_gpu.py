@@ -91,13 +91,20 @@ def test_both_kernels_lower_for_a_gpu():
 
 
 def test_it_is_refused_where_there_is_no_gpu():
-    with pytest.raises(UserError, match=r"model.norm='fused' on cpu, bfloat16, .*: wanted a GPU"):
+    with pytest.raises(
+        UserError, match=r"model.norm='fused' on cpu, bfloat16, .*: wanted an NVIDIA GPU"
+    ):
         norm.choose_norm("fused", jnp.dtype(jnp.bfloat16))
     assert norm.choose_norm("auto", jnp.dtype(jnp.bfloat16)) == "xla"
 
 
-@pytest.mark.parametrize(("there", "chosen"), [(True, "fused"), (False, "xla")])
-def test_a_jax_without_triton_takes_the_plain_norm(monkeypatch, there, chosen):
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    monkeypatch.setattr(norm, "triton_is_there", lambda: there)
+@pytest.mark.parametrize(
+    ("modern", "triton", "chosen"),
+    [(True, True, "fused"), (True, False, "xla"), (False, True, "xla")],
+)
+def test_without_triton_or_on_an_old_gpu_the_norm_is_the_plain_one(
+    monkeypatch, modern, triton, chosen
+):
+    monkeypatch.setattr(norm, "modern_gpu", lambda: modern)
+    monkeypatch.setattr(norm, "triton_is_there", lambda: triton)
     assert norm.choose_norm("auto", jnp.dtype(jnp.bfloat16)) == chosen

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmjax.errors import UserError
-from wmjax.models.kernels import triton_is_there
+from wmjax.models.kernels import device_name, modern_gpu, triton_is_there
 
 # Of the sequences that lie one after another along N: all go through the products at once, and each
 # attends to itself alone. Empty for a single one.
@@ -34,21 +34,22 @@ def choose_attention(
         return "splash"
     if wanted == "xla":
         return "xla"
-    gpu = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+    gpu = modern_gpu() and dtype in (jnp.bfloat16, jnp.float16)
     cudnn = gpu and head_dim % 8 == 0 and head_dim <= 128
     triton = gpu and head_dim in (16, 32, 64) and triton_is_there()
     if wanted == "auto":
         return "fastest" if triton else "cudnn" if cudnn else "xla"
-    where = f"model.attention={wanted!r} on {jax.default_backend()}, {dtype}, head width {head_dim}"
+    where = f"model.attention={wanted!r} on {device_name()}, {dtype}, head width {head_dim}"
+    wish = "wanted an NVIDIA GPU from Ampere on, bfloat16 and a head width"
     if wanted == "cudnn":
         if not cudnn:
-            raise UserError(f"{where}: wanted a GPU, bfloat16 and a multiple of 8 up to 128")
+            raise UserError(f"{where}: {wish} of a multiple of 8 up to 128")
         return "cudnn"
     if wanted == "triton":
         if not triton:
             raise UserError(
-                f"{where}, jax {jax.__version__}: wanted a GPU, bfloat16, a head width of 16, 32 "
-                "or 64 and a jax that has Pallas for Triton"
+                f"{where}, jax {jax.__version__}: {wish} of 16, 32 or 64, "
+                "and a jax that has Pallas for Triton"
             )
         return "triton"
     raise UserError(f"model.attention={wanted!r}: wanted auto, xla, cudnn, triton or splash")

@@ -1,4 +1,4 @@
-"""What kernels written in Pallas have in common: whether there are any, and running on a mesh."""
+"""What kernels have in common: whether the device at hand takes them, and running on a mesh."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -7,9 +7,25 @@ from typing import Any
 import jax
 
 
+def modern_gpu() -> bool:
+    """Say whether the devices are NVIDIA's from Ampere (2020) on, with bfloat16 in hardware.
+
+    Others have neither cuDNN's fused attention nor, surely, what Triton makes of our kernels.
+    """
+    device = jax.local_devices()[0]
+    try:
+        return device.platform == "gpu" and float(device.compute_capability) >= 8
+    except (AttributeError, ValueError):  # another maker's
+        return False
+
+
 def triton_is_there() -> bool:
-    """Say whether Pallas has Triton, the language of the kernels for GPUs: jax will drop it."""
+    """Say whether Pallas has Triton, the language of our kernels for GPUs: jax will drop it."""
     return find_spec("jax.experimental.pallas.triton") is not None
+
+
+def device_name() -> str:
+    return jax.local_devices()[0].device_kind
 
 
 def on_own_rows(fn: Callable[..., Any], rows: tuple[jax.Array, ...], *shared: jax.Array) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models.kernels import triton_is_there
+from wmjax.models.kernels import device_name, modern_gpu, triton_is_there
 
 EPS = 1e-6  # of every layer norm inside encoders and predictors
 
@@ -49,7 +49,7 @@ class LayerNorm(nnx.Module):
 
 def choose_norm(wanted: str, dtype: jnp.dtype) -> Literal["xla", "fused"]:
     """Return how a sum and the norm after it will be done; UserError for what cannot."""
-    fits = jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and triton_is_there()
+    fits = modern_gpu() and dtype == jnp.bfloat16 and triton_is_there()
     if wanted == "auto":
         return "fused" if fits else "xla"
     if wanted == "xla":
@@ -58,7 +58,7 @@ def choose_norm(wanted: str, dtype: jnp.dtype) -> Literal["xla", "fused"]:
         raise UserError(f"model.norm={wanted!r}: wanted auto, xla or fused")
     if not fits:
         raise UserError(
-            f"model.norm='fused' on {jax.default_backend()}, {dtype}, jax {jax.__version__}: "
-            "wanted a GPU, bfloat16 and a jax that has Pallas for Triton"
+            f"model.norm='fused' on {device_name()}, {dtype}, jax {jax.__version__}: "
+            "wanted an NVIDIA GPU from Ampere on, bfloat16 and a jax that has Pallas for Triton"
         )
     return "fused"
