@@ -2,19 +2,19 @@
 
     python -m wmjax.main --config=configs/vjepa2_small.py --config.data.root=DIR
 
-Expect 16 steps of 64 clips a second on an H100, 15,000 in 20 minutes. On 250 episodes of Push-T,
-these settings as they stand (the same 15,000 steps, by two H100s in 13 minutes):
+Expect 16 steps of 64 clips a second on an H100: with validation and probes its 15,000 steps take
+about 20 minutes. On 250 episodes of Push-T (on two of them, 13 minutes):
 
                                         random weights          pixels         trained
     R2 of a line: the agent's place              0.458          -0.306           0.938
-    the block's place, x and y            0.890, 0.850    0.900, 0.825    0.910, 0.888
+    the block's place: x; y               0.890; 0.850    0.900; 0.825    0.910; 0.888
     the block's angle, as a point on a circle   -0.024          -0.042          -0.058
-    validation loss over the mean token's         11.1                            0.57
+    validation loss / the mean token's            11.1                            0.57
     effective rank of the targets                  104                              72
 
-After 1,000 steps the loss was 87 % of the mean token's and the rank 102, after 3,000 84 % and 30,
-after 8,000 67 % and 56, after 11,000, in the cooldown, 60 % and 65. From the averages over a coarse
-grid no line reads an angle.
+After 1,000 steps that ratio was 0.87 and the rank 102, after 3,000 0.84 and 30, after 8,000 0.67
+and 56, after 11,000, in the cooldown, 0.60 and 65. The probe averages features over a coarse grid;
+no line through those reads the angle.
 
 Why these: at 5e-4, EMA 0.996 and a predictor as wide as the encoder (384 x 12) the rank fell from
 100 to 6 in 4,000 steps, and the features below random ones; 2e-4 all along left the loss at 84 %

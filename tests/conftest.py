@@ -39,6 +39,17 @@ def one_device(monkeypatch):
     use_one_device(monkeypatch)
 
 
+def lowered_for_gpu(fn, *args):
+    """Return the program of an H100, kernels and all, as text: nothing is compiled."""
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
 NAMES = (
     *("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN"),
     *("AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "MY_DATABASE_URL", "WMJAX_WHATEVER"),

@@ -1,5 +1,7 @@
 """wmjax.load: one object, whatever the weights were, and what it computes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import micro
@@ -10,8 +12,10 @@ from flax import traverse_util
 
 import wmjax
 from wmjax import config as configs
+from wmjax import weights
 from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
+from wmjax.inference import Model
 from wmjax.models import base
 from wmjax.models.norm import layer_norm
 
@@ -122,6 +126,14 @@ def test_a_run_gives_its_target_and_predictor(micro_run):
     built = base.abstract(**configs.model_arguments(micro.config()))
     wanted = built.target_features(target, clip)  # layer-normed
     np.testing.assert_allclose(layer_norm(model.encode(clip), 1e-5), wanted, atol=1e-5)
+
+
+def test_it_runs_by_what_is_here_and_not_by_what_it_was_trained_with(model, folder):
+    """Kernels that a run asked for by name, in the bfloat16 of its GPU, run in float32 nowhere."""
+    source = weights.open_source(folder)
+    chosen = {"attention": "triton", "norm": "fused", "dtype": "bfloat16"}
+    there = dataclasses.replace(source, model=source.model | chosen)
+    np.testing.assert_array_equal(Model(there).encode(VIDEO), model.encode(VIDEO))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ class Model:
         mesh: Mesh | None = None,
     ) -> None:
         arguments = {"name": "vjepa2", **source.model}
-        arguments |= {"remat": "none", "dtype": dtype or "float32"}
+        here = {"attention": "auto", "norm": "auto"}  # not as on the devices that trained it
+        arguments |= {"remat": "none", "dtype": dtype or "float32", **here}
         settings = (probe or source).classifier
         self.config: dict[str, Any] = source.config or {
             "model": source.model,

@@ -93,7 +93,8 @@ def fit(
         labels_B: jax.Array,
     ) -> Any:
         def loss(params: base.Params) -> jax.Array:
-            return cross_entropy(base.merge(graph, params)(features_BND), labels_B)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return cross_entropy(base.merge(graph, params)(features_BND), labels_B)
 
         (params, moments), (rate, decay) = state, setting
         grads, rate = jax.grad(loss)(params), share * rate
@@ -128,7 +129,7 @@ def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh)
     right, count = [], 0
     for batch in batches:
         placed = _placed(batch, _classes(probes.params), mesh)
-        right.append(_count_right(probes.graph, probes.params, *placed))
+        right.append(_count_right(probes.graph, mesh, probes.params, *placed))
         count += int(np.sum(np.asarray(batch[1]) >= 0))
     if not count:
         raise UserError("the probe's held-out batches: no labelled clip among them, wanted some")
@@ -149,16 +150,22 @@ def cross_entropy(logits_BL: jax.Array, labels_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(there_B, each_B, 0.0)) / jnp.maximum(count, 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _count_right(
-    graph: nnx.GraphDef, params: base.Params, features: jax.Array, labels_B: jax.Array
+    graph: nnx.GraphDef,
+    mesh: Mesh,
+    params: base.Params,
+    features: jax.Array,
+    labels_B: jax.Array,
 ) -> jax.Array:
     """Return how many rows each probe names rightly (G,); one that diverged names none."""
     B = len(features)
     rows = features.reshape(-1, *features.shape[-2:])
 
     def one(params: base.Params) -> jax.Array:
-        share_BVL = jax.nn.softmax(base.merge(graph, params)(rows)).reshape(B, len(rows) // B, -1)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            logits = base.merge(graph, params)(rows)
+        share_BVL = jax.nn.softmax(logits).reshape(B, len(rows) // B, -1)
         share_BL = jnp.mean(share_BVL, axis=1)
         right_B = (jnp.argmax(share_BL, axis=1) == labels_B) & jnp.isfinite(share_BL[:, 0])
         return jnp.sum(right_B, dtype=jnp.int32)

@@ -1,6 +1,6 @@
 """Fused attention on GPUs (Triton, by Pallas), of several sequences in one call.
 
-cuDNN fills heads of 32 up to 64, and wants every sequence by itself. Here sequences lie one after
+cuDNN is slow with heads of 32, and wants every sequence by itself. Here sequences lie one after
 another in the same arrays, are neither cut out nor put together again, and need not fill blocks.
 The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691), without atomics: the same inputs
 give the same bits.
@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from wmjax.models.attention import Lengths
-from wmjax.models.kernels import on_own_rows
+from wmjax.models.kernels import Lengths, on_own_rows
 
 BLOCK = 64  # rows of its own that a program keeps, and of the others that it takes at a time
 WARPS, STAGES = 4, 3  # of every kernel
@@ -33,9 +32,10 @@ def attend(
 ) -> jax.Array:
     """Attend within each sequence; every device its own rows of the ambient mesh.
 
-    lengths: of the sequences along N; tails: along M. interpret: run the kernel's Python in place
-    of compiling it, on any device.
+    lengths: of the sequences along N; tails: along M; all above 0. interpret: run the kernels'
+    Python in place of compiling it, on any device.
     """
+    assert (sum(tails), sum(lengths)) == (query_BMHd.shape[1], key_BNHd.shape[1])
 
     def own(*arrays: jax.Array) -> jax.Array:
         return _attend(*arrays, tails, lengths, interpret)
@@ -123,6 +123,8 @@ def _work(
 
         whole, blocks = length // BLOCK, (length + BLOCK - 1) // BLOCK
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(at(i), carry), carry)
+        if not any(n % BLOCK for n in other):
+            return carry
         return jax.lax.fori_loop(
             whole, blocks, lambda i, carry: step(at(i, start + length), carry), carry
         )
@@ -138,14 +140,15 @@ def _place(block: jax.Array, own: Lengths, other: Lengths) -> tuple[Any, ...]:
     for length, other_length in zip(own, other, strict=True):
         first = own_before + (block - blocks_before) * BLOCK
         here = first, own_before + length, other_before, other_length
-        if place is None:
-            place = here
-        else:
-            inside, pairs = block >= blocks_before, zip(here, place, strict=True)
-            place = tuple(jnp.where(inside, *map(jnp.int32, pair)) for pair in pairs)
+        place = _choose(block >= blocks_before, here, place) if place else here
         blocks_before += pl.cdiv(length, BLOCK)
         own_before, other_before = own_before + length, other_before + other_length
     return place
+
+
+def _choose(condition: jax.Array, these: tuple[Any, ...], those: tuple[Any, ...]) -> tuple:
+    pairs = zip(these, those, strict=True)
+    return tuple(jnp.where(condition, jnp.int32(one), jnp.int32(other)) for one, other in pairs)
 
 
 def _call(

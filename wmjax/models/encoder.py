@@ -10,7 +10,8 @@ from flax import nnx
 from wmjax.errors import UserError
 from wmjax.models import rope
 from wmjax.models.base import InputSpec
-from wmjax.models.layers import Block, Lengths, check_remat, run
+from wmjax.models.kernels import Lengths
+from wmjax.models.layers import Block, check_remat, run
 from wmjax.models.norm import LayerNorm
 from wmjax.models.positions import Positions
 

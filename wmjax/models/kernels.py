@@ -6,15 +6,21 @@ from typing import Any
 
 import jax
 
+# Of the sequences that lie one after another along N: all go through the products at once, and each
+# attends to itself alone. Empty for a single one.
+Lengths = tuple[int, ...]
+
 
 def modern_gpu() -> bool:
-    """Say whether the devices are NVIDIA's from Ampere (2020) on, with bfloat16 in hardware.
+    """Say whether all devices are NVIDIA's from Ampere (2020) on, with bfloat16 in hardware.
 
-    Others have neither cuDNN's fused attention nor, surely, what Triton makes of our kernels.
+    Others have no fused attention of cuDNN, and may not run what Triton makes of our kernels.
     """
-    device = jax.local_devices()[0]
     try:
-        return device.platform == "gpu" and float(device.compute_capability) >= 8
+        return all(
+            device.platform == "gpu" and float(device.compute_capability) >= 8
+            for device in jax.devices()
+        )
     except (AttributeError, ValueError):  # another maker's
         return False
 

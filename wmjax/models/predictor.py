@@ -8,7 +8,8 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import rope
-from wmjax.models.layers import Block, Linear, check_remat, run, split
+from wmjax.models.attention import split
+from wmjax.models.layers import Block, Linear, check_remat, run
 from wmjax.models.norm import LayerNorm
 
 

@@ -42,7 +42,7 @@ def load(source: Source, abstract: Params, model: Mapping[str, Any]) -> Params:
 
 def abstract_model(model: Mapping[str, Any]) -> base.BaseWorldModel:
     """Build a V-JEPA 2 of these keyword arguments, and perhaps its name, without its numbers."""
-    computed = ("dtype", "remat", "scan", "attention")  # how, not what
+    computed = ("dtype", "remat", "scan", "attention", "norm")  # how, not what
     key = {"name": "vjepa2", **{k: v for k, v in model.items() if k not in computed}}
     return _abstract(tuple(sorted(key.items())))
 
