@@ -179,6 +179,11 @@ def _call(
     return [x.reshape(out.shape) for x, out in zip(found, outs, strict=True)]
 
 
+def _to_log(d: int) -> float:
+    """Return what turns a query times a key, d wide, into the logarithm to base 2 of its weight."""
+    return math.log2(math.e) * d**-0.5
+
+
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
@@ -194,7 +199,7 @@ def _forward(
     """Return the values attended to, and of each query and head the logarithm, to base 2, of the
     sum of its weights (B, H, M)."""
     B, M, H, d = query.shape
-    to_log = math.log2(math.e) * d**-0.5
+    to_log = _to_log(d)
 
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any) -> None:
         own, loop = _work(query.shape, tails, key.shape, lengths)
@@ -237,7 +242,7 @@ def _into_queries(
 ) -> list[jax.Array]:
     """Return the queries' gradient, and what every weight's gradient is shifted by (B, H, M)."""
     B, M, H, d = query.shape
-    to_log = math.log2(math.e) * d**-0.5
+    to_log = _to_log(d)
 
     def kernel(*refs: Any) -> None:
         q_ref, k_ref, v_ref, out_ref, g_ref, log_sum_ref, dq_ref, shift_ref = refs
@@ -276,7 +281,7 @@ def _into_keys(
 ) -> list[jax.Array]:
     """Return the gradients of keys and values."""
     d = key.shape[-1]
-    to_log = math.log2(math.e) * d**-0.5
+    to_log = _to_log(d)
 
     def kernel(*refs: Any) -> None:
         q_ref, k_ref, v_ref, g_ref, log_sum_ref, shift_ref, dk_ref, dv_ref = refs
