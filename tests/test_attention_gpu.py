@@ -4,6 +4,8 @@ Run in Python here, and lowered for a GPU; compiled and timed on one by `wmjax.b
 model: test_models.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,16 +88,18 @@ def test_every_device_works_on_its_own_rows():
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # since jax 0.11
 @pytest.mark.parametrize("width", [16, 32, 64])
-def test_the_kernels_lower_for_a_gpu(width):
+def test_the_kernels_lower_for_a_gpu_once_for_all_layers(width):
     tails, lengths = (992, 1408), (1496, 1536)
 
-    def both(query, key, value, gradient):
-        out, backward = jax.vjp(
-            lambda *x: attention_gpu.attend(*x, tails, lengths), query, key, value
-        )
+    def layers(query, key, value):
+        return sum(attention_gpu.attend(query, i * key, value, tails, lengths) for i in (1, 2))
+
+    def both(*arrays, gradient):
+        out, backward = jax.vjp(layers, *arrays)
         return out, *backward(gradient)
 
-    text = lowered_for_gpu(both, *arguments(tails, lengths, jnp.bfloat16, width))
+    *arrays, gradient = arguments(tails, lengths, jnp.bfloat16, width)
+    text = lowered_for_gpu(functools.partial(both, gradient=gradient), *arrays)
     assert text.count("__gpu$xla.gpu.triton(") == 3
 
 

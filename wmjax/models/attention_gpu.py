@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from wmjax.models.kernels import Lengths, on_own_rows
+from wmjax.models.kernels import Lengths, on_own_rows, traced_once
 
 BLOCK = 64  # rows of its own that a program keeps, and of the others that it takes at a time
 WARPS, STAGES = 4, 3  # of every kernel
@@ -205,6 +205,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+@traced_once("tails", "lengths", "interpret")
 def _forward(
     query: jax.Array,
     key: jax.Array,
@@ -246,6 +247,7 @@ def _forward(
     return _call(kernel, "attend", tails, arrays, outs, interpret)
 
 
+@traced_once("tails", "lengths", "interpret")
 def _into_queries(
     query: jax.Array,
     key: jax.Array,
@@ -285,6 +287,7 @@ def _into_queries(
     return _call(kernel, "attend_into_queries", tails, arrays, outs, interpret)
 
 
+@traced_once("tails", "lengths", "interpret")
 def _into_keys(
     query: jax.Array,
     key: jax.Array,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from wmjax.models.kernels import on_own_rows
+from wmjax.models.kernels import on_own_rows, traced_once
 
 ROWS = 4  # of the stream that a program of the forward kernel works on
 AT_ONCE = 2048  # numbers that a program of the backward kernel takes at a time
@@ -82,6 +82,7 @@ def _load(ref: Any, at: tuple, there: jax.Array | None) -> jax.Array:
     return triton.load(ref.at[at], mask=there, other=other).astype(jnp.float32)
 
 
+@traced_once("eps", "dtype", "interpret")
 def _forward(
     x: jax.Array,
     branch: jax.Array,
@@ -128,6 +129,7 @@ def _normalise(
     return centred, jax.lax.rsqrt(variance + eps)
 
 
+@traced_once("eps", "interpret")
 def _backward(
     total: jax.Array,
     total_gradient: jax.Array,
