@@ -2,8 +2,8 @@
 
     python -m wmjax.main --config=configs/vjepa2_aloha.py --config.data.root=DIR
 
-DIR holds meta/info.json. Expect 4.9 GiB of parameters, moments and target, 30 GiB at the peak on
-one GPU, about 100 clips a second on an H100, and one to two minutes of compiling the first time.
+DIR holds meta/info.json. Expect 5.1 GB of parameters, moments and target, 30 GB at the peak on
+one GPU, about 110 clips a second on an H100, and one to two minutes of compiling the first time.
 Where that is too much, vjepa2_low_mem takes less of both and more time a step. On N GPUs give
 --config.data.batch_size=24*N, and --config.mesh.fsdp=N to split the state over them.
 
