@@ -159,18 +159,46 @@ def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path, monkeypatch, a
     assert saved_steps(tmp_path) == [3]
 
 
+def test_a_read_that_nothing_wakes_keeps_no_process_from_its_end():
+    """Closing a pipeline may take the clips away that its reader waits for."""
+    released, before = threading.Event(), threading.enumerate()
+
+    class Closed:
+        position, report = 0, None
+
+        def __next__(self):
+            released.wait()
+
+        def close(self):
+            pass
+
+    with stop.StopSignal() as asked:
+        batches = stop.Batches(Closed(), asked)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(stop.Stopped):
+            next(batches)
+        batches.close()
+    [reader] = set(threading.enumerate()) - set(before)
+    released.set()
+    assert not asked.left_behind
+    assert reader.daemon  # Python waits for the others
+
+
 def test_a_second_ctrl_c_leaves_at_once_and_nothing_else_does(monkeypatch):
-    left = []
+    left, clock = [], [100.0]
     monkeypatch.setattr(stop, "leave", lambda *how: left.append(how))
-    for numbers, leaves in {
-        (signal.SIGINT, signal.SIGTERM): False,
-        (signal.SIGINT, signal.SIGINT): True,
-        (signal.SIGTERM, signal.SIGINT): True,
-    }.items():
+    monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
+    for numbers, apart, leaves in (
+        ((signal.SIGINT, signal.SIGTERM), 1.0, False),
+        ((signal.SIGINT, signal.SIGINT), 1.0, True),
+        ((signal.SIGINT, signal.SIGINT), 0.1, False),  # one, from a terminal and from a launcher
+        ((signal.SIGTERM, signal.SIGINT), 1.0, True),
+    ):
         with stop.StopSignal() as asked:
             for number in numbers:
                 assert not left
                 signal.raise_signal(number)
+                clock[0] += apart
         assert asked.received == numbers[0]
         text = "interrupted: nothing was saved since the newest checkpoint"
         assert left == ([(128 + signal.SIGINT, text)] if leaves else [])

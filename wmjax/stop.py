@@ -5,15 +5,16 @@ two batches, the same two everywhere, and no later than the batch that one of th
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -25,6 +26,7 @@ from wmjax.types import WorldModelInput
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 0.2
 ANSWER_S = 600.0  # for a process that is to say how far it is
+TWICE_S = 0.5  # within which a launcher may pass on the Ctrl-C that the terminal sent already
 CLOSE_S = 5.0  # for threads that read clips; one may hang
 
 
@@ -35,7 +37,8 @@ class Stopped(Exception):
 class StopSignal:
     """Turns a signal into a request to stop between two batches; a context manager.
 
-    received: number of the signal, 0 where there was none. A Ctrl-C after it leaves at once.
+    received: number of the signal, 0 where there was none. A Ctrl-C more than TWICE_S after it
+    leaves at once.
     left_behind: threads that read clips are left, and do not end.
     """
 
@@ -45,7 +48,7 @@ class StopSignal:
         self._begun = 0  # batches
         self._last: int | None = None  # batch that is still to be done, once that is known
         self._asked, self._lock = False, threading.Lock()
-        self._noted = False  # a signal, by this process
+        self._noted = math.inf  # when this process had its first signal
         self._closed = threading.Event()
         self._alone = coordination.alone()
 
@@ -83,9 +86,10 @@ class StopSignal:
             raise Stopped
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._noted and number == signal.SIGINT:  # the second here, whatever others were sent
+        now = time.monotonic()
+        if number == signal.SIGINT and now > self._noted + TWICE_S:  # whatever others were sent
             leave(128 + number, "interrupted: nothing was saved since the newest checkpoint")
-        self._noted = True
+        self._noted = min(self._noted, now)
         self.received = self.received or number
         if self._alone:
             self._asked, self._last = True, self._begun
@@ -125,14 +129,13 @@ class Batches:
         self.position = pipeline.position
         self.report = pipeline.report
         self._pipeline, self._stop, self._progress = pipeline, stop, progress
-        self._thread = ThreadPoolExecutor(1, "batches")
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> WorldModelInput:
         self._stop.check()
-        ahead = self._thread.submit(next, self._pipeline)
+        ahead = _in_thread(self._pipeline.__next__)
         while not wait([ahead], timeout=POLL_S).done:
             self._stop.check()
         batch = ahead.result()
@@ -146,7 +149,20 @@ class Batches:
         closing.start()
         closing.join(CLOSE_S)
         self._stop.left_behind |= closing.is_alive()
-        self._thread.shutdown(wait=False)
+
+
+def _in_thread(function: Callable[[], Any]) -> Future:
+    """Call it in a thread that no exit waits for: a pipeline that is closed may never wake it."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # StopIteration among them
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="batches", daemon=True).start()
+    return future
 
 
 def leave(code: int, text: str = "") -> NoReturn:
