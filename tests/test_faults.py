@@ -234,6 +234,7 @@ def test_a_second_ctrl_c_leaves_a_save_that_does_not_end(tmp_path):
             for awaited in ("step ", "saving"):
                 assert any(line.startswith(awaited) for line in process.stdout)
                 assert process.poll() is None
+                time.sleep(2 * stop.TWICE_S)
                 process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=60)[1]
         finally:
