@@ -69,6 +69,20 @@ def test_frames_states_and_actions_are_lerobots(name):
     check_against_lerobot(name, SHARED / name)
 
 
+def test_a_frame_is_made_a_picture_before_the_next_is_decoded(monkeypatch):
+    """Sixteen frames that wait to be scaled would have left the processor's cache."""
+    done, decode = [], video_files._Video.frame
+    monkeypatch.setattr(
+        video_files._Video,
+        "frame",
+        lambda self, number: done.append("decoded") or decode(self, number),
+    )
+    source = open_pusht()
+    clip = source.read(3, lambda frame: done.append("picture") or frame.pts)
+    assert done == ["decoded", "picture"] * 4
+    assert clip["frames_VT"] == [[frame.pts for frame in source[3]["frames_VT"][0]]]
+
+
 @needs_shared
 def test_v21_is_what_lerobot_reads_after_converting():
     check_against_lerobot("g1_subset_v30", SHARED / "g1_subset_v21")

@@ -12,6 +12,7 @@ import numpy as np
 from wmjax.data.images import read_images
 from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
 from wmjax.data.recording import Recording
+from wmjax.data.source import Picture
 from wmjax.data.video import VideoFiles
 from wmjax.errors import ClipError, UserError
 
@@ -55,6 +56,9 @@ class LeRobotSource(Recording):
         action_mask_TPA are False. episode: its number in the dataset; start: the clip's first
         frame in it.
         """
+        return self.read(index, lambda frame: frame)
+
+    def read(self, index: int, picture: Picture) -> dict[str, Any]:
         cameras, position, start = self._place(index)
         episode = self.episodes[position]
         steps_T = start + self.stride * np.arange(self.frames)
@@ -65,7 +69,7 @@ class LeRobotSource(Recording):
         state_TS = states[episode.first_row + np.minimum(steps_T, last)]
         action_TPA = actions[episode.first_row + np.minimum(steps_TP, last)]
         steps = self._steps(episode, start)
-        read = (self._read_video(episode, name, steps) for name in cameras)
+        read = (self._read_video(episode, name, steps, picture) for name in cameras)
         return {
             "frames_VT": [[*frames, *frames[-1:] * (self.frames - len(steps))] for frames in read],
             "state_TS": state_TS,
@@ -91,13 +95,15 @@ class LeRobotSource(Recording):
         steps_T = start + self.stride * np.arange(self.frames)
         return list(dict.fromkeys(np.minimum(steps_T, episode.length - 1).tolist()))
 
-    def _read_video(self, episode: Episode, camera: str, steps: list[int]) -> list:
+    def _read_video(
+        self, episode: Episode, camera: str, steps: list[int], picture: Picture
+    ) -> list:
         path, first = episode.videos[camera]
         numbers = [first + step for step in steps]
         try:
             if camera in self._images:
-                return read_images(path, camera, numbers)
-            return self._videos.read(path, numbers, need=first + episode.length)
+                return [picture(image) for image in read_images(path, camera, numbers)]
+            return self._videos.read(path, numbers, first + episode.length, picture)
         except UserError as error:
             needed = f"needed for episode {episode.index}, {camera}"
             raise ClipError(f"{error}\n{needed}", f"{path}: {needed}") from None

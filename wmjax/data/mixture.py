@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.source import Part, Source
+from wmjax.data.source import Part, Picture, Source
 
 
 class Mixture(Source):
@@ -64,8 +64,11 @@ class Mixture(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a clip of one of the sources, padded to the sizes of all."""
+        return self.read(index, lambda frame: frame)
+
+    def read(self, index: int, picture: Picture) -> dict[str, Any]:
         part, index = self.locate(index)
-        clip = self._sources[part][index]
+        clip = self._sources[part].read(index, picture)
         state_TS, action_TPA = clip["state_TS"], clip["action_TPA"]
         T = len(state_TS)
         state_mask_TS = clip.get("state_mask_TS", np.ones_like(state_TS, bool))

@@ -4,12 +4,13 @@ All randomness is keyed by (seed, purpose, position in the stream). NumPy and li
 worker processes run this.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from wmjax.data.source import Source
-from wmjax.data.transforms import centre_box, crop_and_scale, frame_size, random_box
+from wmjax.data.transforms import Box, Scaler, centre_box, random_box
 from wmjax.errors import ClipError
 from wmjax.masking import Masks
 
@@ -74,22 +75,17 @@ class Reader:
         """
         index, sample, errors = self._sample(position, number)
         part, index_in_part = self._source.locate(index)
-        size = next(frame_size(frames[0]) for frames in sample["frames_VT"] if frames)
-        out_aspect = self._width / self._height
-        if self._crop_scale is None:
-            box = centre_box(*size, out_aspect)
-        else:
-            rng = np.random.default_rng((self._seed, _CROP, position))
-            box = random_box(rng, *size, self._crop_scale, self._crop_aspect, out_aspect)
         context, target = self._masks.draw(np.random.default_rng((self._seed, _MASK, position)))
         state_TS, action_TPA = sample["state_TS"], sample["action_TPA"]
-        missing_THWC = np.zeros((len(state_TS), self._height, self._width, 3), np.uint8)
-        views = [
-            crop_and_scale(frames, box, self._height, self._width) if frames else missing_THWC
-            for frames in sample["frames_VT"]
-        ]
+        shape = len(sample["frames_VT"]), len(state_TS), self._height, self._width, 3
+        video_VTHWC = np.empty(shape, np.uint8)
+        for view_THWC, frames in zip(video_VTHWC, sample["frames_VT"], strict=True):
+            if frames:
+                np.stack(frames, out=view_THWC)
+            else:
+                view_THWC[:] = 0
         clip = {
-            "video": np.stack(views),
+            "video": video_VTHWC,
             "view_mask": np.array([bool(frames) for frames in sample["frames_VT"]]),
             "state": state_TS,
             "state_mask": sample.get("state_mask_TS", np.ones_like(state_TS, bool)),
@@ -103,8 +99,17 @@ class Reader:
         }
         return clip, errors
 
+    def _box(self, position: int, height: int, width: int) -> Box:
+        """Draw the crop of a clip with frames of this size."""
+        out_aspect = self._width / self._height
+        if self._crop_scale is None:
+            return centre_box(height, width, out_aspect)
+        rng = np.random.default_rng((self._seed, _CROP, position))
+        return random_box(rng, height, width, self._crop_scale, self._crop_aspect, out_aspect)
+
     def _sample(self, position: int, number: int) -> tuple[int, dict[str, Any], list[ClipError]]:
-        """Return index and sample of draw `number`, or of another in its place."""
+        """Return index and sample of draw `number`, frames scaled, or of another in its place."""
+        box = functools.partial(self._box, position)
         dataset = next(part.draws for part in self._source.parts if number in part.draws)
         errors: list[ClipError] = []
         while True:
@@ -113,7 +118,8 @@ class Reader:
                 number = int(rng.integers(dataset.start, dataset.stop))
             index = self._source.draw(number, rng)
             try:
-                return index, self._source[index], errors
+                scale = Scaler(box, self._height, self._width)
+                return index, self._source.read(index, scale), errors
             except ClipError as error:
                 if not self._skip or len(errors) == _ATTEMPTS:
                     raise

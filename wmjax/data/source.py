@@ -1,6 +1,6 @@
 """What the pipeline asks of a source of clips: a recording, a generator, or a mixture of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,9 @@ class Part(NamedTuple):
     name: str
     draws: range
     weight: float
+
+
+Picture = Callable[[Any], Any]  # what is to become of a frame
 
 
 class Source:
@@ -43,6 +46,15 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         raise NotImplementedError
+
+    def read(self, index: int, picture: Picture) -> dict[str, Any]:
+        """Return clip `index` with picture(frame) for each frame, called as soon as there is one.
+
+        Views come one after another, the frames of each in order.
+        """
+        clip = self[index]
+        frames_VT = [[picture(frame) for frame in frames] for frames in clip["frames_VT"]]
+        return clip | {"frames_VT": frames_VT}
 
     def describe(self) -> str:
         """Say in a line what was opened."""

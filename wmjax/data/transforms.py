@@ -4,7 +4,7 @@ Runs on the host, in libav, on frames as the decoder leaves them: NumPy and PyAV
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -69,25 +69,40 @@ def crop_and_scale(
 ) -> np.ndarray:
     """Crop the frames of one clip to box and scale them: uint8 THWC, RGB.
 
-    frames: of one size and format; decoded ones, or uint8 HWC arrays. With the full box and the
-    frames' own size this is exactly `frame.to_ndarray(format="rgb24")`. Where the pixel format
-    halves its colour planes, a crop starts and ends on even pixels.
+    frames: decoded ones, or uint8 HWC arrays. With the full box and the frames' own size this is
+    exactly `frame.to_ndarray(format="rgb24")`. Where the pixel format halves its colour planes, a
+    crop starts and ends on even pixels.
     """
-    arrays = [frame for frame in frames if isinstance(frame, np.ndarray)]
-    if arrays and box == FULL_BOX and arrays[0].shape[:2] == (height, width):
-        return np.stack(arrays)
-    decoded = [
-        av.VideoFrame.from_ndarray(frame, format="rgb24")
-        if isinstance(frame, np.ndarray)
-        else frame
-        for frame in frames
-    ]
-    graph = _graph(decoded[0], box, height, width)
-    video_THWC = np.empty((len(frames), height, width, 3), np.uint8)
-    for image_HWC, frame in zip(video_THWC, decoded, strict=True):
+    scale = Scaler(lambda *_: box, height, width)
+    return np.stack([scale(frame) for frame in frames])
+
+
+class Scaler:
+    """Crops the frames of one clip to one box and scales them, one after another.
+
+    A frame that is scaled as soon as it is decoded still lies in the processor's cache.
+    """
+
+    def __init__(self, draw: Callable[[int, int], Box], height: int, width: int) -> None:
+        """draw: gives the box, from height and width of the first frame."""
+        self._draw, self._height, self._width = draw, height, width
+        self._box: Box | None = None
+        self._graphs: dict[tuple[int, int, str], av.filter.Graph] = {}
+
+    def __call__(self, frame: av.VideoFrame | np.ndarray) -> np.ndarray:
+        """Return a frame at the final size: uint8 HWC, RGB."""
+        if self._box is None:
+            self._box = self._draw(*frame_size(frame))
+        if isinstance(frame, np.ndarray):
+            if self._box == FULL_BOX and frame.shape[:2] == (self._height, self._width):
+                return frame
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        kind = frame.width, frame.height, frame.format.name
+        if kind not in self._graphs:
+            self._graphs[kind] = _graph(frame, self._box, self._height, self._width)
+        graph = self._graphs[kind]
         graph.vpush(frame)
-        image_HWC[:] = graph.vpull().to_ndarray()
-    return video_THWC
+        return graph.vpull().to_ndarray()
 
 
 def _graph(frame: av.VideoFrame, box: Box, height: int, width: int) -> av.filter.Graph:

@@ -6,9 +6,10 @@ Knows PyAV and files, no dataset. Frames come out as decoded (YUV): nothing is c
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 
@@ -39,23 +40,34 @@ class VideoFiles:
         """Return how many frames the file holds, by its index."""
         return self._open(path).count
 
-    def read(self, path: Path, numbers: Iterable[int], need: int) -> list[av.VideoFrame]:
+    def read(
+        self,
+        path: Path,
+        numbers: Iterable[int],
+        need: int,
+        picture: Callable[[av.VideoFrame], Any] = lambda frame: frame,
+    ) -> list:
         """Decode the frames of these numbers, which count from 0 at the start of the file.
 
-        need: how many frames the file must hold. UserError, naming the file, where it is
+        need: how many frames the file must hold. picture: what is to become of each, called before
+        the next is decoded; given back is what it returns. UserError, naming the file, where it is
         damaged, too short, or not at the rate promised.
         """
         video = self._open(path)
         if video.count < need:
             raise UserError(f"{path}: holds {video.count} frames; the episodes need {need}")
         try:
-            frames = [video.frame(number) for number in numbers]
-            shapes = {(frame.width, frame.height, frame.format.name): None for frame in frames}
+            pictures: list = []
+            shapes: dict[tuple[int, int, str], None] = {}
+            for number in numbers:
+                frame = video.frame(number)
+                shapes[frame.width, frame.height, frame.format.name] = None
+                pictures.append(picture(frame))
             if len(shapes) > 1:
                 raise UserError(
                     f"{path}: frames of {' and '.join(map(str, shapes))}: wanted one size"
                 )
-            return frames
+            return pictures
         except UserError:
             # Half-read containers are in a state that is not worth reasoning about.
             self._local.videos.pop(path).close()
