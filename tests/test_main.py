@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import cluster
 import micro
 import pytest
 
@@ -257,3 +258,24 @@ def test_importing_wmjax_is_cheap():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_determinism_is_asked_for_before_the_devices_start(tmp_path):
+    """One process that joined a coordinator asks for its index, which starts its devices."""
+    dump = tmp_path / "dump"
+    command = micro.command(tmp_path / "run", "train.num_steps=1", "train.deterministic=True")
+    done = subprocess.run(
+        [
+            *command,
+            *(f"--coordinator=localhost:{cluster.free_port()}", "--processes=1", "--process=0"),
+        ],
+        env=micro.environment(1)
+        | {"XLA_FLAGS": f"--xla_dump_to={dump}", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+        cwd=micro.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    options = next(dump.glob("*train_step*debug_options")).read_text()
+    assert "xla_gpu_deterministic_ops: true" in options

@@ -181,8 +181,3 @@ def make_steps(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> St
         mesh=mesh,
         seed=config.seed,
     )
-
-
-def make_deterministic() -> None:
-    """Ask XLA for bit-equal results on GPUs; must come before the first use of a device."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"

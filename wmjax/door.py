@@ -77,10 +77,18 @@ def _meant(parser: argparse.ArgumentParser, word: str) -> str:
 def load(
     parser: argparse.ArgumentParser, flags: argparse.Namespace, overrides: list[str]
 ) -> ml_collections.ConfigDict:
-    """Return the configuration that the flags name."""
+    """Return the configuration that the flags name; must come before the first use of a device."""
     if not flags.config:
         parser.error(f"--config=NAME is needed; shipped: {', '.join(configs.list_configs())}")
-    return configs.load(flags.config, overrides)
+    config = configs.load(flags.config, overrides)
+    if config.train.deterministic:
+        make_deterministic()
+    return config
+
+
+def make_deterministic() -> None:
+    """Ask XLA for bit-equal results on GPUs: it reads the flag when the first device starts."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
 
 def keep_compiled() -> None:

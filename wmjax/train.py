@@ -173,8 +173,6 @@ def prepare(
         raise UserError(f"model.attention='splash' on {jax.default_backend()}: wanted a TPU")
     if config.model.pretrained:
         config.model.position_grid = initial.position_grid(config.model.pretrained)
-    if config.train.deterministic:
-        assemble.make_deterministic()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     sources = {split: assemble.make_source(config, split) for split in splits}
