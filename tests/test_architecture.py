@@ -60,7 +60,7 @@ UNPICKLERS = {"read_pickle", "unsafe_load", "full_load", "UnsafeLoader", "FullLo
 # An argument by which a function runs no code that it finds, and the only value that it may have.
 SAFE = {"allow_pickle": False, "weights_only": True, "shell": False, "trust_remote_code": False}
 # Modules imported by a name that is computed: rooms of wmjax, and loggers named in the source.
-IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/models/base.py", "wmjax/metrics.py"}
+IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/models/base.py", "wmjax/run/metrics.py"}
 
 FILES = [
     str(path.relative_to(ROOT))
@@ -194,7 +194,7 @@ def test_a_file_keeps_the_arrows(path):
         ("wmjax/step.py", "from wmjax.train import f", "step may not import wmjax.train"),
         ("wmjax/train.py", "from wmjax.main import cli", "train may not import wmjax.main"),
         ("wmjax/weights/x.py", "import torch", "torch is optional"),
-        ("wmjax/metrics.py", "try:\n  import tensorflow as tf\nexcept E: ...", "is optional"),
+        ("wmjax/run/metrics.py", "try:\n  import tensorflow as tf\nexcept E: ...", "is optional"),
         ("wmjax/__init__.py", "import jax", "may not load jax"),
         ("wmjax/weights/x.py", "import pickle", "pickle runs code"),
         ("wmjax/data/x.py", "from pickle import loads", "pickle.loads runs code"),

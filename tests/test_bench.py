@@ -17,7 +17,7 @@ import pytest
 from conftest import use_one_device
 from shared_data import PUSHT
 
-from wmjax import assemble, metrics, sharding
+from wmjax import assemble, sharding
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.bench import data as data_bench
@@ -26,6 +26,7 @@ from wmjax.data.video import VideoFiles
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.models import base
+from wmjax.run import metrics
 
 PUSHT_DATA = ("data.source=lerobot", f"data.root={PUSHT}", "data.fps=4")
 STEP_KEYS = {

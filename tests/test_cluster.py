@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from shared_data import PUSHT
 
-from wmjax.cluster import start
 from wmjax.errors import UserError
+from wmjax.run.cluster import start
 
 STEPS = 5
 SAVED = 3
@@ -123,8 +123,8 @@ def test_flags_that_do_not_go_together_are_refused(flags, said):
 
 @pytest.mark.parametrize(("container", "patience"), [(False, 1), (True, 2)])
 def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch, capsys, container, patience):
-    monkeypatch.setattr("wmjax.cluster.PATIENCE_S", 1)
-    monkeypatch.setattr("wmjax.cluster.IMAGES_S", 2)
+    monkeypatch.setattr("wmjax.run.cluster.PATIENCE_S", 1)
+    monkeypatch.setattr("wmjax.run.cluster.IMAGES_S", 2)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     if container:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "there")
@@ -165,7 +165,7 @@ def listens(port):
 
 def of_slurm(monkeypatch, process):
     """Make this process the given one of two that srun started; return the coordinator's port."""
-    monkeypatch.setattr("wmjax.cluster.PATIENCE_S", 1)
+    monkeypatch.setattr("wmjax.run.cluster.PATIENCE_S", 1)
     port = cluster.free_port()
     variables = {
         "JOB_ID": "17",
@@ -202,7 +202,7 @@ def test_a_job_of_slurm_whose_port_is_taken_is_two_lines(monkeypatch):
 
 def test_a_container_is_waited_for_longer_and_that_is_said(monkeypatch, capsys):
     port = of_slurm(monkeypatch, 1)
-    monkeypatch.setattr("wmjax.cluster.IMAGES_S", 2)
+    monkeypatch.setattr("wmjax.run.cluster.IMAGES_S", 2)
     monkeypatch.setattr("jax._src.clusters.SlurmCluster.name", "k8s")
     with pytest.raises(UserError, match=f"localhost:{port}: no answer within 2 s"):
         start(None, None, None)

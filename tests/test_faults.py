@@ -25,22 +25,13 @@ import pytest
 from clu import metrics as clu_metrics
 from conftest import use_one_device
 
-from wmjax import (
-    assemble,
-    checkpoint,
-    console,
-    goodput,
-    guard,
-    main,
-    manifest,
-    sharding,
-    stop,
-    train,
-    watch,
-)
+from wmjax import assemble, main, sharding, train
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.errors import UserError
 from wmjax.models import vjepa2
+from wmjax.run import checkpoint, console, goodput, guard, manifest
+from wmjax.run import signals as stop
+from wmjax.run import watchdog as watch
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -208,7 +199,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_nothing_else_does(monkeypatch):
 STUCK_SAVE = """
 import time
 from wmjax import main
-from wmjax.checkpoint import Checkpoints
+from wmjax.run.checkpoint import Checkpoints
 def save(self, *_):
     print("saving", flush=True)
     time.sleep(3600)

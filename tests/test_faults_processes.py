@@ -31,7 +31,7 @@ main.cli()
 FULL = """
 import resource, sys
 from wmjax import main
-from wmjax.checkpoint import Checkpoints
+from wmjax.run.checkpoint import Checkpoints
 full, save = int(sys.argv.pop(1)), Checkpoints.save
 def limited(self, step, *rest):
     self.wait()

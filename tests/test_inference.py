@@ -13,11 +13,11 @@ from flax import traverse_util
 import wmjax
 from wmjax import config as configs
 from wmjax import weights
-from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
 from wmjax.inference import Model
 from wmjax.models import base
 from wmjax.models.norm import layer_norm
+from wmjax.run.checkpoint import Saved
 
 SIZES = weight_files.SIZES
 RNG = np.random.default_rng(0)

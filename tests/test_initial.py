@@ -9,8 +9,8 @@ import weight_files
 import wmjax
 from wmjax import assemble, initial, sharding, train
 from wmjax import config as configs
-from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
+from wmjax.run.checkpoint import Saved
 
 SIZES = weight_files.SIZES | {"num_mask_tokens": 10}
 OVERRIDES = (

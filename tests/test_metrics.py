@@ -10,8 +10,9 @@ import pytest
 from clu import metrics as clu_metrics
 from tensorboardX.proto.event_pb2 import Event
 
-from wmjax import metrics, train
+from wmjax import train
 from wmjax.errors import UserError
+from wmjax.run import metrics
 
 
 def one(**values):

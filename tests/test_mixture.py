@@ -11,11 +11,11 @@ from test_pipeline import equal, stream, take
 
 from wmjax import assemble, sharding, train
 from wmjax import config as configs
-from wmjax.checkpoint import Checkpoints
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import _order
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.errors import UserError
+from wmjax.run.checkpoint import Checkpoints
 
 
 def mixture(*overrides, **members):

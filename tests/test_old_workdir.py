@@ -1,4 +1,4 @@
-"""A workdir that commit 420b0df wrote at step 2 goes on and loads; what it went on to is beside it."""
+"""A workdir that commit 420b0df wrote at step 2: it goes on as it did there, and loads."""
 
 import json
 import shutil

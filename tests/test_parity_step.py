@@ -12,7 +12,7 @@ import pytest
 from clips import batch_of
 
 from wmjax import assemble, sharding
-from wmjax.metrics import fetch
+from wmjax.run.metrics import fetch
 
 B1 = 0.9
 

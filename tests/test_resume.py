@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from wmjax import assemble, sharding, train
-from wmjax.checkpoint import Checkpoints
 from wmjax.errors import UserError
+from wmjax.run.checkpoint import Checkpoints
 
 
 def final_hash(workdir, step, *overrides):

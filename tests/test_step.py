@@ -11,7 +11,7 @@ import pytest
 from wmjax import assemble, sharding
 from wmjax.errors import UserError
 from wmjax.masking import Masks
-from wmjax.metrics import fetch
+from wmjax.run.metrics import fetch
 
 
 def prepare(devices, *overrides):

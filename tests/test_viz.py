@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import wmjax
-from wmjax import demo, metrics, sharding, train
+from wmjax import demo, sharding, train
 from wmjax.errors import UserError
 from wmjax.masking import Masks
+from wmjax.run import metrics
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 from wmjax.viz import __main__ as door
 from wmjax.viz import curves, draw, features, frames, page

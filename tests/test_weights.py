@@ -20,11 +20,11 @@ from safetensors.numpy import load_file
 from weight_files import MODEL, SIZES
 
 from wmjax import sharding
-from wmjax.checkpoint import Checkpoints
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.positions import bicubic
+from wmjax.run.checkpoint import Checkpoints
 from wmjax.step import TrainState
 from wmjax.weights import __main__ as door
 from wmjax.weights import export, load, open_source, tables

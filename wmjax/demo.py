@@ -15,12 +15,12 @@ import numpy as np
 
 from wmjax import assemble
 from wmjax import config as configs
-from wmjax.console import say
 from wmjax.data.source import Source
 from wmjax.errors import UserError
 from wmjax.masking import Masks
-from wmjax.metrics import Row, fetch
 from wmjax.models import base
+from wmjax.run.console import say
+from wmjax.run.metrics import Row, fetch
 from wmjax.step import Steps, TrainState
 from wmjax.train import open_checkpoints, prepare, take_up
 from wmjax.types import WorldModelInput

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from wmjax import weights
-from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
 from wmjax.models.base import Params
+from wmjax.run.checkpoint import Saved
 from wmjax.step import Steps, TrainState
 
 

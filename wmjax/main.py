@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from wmjax import __version__, cluster, door
+from wmjax import __version__, door
 from wmjax import config as configs
+from wmjax.run import cluster
 
 _HELP = """\
 modes:

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Sharding
 
-from wmjax import assemble, hlo, metrics, sharding
+from wmjax import assemble, hlo, sharding
 from wmjax import config as configs
 from wmjax.errors import UserError, how_to_install
 from wmjax.masking import Masks
+from wmjax.run import metrics
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
 GIB = 2**30

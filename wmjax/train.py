@@ -22,17 +22,17 @@ from clu import parameter_overview
 
 from wmjax import assemble, initial, sharding
 from wmjax import config as configs
-from wmjax.checkpoint import Checkpoints
-from wmjax.console import reason, say
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
 from wmjax.errors import UserError
 from wmjax.evals import health, prediction
 from wmjax.evals import probe as probes
-from wmjax.goodput import Goodput
-from wmjax.guard import Guard
 from wmjax.masking import Masks
-from wmjax.metrics import (
+from wmjax.run.checkpoint import Checkpoints
+from wmjax.run.console import reason, say
+from wmjax.run.goodput import Goodput
+from wmjax.run.guard import Guard
+from wmjax.run.metrics import (
     Mean,
     Reporter,
     Row,
@@ -42,9 +42,9 @@ from wmjax.metrics import (
     fetch,
     peak_flops,
 )
+from wmjax.run.signals import Batches, Stopped, StopSignal, leave
+from wmjax.run.watchdog import Watchdog
 from wmjax.step import Steps, TrainState
-from wmjax.stop import Batches, Stopped, StopSignal, leave
-from wmjax.watch import Watchdog
 
 if TYPE_CHECKING:
     from wmjax.viz.validation import Pictures

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-from wmjax import metrics
 from wmjax.masking import Masks
 from wmjax.models import base
 from wmjax.models.base import Part
+from wmjax.run import metrics
 from wmjax.step import Steps, TrainState
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 

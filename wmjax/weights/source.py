@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wmjax.checkpoint import Saved
 from wmjax.errors import UserError
 from wmjax.models.encoder import SIZES
 from wmjax.models.layers import EPS
+from wmjax.run.checkpoint import Saved
 from wmjax.weights import tables
 from wmjax.weights.files import (
     Tensors,

@@ -37,7 +37,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     """
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # wmjax.stop is told the signals
+    jax.config.update("jax_enable_preemption_service", False)  # run.signals handles them
     if coordinator is None and process is None and processes in (None, 1):
         if processes is None:
             _join_what_is_found()

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from wmjax.console import say
 from wmjax.errors import UserError
+from wmjax.run.console import say
 from wmjax.step import Metrics
 from wmjax.types import WorldModelInput
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from wmjax.console import clock, reason, say
+from wmjax.run.console import clock, reason, say
 
 # start: up to the first batch, and what is left at the end; data: waiting for clips; step: the rest
 # of the time that the devices are kept busy in. lost: work done again, and time without a process.

@@ -8,8 +8,8 @@ import time
 
 import jax
 
-from wmjax import coordination
-from wmjax.stop import leave
+from wmjax.run import coordination
+from wmjax.run.signals import leave
 
 EXIT_CODE = 75  # of sysexits.h: a failure that may not be there at the next try
 ANSWER_S = 10.0  # for the other processes to say where they are

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from wmjax import coordination
 from wmjax.data.pipeline import Pipeline
+from wmjax.run import coordination
 from wmjax.types import WorldModelInput
 
 # What schedulers send first; SIGUSR1 is what Slurm's --signal=USR1@SECONDS is set to by habit.

@@ -20,8 +20,8 @@ import numpy as np
 from clu import metrics as clu_metrics
 from tqdm import tqdm
 
-from wmjax.console import clock, reason, say
 from wmjax.errors import UserError, how_to_install
+from wmjax.run.console import clock, reason, say
 
 Row = dict[str, float]
 
