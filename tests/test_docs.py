@@ -9,9 +9,10 @@ import pytest
 from shared_data import PUSHT
 
 import wmjax
-from wmjax import assemble, demo, main, plan, train
+from wmjax import assemble, main, train
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
+from wmjax.commands import demo, plan
 from wmjax.data import __main__ as data
 from wmjax.masking import Masks
 from wmjax.viz import __main__ as viz

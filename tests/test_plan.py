@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import micro
 import pytest
 
-from wmjax import hlo, main, plan
+from wmjax import main
+from wmjax.commands import hlo, plan
 from wmjax.errors import UserError
 
 # A loop of three turns: each gathers 8 rows of 4 by two members, of a mesh of two axes, and adds.

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import wmjax
-from wmjax import demo, sharding, train
+from wmjax import sharding, train
+from wmjax.commands import demo
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.run import metrics

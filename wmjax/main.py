@@ -81,7 +81,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
 
     door.keep_compiled()  # after the flags: --help and --list answer without jax, at once
     if flags.mode == "plan":  # by this process alone, whatever cluster it is in
-        from wmjax.plan import plan
+        from wmjax.commands.plan import plan
 
         if not flags.topology:
             parser.error("--mode=plan: --topology=NAME is needed, as in --topology=v5e:16x16")
@@ -91,7 +91,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         print(f"wmjax {__version__}: {flags.mode} {flags.config} in {workdir}")
         print(configs.outline(config), flush=True)
     if flags.mode == "demo":
-        from wmjax.demo import demo
+        from wmjax.commands.demo import demo
 
         return demo(config, workdir)
     from wmjax.train import evaluate, train

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Sharding
 
-from wmjax import assemble, hlo, sharding
+from wmjax import assemble, sharding
 from wmjax import config as configs
+from wmjax.commands import hlo
 from wmjax.errors import UserError, how_to_install
 from wmjax.masking import Masks
 from wmjax.run import metrics

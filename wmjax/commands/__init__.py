@@ -1,0 +1,1 @@
+"""Commands of the main door beside training: the demo, and the plan of a run on a pod."""
