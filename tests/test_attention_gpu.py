@@ -14,7 +14,9 @@ from conftest import lowered_for_gpu
 
 from wmjax import sharding
 from wmjax.errors import UserError
-from wmjax.models import attention, attention_gpu, kernels
+from wmjax.nn import attention
+from wmjax.nn.kernels import attention_gpu
+from wmjax.nn.kernels import devices as kernels
 
 
 def arguments(tails, lengths, dtype=jnp.float32, width=32):

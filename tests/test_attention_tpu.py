@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmjax import sharding
-from wmjax.models import attention, attention_tpu
+from wmjax.nn import attention
+from wmjax.nn.kernels import attention_tpu
 
 
 def forward_and_backward(attend, query_key_value, weight):

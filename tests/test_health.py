@@ -11,7 +11,8 @@ from clips import batch_of
 
 from wmjax import train
 from wmjax.evals import health, prediction
-from wmjax.models import norm, vjepa2
+from wmjax.models import vjepa2
+from wmjax.nn import norm
 from wmjax.types import WorldModelOutput
 
 GRID = (2, 2, 3)

@@ -16,7 +16,7 @@ from wmjax import weights
 from wmjax.errors import UserError
 from wmjax.inference import Model
 from wmjax.models import base
-from wmjax.models.norm import layer_norm
+from wmjax.nn.norm import layer_norm
 from wmjax.run.checkpoint import Saved
 
 SIZES = weight_files.SIZES

@@ -10,7 +10,8 @@ from clips import batch_of, random_batch
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import attention, base, encoder, gelu, layers
+from wmjax.models import base, encoder
+from wmjax.nn import attention, gelu, layers
 
 TINY = {
     "width": 32,
@@ -79,7 +80,7 @@ def run_loss(batch, **cfg):
 
 def test_the_fused_norm_gives_the_same_loss_and_gradients(monkeypatch):
     """By the kernel's Python; unrolled, so that it is there between the blocks too."""
-    from wmjax.models import norm_gpu
+    from wmjax.nn.kernels import norm_gpu
 
     calls = []
 
@@ -100,7 +101,7 @@ def test_the_fused_norm_gives_the_same_loss_and_gradients(monkeypatch):
 
 def test_the_attention_kernels_give_the_same_loss_and_gradients(monkeypatch):
     """By the kernels' Python, for two masks at once and the predictor's last block."""
-    from wmjax.models import attention_gpu
+    from wmjax.nn.kernels import attention_gpu
 
     calls = []
 

@@ -11,7 +11,8 @@ from conftest import lowered_for_gpu
 
 from wmjax import sharding
 from wmjax.errors import UserError
-from wmjax.models import norm, norm_gpu
+from wmjax.nn import norm
+from wmjax.nn.kernels import norm_gpu
 
 
 def arguments(width, rows=6, dtype=jnp.float32):

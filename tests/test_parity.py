@@ -14,8 +14,9 @@ import pytest
 from clips import batch_of
 from flax import nnx
 
-from wmjax.models import base, rope
+from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
+from wmjax.nn import rope
 
 F32 = jnp.dtype("float32")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wmjax.models import base, rope
-from wmjax.models.positions import Positions, bicubic
+from wmjax.models import base
+from wmjax.nn import rope
+from wmjax.nn.positions import Positions, bicubic
 
 WIDTH = 8
 # Compiling is nearly all the time these tests take.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wmjax.models import rope
+from wmjax.nn import rope
 
 GRID = (3, 4, 5)  # not square
 HEAD = 26  # 8 dimensions an axis, 2 left over

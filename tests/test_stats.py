@@ -15,7 +15,7 @@ from test_lerobot import write_v21
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.stats import summarize
 from wmjax.errors import UserError
-from wmjax.models.normalize import normalizer
+from wmjax.nn.normalize import normalizer
 
 KEYS = (("state", "observation.state"), ("action", "action"))
 

@@ -23,7 +23,7 @@ from wmjax import sharding
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
-from wmjax.models.positions import bicubic
+from wmjax.nn.positions import bicubic
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.step import TrainState
 from wmjax.weights import __main__ as door

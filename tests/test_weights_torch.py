@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from weight_files import MODEL, SIZES
 
 from wmjax.errors import UserError
-from wmjax.models import base, rope
-from wmjax.models.positions import bicubic
+from wmjax.models import base
+from wmjax.nn import rope
+from wmjax.nn.positions import bicubic
 from wmjax.weights import __main__ as door
 from wmjax.weights import export, load, open_source, tables
 from wmjax.weights.export import names_and_shapes, settings_of

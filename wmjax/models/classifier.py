@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models.attention import xla_attention
-from wmjax.models.layers import MLP, Block, Linear, run
-from wmjax.models.norm import LayerNorm
+from wmjax.nn.attention import xla_attention
+from wmjax.nn.layers import MLP, Block, Linear, run
+from wmjax.nn.norm import LayerNorm
 
 MLP_RATIO = 4  # of every released probe, those on the giant encoder included
 EPS = 1e-5  # of the layer norms where the probes were trained; transformers runs them with 1e-6

@@ -8,12 +8,12 @@ import numpy as np
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import rope
 from wmjax.models.base import InputSpec
-from wmjax.models.kernels import Lengths
-from wmjax.models.layers import Block, check_remat, run
-from wmjax.models.norm import LayerNorm
-from wmjax.models.positions import Positions
+from wmjax.nn import rope
+from wmjax.nn.kernels.devices import Lengths
+from wmjax.nn.layers import Block, check_remat, run
+from wmjax.nn.norm import LayerNorm
+from wmjax.nn.positions import Positions
 
 SIZES = {  # width, depth, heads, mlp_ratio; from large on as released with V-JEPA 2 and 2.1
     "tiny": (192, 12, 3, 4.0),

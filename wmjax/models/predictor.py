@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import rope
-from wmjax.models.attention import split
-from wmjax.models.layers import Block, Linear, check_remat, run
-from wmjax.models.norm import LayerNorm
+from wmjax.nn import rope
+from wmjax.nn.attention import split
+from wmjax.nn.layers import Block, Linear, check_remat, run
+from wmjax.nn.norm import LayerNorm
 
 
 class Predictor(nnx.Module):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import layers, norm, rope
 from wmjax.models.base import BaseWorldModel, InputSpec, Params, Part, merge
 from wmjax.models.encoder import Encoder, resolve_size
 from wmjax.models.predictor import Predictor
+from wmjax.nn import layers, norm, rope
 from wmjax.types import WorldModelInput, WorldModelOutput
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}

@@ -13,8 +13,8 @@ from wmjax.data.reader import Reader
 from wmjax.data.source import Source
 from wmjax.inference import Model
 from wmjax.masking import Grid, Masks
-from wmjax.models.norm import layer_norm
 from wmjax.models.vjepa2 import TARGET_EPS
+from wmjax.nn.norm import layer_norm
 
 
 class Hidden(NamedTuple):

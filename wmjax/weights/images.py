@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
-from wmjax.models.positions import bicubic
+from wmjax.nn.positions import bicubic
 
 Shape = tuple[int, ...]
 RGB = tuple[float, float, float]

@@ -7,7 +7,7 @@ from typing import Any
 
 from wmjax.errors import UserError
 from wmjax.models.encoder import SIZES
-from wmjax.models.layers import EPS
+from wmjax.nn.layers import EPS
 from wmjax.run.checkpoint import Saved
 from wmjax.weights import tables
 from wmjax.weights.files import (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models.kernels import device_name, modern_gpu, triton_is_there
+from wmjax.nn.kernels.devices import device_name, modern_gpu, triton_is_there
 
 EPS = 1e-6  # of every layer norm inside encoders and predictors
 
@@ -39,7 +39,7 @@ class LayerNorm(nnx.Module):
     def after(self, x_BND: jax.Array, branch: Branch, fused: bool) -> tuple[jax.Array, jax.Array]:
         """Return the sum of x and the branch, and that normalised: if fused, in x's dtype."""
         if fused:
-            from wmjax.models.norm_gpu import add_norm  # Pallas takes a while to import
+            from wmjax.nn.kernels.norm_gpu import add_norm  # Pallas takes a while to import
 
             vectors = self.scale[...], self.bias[...]
             return add_norm(x_BND, *branch, *vectors, self.eps, x_BND.dtype)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from wmjax.models.kernels import Lengths, on_own_rows, traced_once
+from wmjax.nn.kernels.devices import Lengths, on_own_rows, traced_once
 
 BLOCK = 64  # rows of its own that a program keeps, and of the others that it takes at a time
 WARPS, STAGES = 4, 3  # of every kernel

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wmjax.models import rope
+from wmjax.nn import rope
 
 
 def bicubic(new: int, old: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmjax.errors import UserError
-from wmjax.models.kernels import Lengths, device_name, modern_gpu, triton_is_there
+from wmjax.nn.kernels.devices import Lengths, device_name, modern_gpu, triton_is_there
 
 # Tokens up to which our kernels beat cuDNN's with heads of 64, on an H100: faster at 504 and 128, a
 # fifth slower at 2,048. With heads of 32 they are faster at 1,500 too.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from wmjax.models.kernels import on_own_rows
+from wmjax.nn.kernels.devices import on_own_rows
 
 LANES = 128  # the kernel takes whole blocks of as many tokens
 

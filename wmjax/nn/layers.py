@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models import rope
-from wmjax.models.attention import attend, choose_attention, split
-from wmjax.models.gelu import gelu
-from wmjax.models.kernels import Lengths
-from wmjax.models.norm import EPS, Branch, LayerNorm, choose_norm, total
+from wmjax.nn import rope
+from wmjax.nn.attention import attend, choose_attention, split
+from wmjax.nn.gelu import gelu
+from wmjax.nn.kernels.devices import Lengths
+from wmjax.nn.norm import EPS, Branch, LayerNorm, choose_norm, total
 
 # What the backward pass recomputes; "dots" keeps the outputs of the products with parameters.
 REMAT = {

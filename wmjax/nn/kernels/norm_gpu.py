@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from wmjax.models.kernels import on_own_rows, traced_once
+from wmjax.nn.kernels.devices import on_own_rows, traced_once
 
 ROWS = 4  # of the stream that a program of the forward kernel works on
 AT_ONCE = 2048  # numbers that a program of the backward kernel takes at a time
