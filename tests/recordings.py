@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from shared_data import PUSHT
 
 from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.media.transforms import FULL_BOX, crop_and_scale, frame_size
 from wmjax.data.reader import Reader
-from wmjax.data.transforms import FULL_BOX, crop_and_scale, frame_size
 from wmjax.masking import Masks
 
 VIDEO = "videos/observation.image/chunk-000/file-000.mp4"

@@ -22,7 +22,7 @@ from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.bench import data as data_bench
 from wmjax.bench.step import random_batch
-from wmjax.data.video import VideoFiles
+from wmjax.data.media.video import VideoFiles
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.models import base

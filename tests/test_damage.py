@@ -18,7 +18,7 @@ import pytest
 from recordings import TABLE, edit_column, encode, open_pusht, reader_of, to_images, write_v2
 from shared_data import PUSHT, SHARED
 
-from wmjax.data import video
+from wmjax.data.media import video
 from wmjax.errors import UserError
 
 SCRIPT = Path(__file__).with_name("damage.py")

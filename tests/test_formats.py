@@ -32,7 +32,7 @@ from recordings import (
 )
 from shared_data import PUSHT
 
-from wmjax.data import images
+from wmjax.data.media import images
 from wmjax.data.mixture import Mixture
 from wmjax.errors import ClipError, UserError
 from wmjax.train import _notes
@@ -179,7 +179,7 @@ def test_a_row_group_is_not_held_at_once(tmp_path):
     pq.write_table(pa.table({"a.b": pictures}), path, compression="none", **pages)
     code = (
         "import sys, pyarrow as pa\nfrom pathlib import Path\n"
-        "from wmjax.data.images import read_images\n"
+        "from wmjax.data.media.images import read_images\n"
         "read_images(Path(sys.argv[1]), 'a.b', [150, 199])\n"
         "print(pa.default_memory_pool().max_memory())"
     )

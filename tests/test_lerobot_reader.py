@@ -11,7 +11,7 @@ from shared_data import PUSHT
 
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.lerobot_reader import LeRobotReader
-from wmjax.data.transforms import FULL_BOX, crop_and_scale
+from wmjax.data.media.transforms import FULL_BOX, crop_and_scale
 from wmjax.errors import ClipError, UserError
 
 SETTINGS = {"frames": 4, "fps": 4}

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from wmjax.data.transforms import FULL_BOX, Box, centre_box, crop_and_scale, random_box
+from wmjax.data.media.transforms import FULL_BOX, Box, centre_box, crop_and_scale, random_box
 
 
 def picture(height, width, seed=0):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from wmjax import sharding, weights
-from wmjax.data.transforms import centre_box, crop_and_scale
+from wmjax.data.media.transforms import centre_box, crop_and_scale
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier

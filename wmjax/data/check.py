@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from wmjax.data.images import read_images
 from wmjax.data.lerobot_format import (
     PLACE_V3,
     fields_v2,
@@ -29,12 +28,13 @@ from wmjax.data.lerobot_format import (
     read_lines,
 )
 from wmjax.data.lerobot_paths import find, find_videos
+from wmjax.data.media.images import read_images
+from wmjax.data.media.tables import read_columns, read_numbers
+from wmjax.data.media.transforms import frame_size
+from wmjax.data.media.video import VideoFiles
 from wmjax.data.recording import camera_kind, channels_first
 from wmjax.data.source import counted
 from wmjax.data.stats import summarize
-from wmjax.data.tables import read_columns, read_numbers
-from wmjax.data.transforms import frame_size
-from wmjax.data.video import VideoFiles
 from wmjax.errors import UserError
 
 TOLERANCE_S = 1e-4  # lerobot's, for timestamps

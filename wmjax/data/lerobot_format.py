@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from wmjax.data.lerobot_paths import Absent, find, find_videos, in_hub_cache, inside
-from wmjax.data.tables import opened_table, read_columns, read_numbers
-from wmjax.data.video import VideoFiles
+from wmjax.data.media.tables import opened_table, read_columns, read_numbers
+from wmjax.data.media.video import VideoFiles
 from wmjax.errors import UserError
 
 LIMIT = 2**31  # what counts, sizes and lengths stay below: clips are numbered in int32

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from wmjax.data.media.transforms import Box, Scaler, centre_box, random_box
 from wmjax.data.source import Source
-from wmjax.data.transforms import Box, Scaler, centre_box, random_box
 from wmjax.errors import ClipError
 from wmjax.masking import Masks
 

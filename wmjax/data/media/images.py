@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 
-from wmjax.data.tables import holds_images, opened_table
-from wmjax.data.video import MOST_PIXELS
+from wmjax.data.media.tables import holds_images, opened_table
+from wmjax.data.media.video import MOST_PIXELS
 from wmjax.errors import UserError
 
 _CODECS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "mjpeg"}

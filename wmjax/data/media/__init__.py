@@ -1,0 +1,1 @@
+"""Video, images and tables as files: decoding, cropping and scaling. Knows no dataset format."""
