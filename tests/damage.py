@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from recordings import reader_of
 
 from wmjax.data.check import check
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.skips import Skips
 from wmjax.errors import UserError
 

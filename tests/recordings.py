@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from shared_data import PUSHT
 
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media.transforms import FULL_BOX, crop_and_scale, frame_size
 from wmjax.data.reader import Reader
 from wmjax.masking import Masks

@@ -24,7 +24,7 @@ from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data.__main__ import run, statistics
 from wmjax.data.check import check
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.errors import UserError
 
 SECOND = "videos/chunk-000/observation.image/episode_000001.mp4"

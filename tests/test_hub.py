@@ -14,7 +14,7 @@ from shared_data import PUSHT
 
 from wmjax import config as configs
 from wmjax.assemble import make_source
-from wmjax.data import hub
+from wmjax.data.lerobot import hub
 from wmjax.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -122,8 +122,8 @@ def test_what_the_hub_refuses_is_one_line(fake, name, text):
 
 
 OFFLINE = """
-from wmjax.data.hub import download
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.hub import download
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.errors import UserError
 try:
     print(LeRobotSource(download("someone/pusht", "", "all"), frames=4, fps=4).describe())

@@ -24,7 +24,7 @@ from recordings import (
 )
 from shared_data import PUSHT, SHARED, needs_shared
 
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media import video as video_files
 from wmjax.data.media.transforms import FULL_BOX, Box, crop_and_scale
 from wmjax.errors import UserError

@@ -9,8 +9,8 @@ import pytest
 from recordings import open_pusht
 from shared_data import PUSHT
 
-from wmjax.data.lerobot import LeRobotSource
-from wmjax.data.lerobot_reader import LeRobotReader
+from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.lerobot.via_lerobot import LeRobotReader
 from wmjax.data.media.transforms import FULL_BOX, crop_and_scale
 from wmjax.errors import ClipError, UserError
 

@@ -10,7 +10,7 @@ from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax import assemble, main, sharding, train
 from wmjax import config as configs
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.errors import UserError
 from wmjax.evals import probe

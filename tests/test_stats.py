@@ -12,7 +12,7 @@ import pytest
 from shared_data import PUSHT, SHARED, needs_shared
 from test_lerobot import write_v21
 
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.stats import summarize
 from wmjax.errors import UserError
 from wmjax.nn.normalize import normalizer

@@ -27,7 +27,7 @@ from shared_data import PUSHT, SHARED, needs_shared
 from wmjax.data import transcode as module
 from wmjax.data.__main__ import run
 from wmjax.data.check import check
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media.transforms import FULL_BOX, crop_and_scale
 from wmjax.data.reader import Reader
 from wmjax.data.transcode import scaled

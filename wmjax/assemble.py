@@ -13,9 +13,9 @@ import ml_collections
 
 from wmjax import config as configs
 from wmjax import optim, sharding
-from wmjax.data.hub import download
-from wmjax.data.lerobot import LeRobotSource
-from wmjax.data.lerobot_reader import LeRobotReader
+from wmjax.data.lerobot.hub import download
+from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.lerobot.via_lerobot import LeRobotReader
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from wmjax.assemble import count_cores
-from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
 from wmjax.errors import UserError

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from wmjax.data.lerobot_format import (
+from wmjax.data.lerobot.format import (
     PLACE_V3,
     fields_v2,
     list_episodes_v3,
@@ -27,12 +27,12 @@ from wmjax.data.lerobot_format import (
     read_info,
     read_lines,
 )
-from wmjax.data.lerobot_paths import find, find_videos
+from wmjax.data.lerobot.paths import find, find_videos
+from wmjax.data.lerobot.recording import camera_kind, channels_first
 from wmjax.data.media.images import read_images
 from wmjax.data.media.tables import read_columns, read_numbers
 from wmjax.data.media.transforms import frame_size
 from wmjax.data.media.video import VideoFiles
-from wmjax.data.recording import camera_kind, channels_first
 from wmjax.data.source import counted
 from wmjax.data.stats import summarize
 from wmjax.errors import UserError

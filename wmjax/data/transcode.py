@@ -23,10 +23,10 @@ import av
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from wmjax.data.lerobot_format import read_info, read_rows
-from wmjax.data.lerobot_paths import inside
+from wmjax.data.lerobot.format import read_info, read_rows
+from wmjax.data.lerobot.paths import inside
+from wmjax.data.lerobot.recording import channels_first, choose_cameras
 from wmjax.data.media.transforms import frame_size
-from wmjax.data.recording import channels_first, choose_cameras
 from wmjax.errors import UserError
 
 # fastdecode: no CABAC, no deblocking; without B-frames. Of g1_subset_v30 at 256 px and a key frame

@@ -4,9 +4,9 @@ import functools
 import re
 from pathlib import Path
 
-from wmjax.data.lerobot_format import read_info
-from wmjax.data.lerobot_paths import templates
-from wmjax.data.recording import choose_cameras
+from wmjax.data.lerobot.format import read_info
+from wmjax.data.lerobot.paths import templates
+from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.errors import UserError
 from wmjax.hub import snapshot
 

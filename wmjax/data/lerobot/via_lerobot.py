@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot_format import Episode
-from wmjax.data.recording import Recording
+from wmjax.data.lerobot.format import Episode
+from wmjax.data.lerobot.recording import Recording
 from wmjax.errors import ClipError, UserError, how_to_install
 
 

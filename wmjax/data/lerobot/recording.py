@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot_format import Episode
+from wmjax.data.lerobot.format import Episode
 from wmjax.data.source import Source, counted
 from wmjax.data.stats import summarize
 from wmjax.data.windows import Windows, split_episodes, stride_for

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wmjax.data.lerobot_paths import Absent, find, find_videos, in_hub_cache, inside
+from wmjax.data.lerobot.paths import Absent, find, find_videos, in_hub_cache, inside
 from wmjax.data.media.tables import opened_table, read_columns, read_numbers
 from wmjax.data.media.video import VideoFiles
 from wmjax.errors import UserError

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot_format import Episode, read_info, read_rows, read_tables
+from wmjax.data.lerobot.format import Episode, read_info, read_rows, read_tables
+from wmjax.data.lerobot.recording import Recording
 from wmjax.data.media.images import read_images
 from wmjax.data.media.video import VideoFiles
-from wmjax.data.recording import Recording
 from wmjax.data.source import Picture
 from wmjax.errors import ClipError, UserError
 
