@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from recordings import reader_of
 
-from wmjax.data.check import check
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.skips import Skips
+from wmjax.data.tools.check import check
 from wmjax.errors import UserError
 
 HANG_S = 60

@@ -23,8 +23,8 @@ from recordings import (
 from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data.__main__ import run, statistics
-from wmjax.data.check import check
 from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.tools.check import check
 from wmjax.errors import UserError
 
 SECOND = "videos/chunk-000/observation.image/episode_000001.mp4"

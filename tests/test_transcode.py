@@ -24,13 +24,13 @@ from recordings import (
 )
 from shared_data import PUSHT, SHARED, needs_shared
 
-from wmjax.data import transcode as module
 from wmjax.data.__main__ import run
-from wmjax.data.check import check
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media.transforms import FULL_BOX, crop_and_scale
 from wmjax.data.reader import Reader
-from wmjax.data.transcode import scaled
+from wmjax.data.tools import transcode as module
+from wmjax.data.tools.check import check
+from wmjax.data.tools.transcode import scaled
 from wmjax.errors import UserError
 from wmjax.masking import Masks
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from wmjax import door
-from wmjax.data.check import Finding, check, table_of
 from wmjax.data.lerobot.format import read_info, read_rows, read_tables
 from wmjax.data.lerobot.recording import width_of
 from wmjax.data.stats import summarize
-from wmjax.data.transcode import transcode
+from wmjax.data.tools.check import Finding, check, table_of
+from wmjax.data.tools.transcode import transcode
 from wmjax.errors import UserError
 
 
