@@ -90,7 +90,7 @@ def cudnn_attention(query_BMHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.
 def splash_attention(
     query_BMHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array
 ) -> jax.Array:
-    from wmjax.models import attention_tpu  # Pallas takes a while to import
+    from wmjax.nn.kernels import attention_tpu  # Pallas takes a while to import
 
     return attention_tpu.attend(query_BMHd, key_BNHd, value_BNHd)
 
@@ -111,7 +111,7 @@ def attend(
         short = max(lengths) <= SHORT or query_BMHd.shape[-1] < 64
         implementation = "triton" if short else "cudnn"
     if implementation == "triton":
-        from wmjax.models import attention_gpu  # Pallas takes a while to import
+        from wmjax.nn.kernels import attention_gpu  # Pallas takes a while to import
 
         return attention_gpu.attend(query_BMHd, key_BNHd, value_BNHd, tails, lengths)
     one = {"xla": xla_attention, "cudnn": cudnn_attention, "splash": splash_attention}
