@@ -181,7 +181,7 @@ def test_killed_half_way_and_resumed_is_the_same_as_unbroken(tmp_path):
     out = tmp_path / "out"
     # A pause before every file's name is given leaves the time to kill it half-way.
     slow = (
-        "import time\nfrom wmjax.data import transcode\nfrom wmjax.data.__main__ import run\n"
+        "import time\nfrom wmjax.data.tools import transcode\nfrom wmjax.data.__main__ import run\n"
         "encode = transcode._encode\n"
         "def slowly(job, part):\n    encode(job, part)\n    time.sleep(1)\n"
         "transcode._encode = slowly\n"
