@@ -8,6 +8,16 @@ class UserError(Exception):
     """
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters of it.
+
+    Of an OSError the system's text, without the file; without a message the name of its class.
+    """
+    text = str(getattr(error, "strerror", None) or error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return (first or type(error).__name__)[:200]
+
+
 def how_to_install(extra: str) -> str:
     """Say how an optional part comes into the environment: a checkout's, by pip or by uv."""
     return f"pip install -e '.[{extra}]', or uv run --extra {extra} python ..."

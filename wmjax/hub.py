@@ -5,7 +5,7 @@ jax is not imported here: rooms for worker processes use this one.
 
 from pathlib import Path
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, reason
 
 
 def snapshot(
@@ -37,5 +37,5 @@ def snapshot(
             f"there is a network, or {instead}"
         )
     except Exception as error:  # whatever else a network or a proxy may come up with
-        fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        fault = f"{type(error).__name__}: {reason(error)}"
     raise UserError(f"{where}: {fault}")

@@ -6,8 +6,6 @@ ahead of it.
 """
 
 import contextlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,12 +22,13 @@ from wmjax import assemble, initial, sharding
 from wmjax import config as configs
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
-from wmjax.errors import UserError
+from wmjax.errors import UserError, reason
 from wmjax.evals import health, prediction
 from wmjax.evals import probe as probes
 from wmjax.masking import Masks
 from wmjax.run.checkpoint import Checkpoints
-from wmjax.run.console import reason, say
+from wmjax.run.console import say
+from wmjax.run.files import append_json_line, write_whole
 from wmjax.run.goodput import Goodput
 from wmjax.run.guard import Guard
 from wmjax.run.metrics import (
@@ -347,8 +346,7 @@ def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         path = workdir / EVALUATIONS
         try:
-            with path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_json_line(path, entry)
         except OSError as error:
             say(f"warning: {path}: not written: {reason(error)}")
 
@@ -429,9 +427,7 @@ def _notes(sources: dict[str, Source]) -> list[str]:
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
-        part = workdir / "config.json.part"
         try:
-            part.write_text(configs.to_json(config))
-            os.replace(part, workdir / "config.json")
+            write_whole(workdir / "config.json", configs.to_json(config))
         except OSError as error:
             raise UserError(f"--workdir: cannot write {workdir}: {error.strerror}") from error

@@ -22,7 +22,7 @@ from jax.sharding import Sharding
 from wmjax import assemble, sharding
 from wmjax import config as configs
 from wmjax.commands import hlo
-from wmjax.errors import UserError, how_to_install
+from wmjax.errors import UserError, how_to_install, reason
 from wmjax.masking import Masks
 from wmjax.run import metrics
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
@@ -72,7 +72,7 @@ def find_devices(topology: str) -> list[jax.Device]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
         raise UserError(
-            f"--topology={topology}: {str(error).splitlines()[0][:200]}\n"
+            f"--topology={topology}: {reason(error)}\n"
             f"wanted v5e:16x16, v6e:16x16, ... ({how_to_install('tpu')}), cpu:N or gpu:N"
         ) from error
 
@@ -128,7 +128,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     except jax.errors.JaxRuntimeError as error:  # libtpu is newer than jax, and writes what is new
         raise UserError(
             f"--topology={topology}: jax {jax.__version__} cannot read what this libtpu compiled; "
-            f"wanted its own ({how_to_install('tpu')})\n{str(error).splitlines()[0][:200]}"
+            f"wanted its own ({how_to_install('tpu')})\n{reason(error)}"
         ) from None
     sent = _print_network(program.collectives())
     peak = metrics.peak_flops(devices)

@@ -17,9 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, reason
 from wmjax.run import coordination, manifest
-from wmjax.run.console import reason, say
+from wmjax.run.console import say
 from wmjax.step import TrainState
 
 _PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a folder while Orbax writes it

@@ -18,12 +18,6 @@ def say(text: str) -> None:
             sys.stdout.flush()
 
 
-def reason(error: BaseException) -> str:
-    """Return what an error says, in a line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0][:200]
-
-
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -6,7 +6,6 @@ lost.
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,9 @@ from typing import Any
 
 import jax
 
-from wmjax.run.console import clock, reason, say
+from wmjax.errors import reason
+from wmjax.run.console import clock, say
+from wmjax.run.files import append_json_line, read_json_lines
 
 # start: up to the first batch, and what is left at the end; data: waiting for clips; step: the rest
 # of the time that the devices are kept busy in. lost: work done again, and time without a process.
@@ -72,8 +73,7 @@ class Goodput:
         seconds = {phase: round(spent, 3) for phase, spent in self._seconds.items()}
         row = {"step": step, "until": round(until, 3), "ended": ended, "seconds": seconds}
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_json_line(self._path, row)
         except OSError as error:
             say(f"warning: {self._path}: not written: {reason(error)}")
 
@@ -93,9 +93,8 @@ def _row_of(path: Path, step: int) -> dict[str, Any] | None:
     """Return the last row that was written by `step`: later ones are of steps done again."""
     found = None
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():  # a kill may have cut one short
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                row = json.loads(line)
+        for row in read_json_lines(path):
+            with contextlib.suppress(KeyError, TypeError, AttributeError):
                 if row["step"] <= step and row["seconds"].keys() == set(PHASES):
                     found = row
     return found

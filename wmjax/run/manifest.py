@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from wmjax.run import files
 
 NAME = "manifest.json"
 _THREADS = 8  # hashing leaves the interpreter to others
@@ -17,9 +18,7 @@ def write(folder: Path) -> None:
     )
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = dict(zip(names, pool.map(_entry, (folder / name for name in names)), strict=True))
-    part = folder / f"{NAME}.part"
-    part.write_text(json.dumps(entries, indent=0))
-    os.replace(part, folder / NAME)
+    files.write_whole(folder / NAME, json.dumps(entries, indent=0))
 
 
 def fault(folder: Path) -> str:

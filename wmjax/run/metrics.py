@@ -6,7 +6,6 @@ them never makes the device wait.
 
 import contextlib
 import json
-import os
 import re
 import sys
 import time
@@ -20,8 +19,9 @@ import numpy as np
 from clu import metrics as clu_metrics
 from tqdm import tqdm
 
-from wmjax.errors import UserError, how_to_install
-from wmjax.run.console import clock, reason, say
+from wmjax.errors import UserError, how_to_install, reason
+from wmjax.run import files
+from wmjax.run.console import clock, say
 
 Row = dict[str, float]
 
@@ -204,9 +204,7 @@ class Reporter:
         if not self._active:
             return
         try:
-            with self._path.open("a") as file:
-                begun = "\n" if self._failing else ""  # what was half written is a line of its own
-                file.write(begun + json.dumps({"step": step, **entry}) + "\n")
+            files.append_json_line(self._path, {"step": step, **entry})
             self._failing = False
         except OSError as error:
             if not self._failing:
@@ -344,18 +342,8 @@ def describe(row: Row) -> str:
 
 def _drop_rows(path: Path, start: int) -> None:
     """Drop the rows after a step, which are written again, and what a kill cut short."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a kill cut short; its step is run again
-            if row["step"] <= start:
-                kept.append(line + "\n")
-    fresh = path.with_suffix(".partial")
-    fresh.write_text("".join(kept))
-    os.replace(fresh, path)
+    kept = [row for row in files.read_json_lines(path) if row["step"] <= start]
+    files.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _import(module: str, extra: str) -> Any:

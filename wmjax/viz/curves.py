@@ -1,13 +1,12 @@
 """The reports of runs as series: metrics.jsonl read, and which of its numbers belong together."""
 
-import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from wmjax.errors import UserError
+from wmjax.run.files import read_json_lines
 
 METRICS = "metrics.jsonl"
 # Title of a panel -> what it shows: how a line is named, its key in a report.
@@ -43,11 +42,7 @@ def read(workdir: Path) -> Run:
     path = workdir / METRICS
     if not path.is_file():
         raise UserError(f"{path}: not there; wanted the workdir of a run")
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill or a full disk
-            rows.append(json.loads(line))
-    return rows
+    return read_json_lines(path)
 
 
 def series(run: Run, key: str) -> Series:

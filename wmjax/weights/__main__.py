@@ -1,7 +1,6 @@
 """The door: `python -m wmjax.weights import SRC DIR`, `export DIR OUT` and `show SRC`."""
 
 import argparse
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ from flax import traverse_util
 
 from wmjax import door
 from wmjax.errors import UserError
+from wmjax.run.files import read_json_lines
 from wmjax.weights.export import export
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
@@ -97,11 +97,9 @@ def export_folder(folder: Path, out: Path, frames: int | None, size: int | None)
 def last_metrics(file: Path, step: int) -> dict[str, float]:
     """Return the last value by this step of the loss, of validation and of probes."""
     found: dict[str, float] = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill or a full disk
-            row = json.loads(line)
-            if row["step"] <= step:
-                found |= row
+    for row in read_json_lines(file):
+        if row["step"] <= step:
+            found |= row
     return {
         key: value
         for key, value in found.items()

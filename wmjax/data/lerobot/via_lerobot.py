@@ -13,7 +13,7 @@ import numpy as np
 
 from wmjax.data.lerobot.format import Episode
 from wmjax.data.lerobot.recording import Recording
-from wmjax.errors import ClipError, UserError, how_to_install
+from wmjax.errors import ClipError, UserError, how_to_install, reason
 
 
 class LeRobotReader(Recording):
@@ -130,8 +130,7 @@ def _import() -> Any:
 
 
 def _line(error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _pictures(pixels: np.ndarray, frames: int) -> list[np.ndarray]:
