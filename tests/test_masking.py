@@ -262,9 +262,9 @@ def test_the_statistics_reject_the_truncation_of_the_reference():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"strategy": "multiblock"}, ["mask.m.strategy='multiblock'", "mean 'multi_block'"]),
+        ({"strategy": "multiblock"}, ["mask.m.strategy='multiblock'", "mean multi_block"]),
         ({"strategy": None}, ["mask.m.strategy=None"]),
-        ({"block": 3}, ["mask.m.block: unknown option", "mean 'blocks'"]),
+        ({"block": 3}, ["mask.m.block: unknown option", "mean blocks"]),
         ({"rng": 3}, ["mask.m.rng: unknown option"]),
         ({"context": 1.0}, ["mask.m.context=1.0", "between 0 and 1"]),
         ({"target": None}, ["mask.m.target=None", "between 0 and 1"]),

@@ -6,7 +6,6 @@ see a ConfigDict; every other room takes plain keyword arguments.
 """
 
 import ast
-import difflib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, suggest
 
 
 def _folder() -> Path:
@@ -362,10 +361,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, list(value) if isinstance(value, tuple) else value
-
-
-def suggest(word: str, words: Sequence[str]) -> str:
-    """Ask whether the nearest of `words` was meant; nothing where none is near."""
-    longer = [other for other in words if word and other.startswith(word)]
-    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""

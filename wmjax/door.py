@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import NoReturn
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import UserError
+from wmjax.errors import UserError, suggest
 
 _PREFIX = "--config."
 _M_ARENA_MAX = -8  # of malloc.h
@@ -63,6 +64,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     return flags, overrides
 
 
+def known_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the flags of a parser, as its usage line names them."""
+    return ["--help", *re.findall(r"--[\w-]+", parser.format_usage())]
+
+
 def _meant(parser: argparse.ArgumentParser, word: str) -> str:
     """Suggest the nearest flag, or say how keys of the configuration are written."""
     flag = word.partition("=")[0]
@@ -70,7 +76,7 @@ def _meant(parser: argparse.ArgumentParser, word: str) -> str:
         return f" (did you mean --config={flag}?)"
     if flag.startswith("--") and flag[2:].partition(".")[0] in configs.get_config("base"):
         return f" (did you mean {_PREFIX}{word.removeprefix('--')}?)"
-    nearest = configs.suggest(flag, list(parser._option_string_actions))
+    nearest = suggest(flag, known_flags(parser))
     return nearest or "; keys of the configuration are written --config.KEY=VALUE"
 
 

@@ -1,5 +1,8 @@
 """The exceptions whose text is meant for the user. Any room may raise them; `main` prints them."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user can put right: one to three lines, no traceback, exit code 2.
@@ -16,6 +19,17 @@ def reason(error: BaseException) -> str:
     text = str(getattr(error, "strerror", None) or error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return (first or type(error).__name__)[:200]
+
+
+def suggest(word: str, words: Iterable[str]) -> str:
+    """Return " (did you mean X?)" with the nearest of `words`, or "" where none is near.
+
+    A word that begins with `word` is nearer than any other.
+    """
+    words = list(words)
+    longer = [other for other in words if word and other.startswith(word)]
+    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def how_to_install(extra: str) -> str:

@@ -5,7 +5,6 @@ sorted, unique and disjoint; a further one is a function and one entry in STRATE
 jax, models and data are not imported here.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, suggest
 from wmjax.masking.blocks import block, multi_block
 from wmjax.masking.budget import Budget, DoesNotFit, Grid
 from wmjax.masking.parts import random, spatial, temporal
@@ -68,7 +67,7 @@ def _prepare(
     chosen = options.pop("strategy", None)
     if chosen not in STRATEGIES:
         raise UserError(
-            f"mask.{name}.strategy={chosen!r}: unknown{_nearest(chosen, STRATEGIES)}; "
+            f"mask.{name}.strategy={chosen!r}: unknown{suggest(str(chosen), STRATEGIES)}; "
             f"there are: {', '.join(STRATEGIES)}"
         )
     strategy = STRATEGIES[chosen]
@@ -79,7 +78,7 @@ def _prepare(
     for option in options:
         if option not in known:
             raise UserError(
-                f"mask.{name}.{option}: unknown option{_nearest(option, known)}; {chosen} takes: "
+                f"mask.{name}.{option}: unknown option{suggest(option, known)}; {chosen} takes: "
                 f"context, target, {', '.join(known)}"
             )
     _try_out(name, strategy, Budget(context, target, max_draws=1), grid, options)
@@ -126,9 +125,3 @@ def _try_out(
         f"The other draws offer {context:.0f} context and {target:.0f} target tokens (median): "
         f"lower the shares or change the options of {strategy.__name__}."
     )
-
-
-def _nearest(found: Any, known: Any) -> str:
-    """Suggest the known name that `found` may have meant."""
-    near = difflib.get_close_matches(str(found), known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
