@@ -41,7 +41,7 @@ from wmjax.run.metrics import (
     fetch,
     peak_flops,
 )
-from wmjax.run.signals import Batches, Stopped, StopSignal, leave
+from wmjax.run.signals import Batches, Stopped, StopSignal, exit_now
 from wmjax.run.watchdog import Watchdog
 from wmjax.step import Steps, TrainState
 
@@ -74,11 +74,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 f"to begin anew: another --workdir"
             )
             return 0
-        say(surroundings(mesh, sources, masks))
+        say(describe_setup(mesh, sources, masks))
         if start:
             say(f"going on from step {start} in {workdir}")
         goodput = Goodput(workdir / "goodput.jsonl", start, watchdog.enter)
-        state, position = take_up(config, checkpoints, steps)
+        state, position = restore_or_init(config, checkpoints, steps)
         write_config(config, workdir)
         say(summary(workdir, state))
 
@@ -123,9 +123,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         say(f"{stop.name}: {what}; the same command goes on from there")
         if stop.left_behind:  # Python would wait for the threads
             jax.distributed.shutdown()
-            leave(128 + stop.received)
+            exit_now(128 + stop.received)
         return 128 + stop.received
-    say(ending(workdir, step, reporter.last, time.perf_counter() - begun))
+    say(describe_result(workdir, step, reporter.last, time.perf_counter() - begun))
     return 0
 
 
@@ -139,7 +139,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         step = checkpoints.latest() or 0
         what = f"step {step}" if step else "no checkpoint; this is what a run begins with"
         say(f"{workdir}: {what}")
-        state, _ = take_up(config, checkpoints, steps)
+        state, _ = restore_or_init(config, checkpoints, steps)
     for split, source in sources.items():
         say(f"{split}: {source.describe()}")
     say("compiling the validation step ...")
@@ -351,7 +351,7 @@ def write_evaluation(workdir: Path, entry: dict[str, Any]) -> None:
             say(f"warning: {path}: not written: {reason(error)}")
 
 
-def take_up(
+def restore_or_init(
     config: ml_collections.ConfigDict, checkpoints: Checkpoints, steps: Steps
 ) -> tuple[TrainState, int]:
     """Return the newest state and its position in the data, or what a run begins with and 0."""
@@ -372,7 +372,7 @@ def take_up(
     return state, data["position"]
 
 
-def surroundings(mesh: jax.sharding.Mesh, sources: dict[str, Source], masks: Masks) -> str:
+def describe_setup(mesh: jax.sharding.Mesh, sources: dict[str, Source], masks: Masks) -> str:
     """Describe what a run has to work with: data, masks, devices."""
     masks_text = ", ".join(f"{name} {k} context {m} target" for name, (k, m) in masks.sizes.items())
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -399,7 +399,7 @@ def summary(workdir: Path, state: TrainState) -> str:
     )
 
 
-def ending(workdir: Path, step: int, last: Row, seconds: float) -> str:
+def describe_result(workdir: Path, step: int, last: Row, seconds: float) -> str:
     """Say what came of a run that is done, and what may be done next."""
     told = {
         k: v for k, v in last.items() if k in ("loss", "validation/loss", "validation/relative")

@@ -22,7 +22,7 @@ from wmjax.models import base
 from wmjax.run.console import say
 from wmjax.run.metrics import Row, fetch
 from wmjax.step import Steps, TrainState
-from wmjax.train import open_checkpoints, prepare, take_up
+from wmjax.train import open_checkpoints, prepare, restore_or_init
 from wmjax.types import WorldModelInput
 from wmjax.viz import draw
 from wmjax.viz.features import fit_basis
@@ -131,7 +131,7 @@ def show_model(
     title(4, "forward pass", "encoder on the context, EMA target on all, predictor on the hidden")
     with open_checkpoints(config, workdir) as checkpoints:
         newest = checkpoints.latest()
-        state, _ = take_up(config, checkpoints, steps)
+        state, _ = restore_or_init(config, checkpoints, steps)
     say(f"  parameters as of step {newest}" if newest else "  parameters as a run begins")
     for name, part in state.params.items():
         say(f"  {name:10} {sum(leaf.size for leaf in jax.tree.leaves(part)):,} parameters")
