@@ -142,7 +142,7 @@ def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path, monkeypatch, a
         return get(self, index)
 
     monkeypatch.setattr(SyntheticSource, "__getitem__", slow)
-    monkeypatch.setattr(train, "leave", left.append)
+    monkeypatch.setattr(train, "exit_now", left.append)
     at_step[3] = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start
     assert train.train(micro.config("data.workers=0"), tmp_path) == 128 + signal.SIGTERM
     assert left == [128 + signal.SIGTERM]  # for Python would wait for the threads
@@ -177,7 +177,7 @@ def test_a_read_that_nothing_wakes_keeps_no_process_from_its_end():
 
 def test_a_second_ctrl_c_leaves_at_once_and_nothing_else_does(monkeypatch):
     left, clock = [], [100.0]
-    monkeypatch.setattr(stop, "leave", lambda *how: left.append(how))
+    monkeypatch.setattr(stop, "exit_now", lambda *how: left.append(how))
     monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
     for numbers, apart, leaves in (
         ((signal.SIGINT, signal.SIGTERM), 1.0, False),
@@ -452,7 +452,7 @@ def test_a_loss_that_jumps_is_reported_once(capsys):
 
 def test_the_watchdog_says_where_the_process_stands_and_ends_it(monkeypatch, capfd):
     codes = []
-    monkeypatch.setattr(watch, "leave", codes.append)
+    monkeypatch.setattr(watch, "exit_now", codes.append)
     monkeypatch.setattr(watch, "COMPILE_S", 0.0)
     with watch.Watchdog(0.2) as watchdog:
         for _ in range(5):

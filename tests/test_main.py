@@ -66,7 +66,7 @@ def run(argv):
         thread.join()
     ctypes.CDLL(None).malloc_stats()
     return 0
-door.leave(run, "interrupted")
+door.run_and_exit(run, "interrupted")
 """
 
 
@@ -158,7 +158,7 @@ def run(argv):
     time.sleep(20)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run behind a shell
-door.leave(run, "interrupted")
+door.run_and_exit(run, "interrupted")
 """
 
 

@@ -119,7 +119,7 @@ def share_heaps() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, heaps)
 
 
-def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
+def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     """Run the command line; a user's mistake is its few lines and exit code 2."""
     share_heaps()
     sys.unraisablehook = _interrupt_again

@@ -101,7 +101,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
 
 def cli() -> None:
     """Turn a user's mistake into its few lines and exit code 2."""
-    door.leave(
+    door.run_and_exit(
         partial(run, start=cluster.start),
         "interrupted; nothing was saved since the newest checkpoint",
     )

@@ -108,4 +108,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door.leave(run, "interrupted")
+    door.run_and_exit(run, "interrupted")

@@ -106,4 +106,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door.leave(run, "interrupted: the same command again goes on")
+    door.run_and_exit(run, "interrupted: the same command again goes on")

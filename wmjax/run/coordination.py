@@ -36,7 +36,7 @@ def meet(name: str, seconds: float) -> None:
     _client().wait_at_barrier(f"wmjax/{name}", round(1e3 * seconds))
 
 
-def roll_call(name: str, value: str, seconds: float) -> list[str | None]:
+def gather_values(name: str, value: str, seconds: float) -> list[str | None]:
     """Return the values that all processes give within some seconds, in order; None: no answer."""
     tell(f"{name}/{jax.process_index()}", value)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # some are missing: which, is asked below

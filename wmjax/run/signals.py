@@ -88,7 +88,7 @@ class StopSignal:
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and now > self._noted + TWICE_S:  # whatever others were sent
-            leave(128 + number, "interrupted: nothing was saved since the newest checkpoint")
+            exit_now(128 + number, "interrupted: nothing was saved since the newest checkpoint")
         self._noted = min(self._noted, now)
         self.received = self.received or number
         if self._alone:
@@ -112,7 +112,7 @@ class StopSignal:
                     for process in range(jax.process_count())
                 )
             except jax.errors.JaxRuntimeError:
-                leave(128 + self.received, "a process does not answer: nothing more was saved")
+                exit_now(128 + self.received, "a process does not answer: nothing more was saved")
             return
 
 
@@ -165,7 +165,7 @@ def _in_thread(function: Callable[[], Any]) -> Future:
     return future
 
 
-def leave(code: int, text: str = "") -> NoReturn:
+def exit_now(code: int, text: str = "") -> NoReturn:
     """End the process now, whatever its threads are at."""
     if text:
         print(text, file=sys.stderr)

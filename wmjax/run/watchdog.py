@@ -9,7 +9,7 @@ import time
 import jax
 
 from wmjax.run import coordination
-from wmjax.run.signals import leave
+from wmjax.run.signals import exit_now
 
 EXIT_CODE = 75  # of sysexits.h: a failure that may not be there at the next try
 ANSWER_S = 10.0  # for the other processes to say where they are
@@ -71,9 +71,9 @@ class Watchdog:
                 print("process 0, which coordinates, does not answer", file=sys.stderr)
             if index == 0:  # with it goes the service, and jax ends whoever still asks
                 time.sleep(ANSWER_S / 2)
-        leave(EXIT_CODE)
+        exit_now(EXIT_CODE)
 
 
 def _ask_others(at: str) -> None:
-    for process, answer in enumerate(coordination.roll_call("stuck", at, ANSWER_S)):
+    for process, answer in enumerate(coordination.gather_values("stuck", at, ANSWER_S)):
         print(f"process {process}: {answer or 'does not answer'}", file=sys.stderr, flush=True)
