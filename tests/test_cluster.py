@@ -186,9 +186,7 @@ def test_a_job_of_slurm_whose_first_process_does_not_answer_is_two_lines(monkeyp
         UserError, match=f"slurm, process 0 at localhost:{port}: no answer"
     ) as error:
         start(None, None, None)
-    assert str(error.value).splitlines()[1:] == [
-        "to run by itself, whatever JAX finds: --processes=1"
-    ]
+    assert str(error.value).splitlines()[1:] == ["to run this process alone: --processes=1"]
 
 
 def test_a_job_of_slurm_whose_port_is_taken_is_two_lines(monkeypatch):
@@ -206,5 +204,5 @@ def test_a_container_is_waited_for_longer_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr("jax._src.clusters.SlurmCluster.name", "k8s")
     with pytest.raises(UserError, match=f"localhost:{port}: no answer within 2 s"):
         start(None, None, None)
-    said = "k8s: no answer of process 0 within 1 s; waiting for up to 2 s\n"
+    said = "k8s: no answer from process 0 within 1 s; waiting for up to 2 s\n"
     assert capsys.readouterr().err == said

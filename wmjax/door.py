@@ -65,8 +65,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 
 def known_flags(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the flags of a parser, as its usage line names them."""
-    return ["--help", *re.findall(r"--[\w-]+", parser.format_usage())]
+    """Return the long flags of a parser, read from its usage line."""
+    return ["--help", *re.findall(r"--[a-z][\w-]*", parser.format_usage())]
 
 
 def _meant(parser: argparse.ArgumentParser, word: str) -> str:
