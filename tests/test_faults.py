@@ -320,7 +320,7 @@ def test_damage_is_never_loaded(unbroken, tmp_path, capsys):
     assert sum(rot(unbroken, tmp_path, 30).values()) == 30
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 30
-    assert all("/8 is damaged: " in line and "step 7, before it, is taken" in line for line in said)
+    assert all("/8 is damaged: " in line and "using step 7 instead" in line for line in said)
 
 
 @pytest.mark.campaign
@@ -352,7 +352,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew_unasked(unbroken, tmp_
     shutil.copytree(unbroken, tmp_path / "run")
     for step in (7, 8):
         (tmp_path / "run" / "checkpoints" / str(step) / manifest.NAME).write_text("{}")
-    with pytest.raises(UserError, match="no checkpoint in it is whole"):
+    with pytest.raises(UserError, match="every checkpoint in it is damaged"):
         train.train(micro.config("train.num_steps=9"), tmp_path / "run")
     config = micro.config("train.num_steps=9", "checkpoint.verify=False")
     assert train.train(config, tmp_path / "run") == 0

@@ -55,7 +55,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
         raise UserError(f"--coordinator={coordinator}: wanted HOST:PORT")
     patience = IMAGES_S if "KUBERNETES_SERVICE_HOST" in os.environ else PATIENCE_S
     with _notice_of_a_long_wait(f"--coordinator={coordinator}", patience):
-        _look_for_0("--coordinator=", coordinator, processes, process, patience)
+        _find_coordinator("--coordinator=", coordinator, processes, process, patience)
     _initialize(
         coordinator_address=coordinator,
         num_processes=processes,
@@ -86,7 +86,9 @@ def _join_detected_cluster() -> None:
                 override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
             )
             processes, process = found.get_process_count(), found.get_process_id()
-            _look_for_0(f"{found.name}, process 0 at ", coordinator, processes, process, patience)
+            _find_coordinator(
+                f"{found.name}, process 0 at ", coordinator, processes, process, patience
+            )
     except Exception as error:  # the kinds depend on the cluster
         raise UserError(f"{error}\nto run this process alone: --processes=1") from error
     _initialize()
@@ -116,7 +118,9 @@ def _notice_of_a_long_wait(name: str, patience: int) -> Iterator[None]:
         late.cancel()
 
 
-def _look_for_0(origin: str, coordinator: str, processes: int, process: int, patience: int) -> None:
+def _find_coordinator(
+    origin: str, coordinator: str, processes: int, process: int, patience: int
+) -> None:
     """Wait until process 0 can be reached; in process 0, check that its port is free."""
     host, _, port = coordinator.rpartition(":")
     if process:
