@@ -46,7 +46,8 @@ ARROWS: dict[str, set[str] | None] = {
     "run.watchdog": {"run.coordination", "run.signals"},
     "run.goodput": {"run.console", "run.files"},
     "run.guard": {"run.console", "step"},
-    "run.metrics": {"run.console", "run.files"},
+    "run.metrics": set(),
+    "run.reporter": {"run.metrics", "run.console", "run.files"},
     "nn": {"nn.kernels"},
     "nn.kernels": set(),
     "models": {"nn", "nn.kernels"},
@@ -71,7 +72,7 @@ UNPICKLERS = {"read_pickle", "unsafe_load", "full_load", "UnsafeLoader", "FullLo
 # An argument by which a function runs no code that it finds, and the only value that it may have.
 SAFE = {"allow_pickle": False, "weights_only": True, "shell": False, "trust_remote_code": False}
 # Modules imported by a name that is computed: rooms of wmjax, and loggers named in the source.
-IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/models/base.py", "wmjax/run/metrics.py"}
+IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/models/base.py", "wmjax/run/reporter.py"}
 
 FILES = [
     str(path.relative_to(ROOT))

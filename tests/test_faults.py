@@ -578,7 +578,9 @@ def test_a_logger_that_fails_is_dropped_and_the_run_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", fail)
     assert train.train(micro.config("log.tensorboard=True"), tmp_path) == 0
     said = capsys.readouterr().out
-    assert said.count("warning: TensorBoard fails and gets no more of this run: no route") == 1
+    assert (
+        said.count("warning: TensorBoard failed and is off for the rest of this run: no route") == 1
+    )
     assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2, 3, 4]
 
 

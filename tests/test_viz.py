@@ -19,7 +19,7 @@ from wmjax import sharding, train
 from wmjax.commands import demo
 from wmjax.errors import UserError
 from wmjax.masking import Masks
-from wmjax.run import metrics
+from wmjax.run.reporter import Reporter
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 from wmjax.viz import __main__ as door
 from wmjax.viz import curves, draw, features, frames, page
@@ -294,9 +294,7 @@ def test_wandb_is_handed_the_pictures_that_can_be_drawn(tmp_path, monkeypatch, c
     fake = types.SimpleNamespace(init=lambda **_: run, Image=lambda pixels: pixels.shape)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     settings = micro.config("log.wandb=True").log
-    reporter = metrics.Reporter(
-        tmp_path, num_steps=1, start=0, config={}, alarms=lambda _: [], **settings
-    )
+    reporter = Reporter(tmp_path, num_steps=1, start=0, config={}, alarms=lambda _: [], **settings)
     with reporter:
         assert reporter.draws
         reporter.show(3, lambda: {"short": np.zeros((4, 5, 3), np.uint8)})

@@ -27,20 +27,12 @@ from wmjax.evals import health, prediction
 from wmjax.evals import probe as probes
 from wmjax.masking import Masks
 from wmjax.run.checkpoint import Checkpoints
-from wmjax.run.console import say
+from wmjax.run.console import clock, say
 from wmjax.run.files import append_json_line, write_whole
 from wmjax.run.goodput import Goodput
 from wmjax.run.guard import Guard
-from wmjax.run.metrics import (
-    Mean,
-    Reporter,
-    Row,
-    Throughput,
-    clock,
-    describe,
-    fetch,
-    peak_flops,
-)
+from wmjax.run.metrics import Mean, Row, Throughput, fetch, peak_flops
+from wmjax.run.reporter import Reporter, describe
 from wmjax.run.signals import Batches, Stopped, StopSignal, exit_now
 from wmjax.run.watchdog import Watchdog
 from wmjax.step import Steps, TrainState
