@@ -465,7 +465,7 @@ def test_the_watchdog_says_where_the_process_stands_and_ends_it(monkeypatch, cap
             time.sleep(0.05)
     assert codes[0] == 75
     said = capfd.readouterr().err
-    assert "nothing moved on for 0.2 s (train.stuck_after) in process 0 of 1: data, after 5" in said
+    assert "no progress for 0.2 s (train.stuck_after) in process 0 of 1: data, after 5" in said
     assert "test_the_watchdog_says_where" in said  # in the stack of the main thread
 
 

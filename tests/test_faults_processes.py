@@ -113,7 +113,7 @@ def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path):
         processes[0].wait(120)
         assert processes[0].returncode == 75
     said = (tmp_path / "0.err").read_text()
-    assert "nothing moved on for 10 s (train.stuck_after) in process 0 of 2: step" in said
+    assert "no progress for 10 s (train.stuck_after) in process 0 of 2: step" in said
     assert "process 1: does not answer" in said
     assert "wmjax/train.py" in said  # in the stack of the main thread
 

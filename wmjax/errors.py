@@ -1,11 +1,11 @@
-"""The exceptions whose text is meant for the user. Any room may raise them; `main` prints them."""
+"""Errors for the user, and helpers for their text; any module may raise them, doors print them."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can put right: one to three lines, no traceback, exit code 2.
+    """An error that the user can fix: printed in one to three lines, exit code 2, no traceback.
 
     The text names the key, file or episode, the value found and the value wanted.
     """
@@ -33,14 +33,14 @@ def suggest(word: str, words: Iterable[str]) -> str:
 
 
 def how_to_install(extra: str) -> str:
-    """Say how an optional part comes into the environment: a checkout's, by pip or by uv."""
+    """Return the command that installs an extra of this checkout, by pip or by uv."""
     return f"pip install -e '.[{extra}]', or uv run --extra {extra} python ..."
 
 
 class ClipError(UserError):
-    """A clip of an open dataset that cannot be read; data.on_error=skip passes it over.
+    """A clip that cannot be read, although its dataset opens; data.on_error=skip skips it.
 
-    where: the episode and camera, so that all clips that fail alike are named once.
+    where: episode and camera; clips that fail at the same place are reported once.
     """
 
     def __init__(self, text: str, where: str) -> None:
