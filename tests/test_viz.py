@@ -226,7 +226,7 @@ def test_the_door_draws_a_run_and_the_curves_of_several(micro_run, tmp_path, cap
     assert {data for _, data in inlined(html)} == files
     assert str(out / "index.html") in said
     assert f"the steps of {micro_run}, {other}" in html
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'none' / curves.METRICS}: not")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'none' / curves.METRICS}: no ")):
         door.run([str(micro_run), str(tmp_path / "none")])
 
 
