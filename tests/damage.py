@@ -1,8 +1,8 @@
-"""Datasets damaged at random, and a process that reads many of them: `python tests/damage.py`.
+"""Damages datasets at random and reads them: `python tests/damage.py BASE FIRST:END`.
 
-Each case is (base, seed): one thing about a copy of the base is damaged, and the copy is opened and
-read as training does. A case prints a line when it starts and one when it ends, so that a crash,
-or a hang that the watchdog ends, is found at the last that started. Loads no jax.
+A case is (base, seed). It damages one thing in a copy of the base, then opens and reads the copy as
+training does, and checks it. It prints a line when it starts and one when it ends, so that a crash
+or a hang is of the last case that started. Imports no jax.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def _edit_table(path, rng):
 
 
 def read(root):
-    """Open and read as training does; return what came of it, or raise what should not be."""
+    """Open and read as training does; return the outcome, or raise what should not happen."""
     try:
         source = LeRobotSource(root, frames=4, fps=4, labels="auto")
         source.describe(), source.statistics(), source.notes
@@ -205,6 +205,21 @@ def read(root):
             if value.shape != shape or value.dtype != kind or not np.isfinite(value).all():
                 raise AssertionError(f"{name}: {value.dtype}{value.shape}, wanted {kind}{shape}")
     return "skipped" if skipped else "read"
+
+
+def compare(root):
+    """Check the dataset; raise where training refuses or warns of it and check finds nothing."""
+    try:
+        findings, _ = check(root)
+    except UserError:
+        return  # no dataset at all
+    try:
+        wrong = LeRobotSource(root, frames=4, fps=4).notes
+    except UserError as error:
+        # Options that do not fit a sound dataset are no fault of the dataset.
+        wrong = "" if str(error).startswith("data.") else str(error)
+    if wrong and not findings:
+        raise AssertionError(f"check finds nothing; training: {wrong}")
 
 
 def _refusal(error, root):
@@ -236,9 +251,7 @@ def main():
             held, began = most_memory(), time.monotonic()
             try:
                 outcome = read(root)
-                check(root)
-            except UserError:
-                pass  # of check, which refuses what is no dataset
+                compare(root)
             except Exception:
                 import traceback
 

@@ -2,22 +2,48 @@
 
 import hashlib
 import json
+import re
 import shutil
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from shared_data import PUSHT
 
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media.transforms import FULL_BOX, crop_and_scale, frame_size
 from wmjax.data.reader import Reader
+from wmjax.errors import UserError
 from wmjax.masking import Masks
 
 VIDEO = "videos/observation.image/chunk-000/file-000.mp4"
 TABLE = "data/chunk-000/file-000.parquet"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+
+
+def missing_names(text, *names):
+    """Return which names are not in the text: words, paths, key=value, or numbers of their own."""
+
+    def pattern(name):
+        if not isinstance(name, str):
+            return rf"(?<![\w.-]){re.escape(str(name))}(?!\w|\.\d)"
+        return rf"(?<!\w){re.escape(name)}(?!\w)"
+
+    return [name for name in names if not re.search(pattern(name), text)]
+
+
+@contextmanager
+def refused(*names, kind=UserError, lines=None):
+    """Expect an error that names all these; lines: how many it has, else one to three."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    text = str(caught.value)
+    assert not missing_names(text, *names), text
+    count = len(text.splitlines())
+    assert count == lines if lines else 1 <= count <= 3, text
 
 
 def open_pusht(root=PUSHT, **changes):

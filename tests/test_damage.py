@@ -15,11 +15,20 @@ import av
 import damage
 import numpy as np
 import pytest
-from recordings import TABLE, edit_column, encode, open_pusht, reader_of, to_images, write_v2
+from recordings import (
+    TABLE,
+    VIDEO,
+    edit_column,
+    encode,
+    open_pusht,
+    reader_of,
+    refused,
+    to_images,
+    write_v2,
+)
 from shared_data import PUSHT, SHARED
 
 from wmjax.data.media import video
-from wmjax.errors import UserError
 
 SCRIPT = Path(__file__).with_name("damage.py")
 MOST_MB = 300  # that one case may add to what the process has held before
@@ -77,7 +86,7 @@ def test_many_damaged_datasets(bases, name, first):
 
 def test_frames_beyond_the_most_pixels_are_not_decoded(monkeypatch):
     monkeypatch.setattr(video, "MOST_PIXELS", 96 * 96 // 2)
-    with pytest.raises(UserError, match=r"file-000\.mp4: frame 0: .*\n.*episode 0"):
+    with refused(VIDEO, "frame 0", "episode 0", lines=2):
         open_pusht()[0]
 
 
@@ -93,7 +102,7 @@ def test_a_picture_that_says_it_is_huge_takes_no_memory(tmp_path):
     )
     source = open_pusht(root)
     held = damage.most_memory()
-    with pytest.raises(UserError, match=r"row 0: observation\.image: damaged picture"):
+    with refused(TABLE, "row 0", "observation.image", "episode 0"):
         source[0]
     assert damage.most_memory() - held < MOST_MB << 20
     clip, errors = reader_of(source, skip=True).read(0, 0)

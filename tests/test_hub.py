@@ -9,13 +9,12 @@ import types
 
 import micro
 import pytest
-from recordings import VIDEO, digest, open_pusht
+from recordings import VIDEO, digest, missing_names, open_pusht, refused
 from shared_data import PUSHT
 
 from wmjax import config as configs
 from wmjax.assemble import make_source
 from wmjax.data.lerobot import hub
-from wmjax.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = sorted(str(p.relative_to(PUSHT)) for p in PUSHT.rglob("*") if p.is_file())
@@ -97,27 +96,29 @@ def test_patterns_leave_out_other_cameras(fake):
 
 
 def test_a_wrong_camera_is_told_before_any_video_is_fetched(fake):
-    with pytest.raises(UserError, match=r"unknown camera.*\n.*data\.repo_id='someone/pusht'"):
+    names = ("data.cameras='wrist'", "observation.image", "data.repo_id='someone/pusht'")
+    with refused(*names, lines=2):
         hub.download("someone/pusht", "", "wrist")
     assert len(fake.calls) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "names"),
     [
-        ("GatedRepoError", r"gated: accept its terms on https://huggingface\.co/datasets/a/b"),
-        ("RepositoryNotFoundError", r"no such dataset on the Hub, or a private one"),
-        ("RevisionNotFoundError", r"data\.revision='v9': the dataset has no such branch"),
-        ("LocalEntryNotFoundError", r"cannot be reached, .* --config\.data\.root=DIR"),
-        ("HfHubHTTPError", r"HfHubHTTPError: 500 Server Error$"),
+        ("GatedRepoError", ["https://huggingface.co/datasets/a/b", "hf auth login"]),
+        ("RepositoryNotFoundError", ["dataset", "hf auth login"]),
+        ("RevisionNotFoundError", ["dataset"]),
+        ("LocalEntryNotFoundError", ["--config.data.root=DIR"]),
+        ("HfHubHTTPError", ["HfHubHTTPError", "500 Server Error"]),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(fake, name, text):
+def test_what_the_hub_refuses_is_one_line(fake, name, names):
     kind = getattr(fake.errors, name, type(name, (Exception,), {}))
     fake.error = kind("500 Server Error\nRequest ID: 1")
-    with pytest.raises(UserError, match=rf"^data\.repo_id='a/b', .*{text}") as caught:
+    with refused("data.repo_id='a/b'", "data.revision='v9'", *names, lines=1) as caught:
         hub.download("a/b", "v9", "all")
-    assert "\n" not in str(caught.value)
+    # Of an error that has its own words, the Hub's are left out.
+    assert ("500" in str(caught.value)) == (name == "HfHubHTTPError")
     assert len(fake.calls) == 1
 
 
@@ -147,20 +148,21 @@ def offline(cache):
 
 def test_offline_with_nothing_in_the_cache_is_one_line(tmp_path):
     text = offline(tmp_path)
-    assert text.startswith("error: data.repo_id='someone/pusht': the Hub cannot be reached")
+    assert text.startswith("error: ")
     assert "\n" not in text
+    assert not missing_names(text, "data.repo_id='someone/pusht'", "--config.data.root=DIR")
 
 
 def test_offline_the_cache_is_read(tmp_path):
     lay_out(tmp_path)
-    assert f"snapshots/{COMMIT}: LeRobot v3.0, 5 episodes" in offline(tmp_path)
+    assert not missing_names(offline(tmp_path), f"snapshots/{COMMIT}", "v3.0", "5 episodes")
 
 
 def test_offline_a_cache_without_the_videos_is_an_error(tmp_path):
     lay_out(tmp_path, [file for file in FILES if file != VIDEO])
     text = offline(tmp_path)
-    assert "file-000.mp4: no such file" in text
-    assert "not downloaded? name the cameras that are" in text
+    assert text.startswith("error: ")
+    assert not missing_names(text, f"snapshots/{COMMIT}/{VIDEO}", "data.cameras")
 
 
 def test_training_opens_what_the_configuration_names(fake):
@@ -168,19 +170,19 @@ def test_training_opens_what_the_configuration_names(fake):
     config = micro.config(*settings)
     configs.check(config)
     source = make_source(config, "train")
-    assert f"snapshots/{COMMIT}: LeRobot v3.0, 4 episodes" in source.describe()
+    assert not missing_names(source.describe(), f"snapshots/{COMMIT}", "v3.0", "4 episodes")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "error"),
+    ("overrides", "names"),
     [
-        ([], r"data\.root is empty: .*data\.repo_id=OWNER/NAME"),
-        (["data.repo_id=a/b", "data.root=x"], r"'a/b' with data\.root='x'.*exactly one"),
-        (["data.repo_id=a/b", "data.mixture=x:1"], r"data\.mixture='x:1'.*exactly one"),
-        (["data.root=x", "data.revision=v3.0"], r"data\.revision='v3\.0': goes with data\.repo_id"),
-        (["data.root=x", "data.reader=lerobt"], r"data\.reader='lerobt'.*did you mean lerobot"),
+        ([], ["data.root", "data.repo_id"]),
+        (["data.repo_id=a/b", "data.root=x"], ["data.repo_id='a/b'", "data.root='x'"]),
+        (["data.repo_id=a/b", "data.mixture=x:1"], ["data.mixture='x:1'"]),
+        (["data.root=x", "data.revision=v3.0"], ["data.revision='v3.0'", "data.repo_id"]),
+        (["data.root=x", "data.reader=lerobt"], ["data.reader='lerobt'", "lerobot"]),
     ],
 )
-def test_settings_that_contradict(overrides, error):
-    with pytest.raises(UserError, match=error):
+def test_settings_that_contradict(overrides, names):
+    with refused(*names):
         configs.check(configs.load("debug_world_model", ["data.source=lerobot", *overrides]))

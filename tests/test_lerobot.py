@@ -20,14 +20,16 @@ from recordings import (
     edit_features,
     edit_info,
     edit_video,
+    missing_names,
     open_pusht,
+    refused,
 )
 from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media import video as video_files
 from wmjax.data.media.transforms import FULL_BOX, Box, crop_and_scale
-from wmjax.errors import UserError
+from wmjax.errors import ClipError
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def test_cameras_by_full_name_last_part_or_all():
     assert cameras("all") == (top, wrist)
     assert cameras("left_wrist, top") == (wrist, top)
     assert cameras(top) == (top,)
-    with pytest.raises(UserError, match=r"named twice"):
+    with refused("data.cameras='top,observation.images.top'", lines=1):
         cameras(f"top,{top}")
 
 
@@ -249,7 +251,7 @@ def test_a_stride_takes_the_place_of_fps():
     source = open_pusht(stride=5)
     assert (source.stride, source.fps_effective) == (5, 2)
     assert source[0]["action_TPA"].shape == (4, 5, 2)
-    check(r"data\.frames=4: .* 91 .*has 80\n.*data\.stride=30", open_pusht, stride=30)
+    check(["data.frames=4", 91, 5, 80, "data.stride=30"], open_pusht, stride=30)
 
 
 # --- where episodes lie in files ---
@@ -293,14 +295,14 @@ def test_a_timestamp_one_frame_off_gives_way_to_the_lengths(pusht):
     ]  # fmt: skip
     # Where the file does not end with the last episode, neither account is certain.
     edit_video(pusht / VIDEO, 399)
-    with pytest.raises(UserError, match=r"file-000\.mp4: episode 3 starts at frame 240\.90"):
+    with refused(VIDEO, "episode 3", "frame 240.90", 240):
         open_pusht(pusht)
 
 
 def test_a_timestamp_further_off_is_an_error(pusht):
     name = "videos/observation.image/from_timestamp"
     edit_column(pusht / EPISODES, name, lambda v: [*v[:2], v[2] + 0.3, *v[3:]])
-    with pytest.raises(UserError, match=r"episode 2 starts at frame 163\.00 by .* at 160 by"):
+    with refused(VIDEO, "episode 2", "frame 163.00", 160):
         open_pusht(pusht)
 
 
@@ -402,70 +404,100 @@ def test_more_files_than_stay_open(tmp_path, monkeypatch):
 # --- damaged and misdescribed datasets ---
 
 
-def check(error, call, *args, **changes):
-    with pytest.raises(UserError, match=error):
+def check(names, call, *args, **changes):
+    with refused(*names):
         call(*args, **changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "names"),
     [
-        ({"cameras": "wrist"}, r"data\.cameras='wrist': .*unknown.*observation\.image$"),
-        ({"cameras": ""}, r"data\.cameras='': .*unknown"),
-        ({"cameras": "action"}, r"data\.cameras='action': .*unknown"),
-        ({"fps": 11}, r"data\.fps=11: .*recording's 10"),
-        ({"fps": 0}, r"data\.fps=0"),
-        ({"frames": 40}, r"data\.frames=40: .*stride 3.* 118 .*has 80\n.*pusht.* 10 .*data\.fps=4"),
-        ({"state_key": "state"}, r"data\.state='state': .*has: observation\.state, action"),
-        ({"action_key": "observation.image"}, r"data\.action='observation\.image'"),
-        ({"split": "validation"}, r"data\.val_share=0: .*no validation episode of the 5"),
+        ({"cameras": "wrist"}, ["data.cameras='wrist'", "observation.image"]),
+        ({"cameras": ""}, ["data.cameras=''", "observation.image"]),
+        ({"cameras": "action"}, ["data.cameras='action'", "observation.image"]),
+        ({"fps": 11}, ["data.fps=11", 10]),
+        ({"fps": 0}, ["data.fps=0", 10]),
+        ({"frames": 40}, ["data.frames=40", "stride 3", 118, 5, 80, str(PUSHT), 10, "data.fps=4"]),
+        ({"state_key": "state"}, ["data.state='state'", "observation.state", "action"]),
+        ({"action_key": "observation.image"}, ["data.action='observation.image'", "action"]),
+        ({"split": "validation"}, ["data.val_share=0", "validation", 5]),
     ],
 )
-def test_wrong_options(changes, error):
-    check(error, open_pusht, **changes)
+def test_wrong_options(changes, names):
+    check(names, open_pusht, **changes)
 
 
 def test_missing_root_and_other_folders(tmp_path):
-    check(r"data\.root='.*nowhere': no such folder", open_pusht, tmp_path / "nowhere")
-    check(r"data\.root='.*': no meta/info\.json", open_pusht, tmp_path)
+    nowhere = tmp_path / "nowhere"
+    check([f"data.root='{nowhere}'"], open_pusht, nowhere)
+    check([f"data.root='{tmp_path}'", "meta/info.json"], open_pusht, tmp_path)
+    shutil.copytree(PUSHT / "meta", tmp_path / "set/meta")
+    near = str(tmp_path / "set")
+    for folder in (tmp_path, tmp_path / "set/meta"):
+        check([f"data.root='{folder}'", "meta/info.json", near], open_pusht, folder)
+
+
+def number(shape):
+    return {"features": {"joint": {"dtype": "float32", "shape": shape}}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "names"),
     [
-        ({"codebase_version": "v4.0"}, r"'v4\.0': wanted .* or v3\.0; .*data\.reader=lerobot"),
-        ({"codebase_version": None}, r"None: wanted v2\.0"),
-        ({"fps": 0}, r"fps=0"),
-        ({"fps": -10}, r"fps=-10: wanted above 0"),
-        ({"fps": "10"}, r"fps='10'"),
-        ({"fps": 1e-320}, r"fps=1e-320: wanted above 0"),
-        ({"fps": 10**400}, r"fps=1000.*: wanted above 0"),
-        ({"features": {"action": {"dtype": "float32", "shape": ["2"]}}}, r"features: wanted"),
-        ({"features": {"action": {"dtype": "float32", "shape": [2**40]}}}, r"features: wanted"),
-        ({"features": {"i": {"dtype": "video", "shape": [], "info": "x"}}}, r"features: wanted"),
-        ({"data_path": "data/{chunk_index!r}"}, r"\{chunk_index\}; wanted"),
-        ({"data_path": "data/\0"}, r"null"),
-        ({"features": []}, r"features: wanted"),
-        ({"video_path": None}, r"video_path=None"),
-        ({"data_path": "../x/{chunk_index:03d}-{file_index}"}, r"outside the dataset's folder"),
-        ({"data_path": "data/{chunk_index.real}"}, r"\{chunk_index\.real\}; wanted: chunk_index"),
-        ({"data_path": "data/{chunk_index:999999999d}"}, r"\{chunk_index\}; wanted"),
-        ({"data_path": "data/{episode_index}"}, r"\{episode_index\}; wanted: chunk_index"),
-        ({"data_path": "data/{"}, r"path 'data/\{'"),
-        ({"video_path": "/etc/passwd"}, r"'/etc/passwd': leads to /etc/passwd, outside"),
-        ({"video_path": "videos/{video_key:03d}.mp4"}, r"wanted: chunk_index"),
+        (
+            {"codebase_version": "v4.0"},
+            ["codebase_version='v4.0'", "v2.0", "v2.1", "v3.0", "data.reader=lerobot"],
+        ),
+        ({"codebase_version": None}, ["codebase_version=None", "v2.0"]),
+        ({"fps": 0}, ["fps=0", 0.001]),
+        ({"fps": -10}, ["fps=-10", 0.001]),
+        ({"fps": "10"}, ["fps='10'"]),
+        ({"fps": 1e-320}, ["fps=1e-320", 0.001]),
+        ({"fps": 10**400}, ["fps=1" + "0" * 19, "2**31"]),
+        (number(["2"]), ["features", "joint", "['2']", "shape"]),
+        (number([2**40]), ["features", "joint", f"[{2**40}]", "shape"]),
+        (
+            {"features": {"i": {"dtype": "video", "shape": [], "info": "x"}}},
+            ["features", "i", "'info': 'x'"],
+        ),
+        ({"features": []}, ["features=[]"]),
+        ({"data_path": "data/{chunk_index!r}"}, ["data_path='data/{chunk_index!r}'", "file_index"]),
+        ({"data_path": "data/\0"}, ["data_path=" + repr("data/\0")]),
+        ({"video_path": None}, ["video_path=None"]),
+        (
+            {"data_path": "../x/{chunk_index:03d}-{file_index}"},
+            ["data_path='../x/{chunk_index:03d}-{file_index}'"],
+        ),
+        (
+            {"data_path": "data/{chunk_index.real}"},
+            ["data_path='data/{chunk_index.real}'", "file_index"],
+        ),
+        (
+            {"data_path": "data/{chunk_index:999999999d}"},
+            ["data_path='data/{chunk_index:999999999d}'", "file_index"],
+        ),
+        (
+            {"data_path": "data/{episode_index}"},
+            ["data_path='data/{episode_index}'", "chunk_index"],
+        ),
+        ({"data_path": "data/{"}, ["data_path='data/{'"]),
+        ({"video_path": "/etc/passwd"}, ["video_path='/etc/passwd'"]),
+        (
+            {"video_path": "videos/{video_key:03d}.mp4"},
+            ["video_path='videos/{video_key:03d}.mp4'", "chunk_index"],
+        ),
     ],
-)  # fmt: skip
-def test_wrong_info(pusht, changes, error):
+)
+def test_wrong_info(pusht, changes, names):
     edit_info(pusht, **changes)
-    check(error, open_pusht, pusht)
+    check(["meta/info.json", *names], open_pusht, pusht)
 
 
 def test_unreadable_info(pusht):
     (pusht / "meta/info.json").write_text('{"fps": ')
-    check(r"meta/info\.json: not readable as JSON: ", open_pusht, pusht)
+    check(["meta/info.json", "JSON"], open_pusht, pusht)
     (pusht / "meta/info.json").write_text("[]")
-    check(r"meta/info\.json: wanted a JSON object", open_pusht, pusht)
+    check(["meta/info.json", "JSON", "list"], open_pusht, pusht)
 
 
 def test_links_may_not_lead_outside_except_to_the_hubs_blobs(pusht, tmp_path):
@@ -473,152 +505,156 @@ def test_links_may_not_lead_outside_except_to_the_hubs_blobs(pusht, tmp_path):
     blob.parent.mkdir(parents=True)
     (pusht / VIDEO).rename(blob)
     (pusht / VIDEO).symlink_to(blob)
-    check(r"leads to .*0123, outside", open_pusht, pusht)
+    check(["meta/info.json", "video_path", str(blob)], open_pusht, pusht)
     snapshot = tmp_path / "hub/snapshots/abc"
     snapshot.parent.mkdir()
     pusht.rename(snapshot)
     assert digest(open_pusht(snapshot)[3]) == digest(open_pusht()[3])
     edit_info(snapshot, video_path="../../{video_key}")
-    check(r"leads to .*hub/observation\.image, outside", open_pusht, snapshot)
+    names = ["video_path='../../{video_key}'", str(tmp_path / "hub/observation.image")]
+    check(names, open_pusht, snapshot)
 
 
 @pytest.mark.parametrize("name", ["meta/info.json", EPISODES])
 def test_metadata_may_not_be_links_to_what_lies_outside(pusht, tmp_path, name):
     (pusht / name).rename(tmp_path / "elsewhere")
     (pusht / name).symlink_to(tmp_path / "elsewhere")
-    check(rf"{name}: leads to .*/elsewhere, outside the dataset's", open_pusht, pusht)
+    check([name, str(tmp_path / "elsewhere")], open_pusht, pusht)
 
 
 def test_depth_is_refused_not_dropped(pusht):
     depth = {"dtype": "video", "shape": [96, 96, 1], "info": {"is_depth_map": True}}
     edit_features(pusht, **{"observation.depth": depth})
     assert open_pusht(pusht).cameras == ("observation.image",)
-    assert "not read: observation.depth" in open_pusht(pusht).describe()
-    error = r"data\.cameras='observation\.depth': .* stored as depth, .*: observation\.image$"
-    check(error, open_pusht, pusht, cameras="observation.depth")
+    assert not missing_names(open_pusht(pusht).describe(), "observation.depth")
+    names = ["data.cameras='observation.depth'", "depth", "observation.image"]
+    check(names, open_pusht, pusht, cameras="observation.depth")
     edit_features(pusht, **{"observation.image": depth})
-    check(r"data\.cameras='all': observation\.image is stored as depth", open_pusht, pusht)
+    names = ["data.cameras='all'", "observation.image", "observation.depth", "depth"]
+    check(names, open_pusht, pusht)
 
 
 def test_last_part_of_two_cameras(pusht):
     features = json.loads((pusht / "meta/info.json").read_text())["features"]
     edit_features(pusht, **{"other.image": features["observation.image"]})
-    check(r"'image': is the end of several cameras", open_pusht, pusht, cameras="image")
+    names = ["data.cameras='image'", "observation.image", "other.image"]
+    check(names, open_pusht, pusht, cameras="image")
 
 
-@pytest.mark.parametrize("path", [VIDEO, TABLE, EPISODES])
-def test_missing_files(pusht, path):
+@pytest.mark.parametrize(
+    ("path", "named"), [(VIDEO, VIDEO), (TABLE, TABLE), (EPISODES, "meta/episodes")]
+)
+def test_missing_files(pusht, path, named):
     (pusht / path).unlink()
-    check(r"(no such file|no parquet files)", open_pusht, pusht)
+    check([str(pusht / named)], open_pusht, pusht)
 
 
 @pytest.mark.parametrize("path", [TABLE, EPISODES])
 def test_unreadable_tables(pusht, path):
     whole = (pusht / path).read_bytes()
     (pusht / path).write_bytes(whole[: len(whole) // 2])
-    check(rf"{path}: not readable as parquet: ", open_pusht, pusht)
+    check([path, "parquet"], open_pusht, pusht)
+
+
+def replace(at, value):
+    return lambda values: [*values[:at], value, *values[at + 1 :]]
 
 
 @pytest.mark.parametrize(
-    ("path", "column", "change", "error"),
+    ("path", "column", "change", "names"),
     [
-        (TABLE, "action", lambda v: None, r"no column action; has: observation\.state"),
-        (TABLE, "action", lambda v: [*v[:200], [1.0], *v[201:]], r"episode 2: action has 1"),
-        (TABLE, "action", lambda v: [*v[:200], None, *v[201:]], r"action: 1 rows are empty"),
-        (TABLE, "action", lambda v: [*v[:200], [1.0, None], *v[201:]], r"action .* 1 empty"),
-        (TABLE, "action", lambda v: [["1", "2"]] * 400, r"action is list.*string.*wanted numbers"),
-        (TABLE, "action", lambda v: [1.0] * 400, r"episode 0: action has 1 numbers .* says 2"),
-        (TABLE, "episode_index", lambda v: [0, *v[:-1]], r"episode 0: 81 rows; wanted 80"),
-        (TABLE, "episode_index", lambda v: [9, *v[1:]], r"episode 0: 79 rows; wanted 80"),
-        (TABLE, "episode_index", lambda v: v[::80] * 80, r"rows of an episode are not together"),
-        (TABLE, "frame_index", lambda v: [1, 0, *v[2:]], r"episode 0: .*frame_index counting"),
-        (TABLE, "action", lambda v: [*v[:200], [1e300, 0.0], *v[201:]], r"action\[0\] is inf at"),
-        (TABLE, "episode_index", lambda v: ["x"] * 400, r"episode_index is string: wanted numbers"),
-        (TABLE, "frame_index", lambda v: [0.5] * 400, r"frame_index is double: wanted numbers"),
-        (EPISODES, "length", lambda v: None, r"no column length"),
-        (EPISODES, "length", lambda v: [*v[:4], 2**40], r"episode 4: length 1099511627776"),
-        (EPISODES, "length", lambda v: ["80"] * 5, r"length is string: wanted numbers"),
-        (EPISODES, "data/file_index", lambda v: [{"x": 0}] * 5, r"is struct.*: wanted numbers"),
-        (EPISODES, "length", lambda v: [*v[:4], 79], r"of 399 frames; .* tables hold 400 rows"),
-        (EPISODES, "length", lambda v: [*v[:4], 0], r"episode 4: length 0"),
-        (EPISODES, "length", lambda v: [70, *v[1:]], r"episode 1 starts at frame 80.* at 70"),
-        (EPISODES, "episode_index", lambda v: [0, 1, 2, 3, 3], r"comes twice"),
-        (EPISODES, "data/file_index", lambda v: [1] * 5, r"file-001\.parquet: no such file"),
+        (TABLE, "action", lambda v: None, ["action", "observation.state"]),
+        (TABLE, "action", replace(200, [1.0]), ["episode 2", "action", 1, 2]),
+        (TABLE, "action", replace(200, None), ["action", 1]),
+        (TABLE, "action", replace(200, [1.0, None]), ["action", 1]),
+        (TABLE, "action", lambda v: [["1", "2"]] * 400, ["action", "string"]),
+        (TABLE, "action", lambda v: [1.0] * 400, ["episode 0", "action", 1, 2]),
+        (TABLE, "action", replace(200, [1e300, 0.0]), ["episode 2", "action[0]", "inf", 40]),
+        (TABLE, "episode_index", lambda v: [0, *v[:-1]], ["episode 0", 81, 80]),
+        (TABLE, "episode_index", lambda v: [9, *v[1:]], ["episode 0", 79, 80]),
+        (TABLE, "episode_index", lambda v: v[::80] * 80, ["episode 0", 0, 5]),
+        (TABLE, "episode_index", lambda v: ["x"] * 400, ["episode_index", "string"]),
+        (TABLE, "frame_index", replace(200, 7), ["episode 2", "frame_index", 7, 40]),
+        (TABLE, "frame_index", lambda v: [0.5] * 400, ["frame_index", "double"]),
+        (EPISODES, "length", lambda v: None, ["length"]),
+        (EPISODES, "length", replace(4, 2**40), ["episode 4", "length", 2**40]),
+        (EPISODES, "length", replace(4, 0), ["episode 4", "length", 0]),
+        (EPISODES, "length", lambda v: ["80"] * 5, ["length", "string"]),
+        (EPISODES, "length", replace(4, 79), ["total_frames=400", 399, 400]),
+        (EPISODES, "length", replace(0, 70), [VIDEO, "episode 1", "frame 80.00", 70]),
+        (EPISODES, "episode_index", replace(4, 3), ["episode 3", 2]),
+        (EPISODES, "data/file_index", lambda v: [{"x": 0}] * 5, ["data/file_index", "struct"]),
+        (EPISODES, "data/file_index", lambda v: [1] * 5, ["data/chunk-000/file-001.parquet"]),
     ],
-)  # fmt: skip
-def test_tables_at_odds(pusht, path, column, change, error):
+)
+def test_tables_at_odds(pusht, path, column, change, names):
     edit_column(pusht / path, column, change)
-    check(error, open_pusht, pusht)
+    where = [] if path == EPISODES else [path]
+    check([*where, *names], open_pusht, pusht)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_number_that_is_none_is_found_where_it_is(pusht, value):
     edit_column(pusht / TABLE, "action", lambda v: [*v[:200], [v[200][0], float(value)], *v[201:]])
-    error = rf"^.*{TABLE}: episode 2: action\[1\] is {value} at frame 40; wanted finite numbers$"
-    check(error, open_pusht, pusht)
+    names = [str(pusht / TABLE), "episode 2", "action[1]", value, "frame 40"]
+    check(names, open_pusht, pusht)
     assert len(open_pusht(pusht, val_share=0.2)) > 0  # it lies in what is held out
 
 
 def test_a_length_that_no_memory_holds_is_held_against_the_rows_first(pusht):
     edit_info(pusht, total_frames=2**31 - 1 + 320)
     edit_column(pusht / EPISODES, "length", lambda v: [*v[:4], 2**31 - 1])
-    error = r"episode 4: 80 rows; wanted 2147483647"
-    check(error, open_pusht, pusht)
+    check([TABLE, "episode 4", 80, 2**31 - 1], open_pusht, pusht)
 
 
 def test_a_column_that_is_there_twice(pusht):
     table = pq.read_table(pusht / TABLE)
     pq.write_table(table.append_column("action", table["action"]), pusht / TABLE)
-    check(rf"{TABLE}: two columns action", open_pusht, pusht)
+    check([TABLE, "action"], open_pusht, pusht)
 
 
 def test_links_to_themselves_and_files_that_are_none(pusht):
     for path in (VIDEO, TABLE):
         (pusht / path).rename(pusht / "kept")
         (pusht / path).symlink_to((pusht / path).name)
-        check(r"file-000\..*: no such file", open_pusht, pusht)
+        check([path], open_pusht, pusht)
         (pusht / path).unlink()
         (pusht / path).mkdir()
-        check(r"file-000\..*: no such file", open_pusht, pusht)
+        check([path], open_pusht, pusht)
         (pusht / path).rmdir()
         (pusht / "kept").rename(pusht / path)
     (pusht / "meta/info.json").write_text("[" * 100_000)
-    check(r"meta/info\.json: not readable as JSON", open_pusht, pusht)
+    check(["meta/info.json", "JSON"], open_pusht, pusht)
 
 
 def test_no_episodes(tmp_path, pusht):
     pq.write_table(pq.read_table(pusht / EPISODES)[:0], pusht / EPISODES)
-    check(r"meta/episodes: no episodes", open_pusht, pusht)
+    check([str(pusht / "meta/episodes"), 1], open_pusht, pusht)
     root = write_v21(tmp_path / "set", lengths=[])
-    check(r"episodes\.jsonl: no episodes", LeRobotSource, root, frames=2, fps=30)
+    names = ["meta/episodes.jsonl", 1]
+    check(names, LeRobotSource, root, frames=2, fps=30)
 
 
 def test_lines_of_the_v21_episodes_file(tmp_path):
     root = write_v21(tmp_path / "set", lengths=[5])
     path = root / "meta/episodes.jsonl"
-    path.write_text('{"episode_index": 0}\n')
-    check(r"episodes\.jsonl: wanted .*length", LeRobotSource, root, frames=2, fps=30)
-    path.write_text("{\n")
-    check(r"episodes\.jsonl: not readable as JSON", LeRobotSource, root, frames=2, fps=30)
+    for line, names in (('{"episode_index": 0}', ["episode_index", "length"]), ("{", ["JSON"])):
+        path.write_text(f"{line}\n")
+        check([str(path), *names], LeRobotSource, root, frames=2, fps=30)
     path.unlink()
-    check(r"episodes\.jsonl: no such file", LeRobotSource, root, frames=2, fps=30)
+    check([str(path)], LeRobotSource, root, frames=2, fps=30)
 
 
 def test_videos_that_are_cut_short(pusht):
     """Opening checks that the file is there; reading says what is wrong, and each time."""
     path = pusht / VIDEO
     whole = path.read_bytes()
-    cut = r"(cut short: \d+ of \d+ bytes|holds \d+ frames).*\n.*episode 4, observation\.image"
-    unreadable = r"not readable as video .*moov atom"
-    for data, error in [
-        (whole[: len(whole) // 2], cut),
-        (whole[8:], unreadable),
-        (b"", unreadable),
-    ]:
+    for data in (whole[: len(whole) // 2], whole[8:], b""):
         path.write_bytes(data)
         source = open_pusht(pusht)
         for _ in range(2):
-            check(rf"file-000\.mp4: {error}", source.__getitem__, len(source) - 1)
+            with refused(str(path), "episode 4", "observation.image", kind=ClipError, lines=2):
+                source[len(source) - 1]
 
 
 def test_damaged_video_data(pusht):
@@ -628,7 +664,7 @@ def test_damaged_video_data(pusht):
     data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
     (pusht / VIDEO).write_bytes(data)
     source = open_pusht(pusht)
-    check(r"file-000\.mp4: frame \d+: .*\n.*episode 1", source.__getitem__, 71 + 11)
+    check([VIDEO, "frame 100", "episode 1"], source.__getitem__, 71 + 11)
     assert digest(source[0]) == digest(open_pusht()[0])
 
 
@@ -636,16 +672,15 @@ def test_fewer_frames_than_rows(pusht):
     edit_video(pusht / VIDEO, 300)
     source = open_pusht(pusht)
     assert digest(source[2 * 71]) == digest(open_pusht()[2 * 71])
-    error = (
-        r"file-000\.mp4: holds 300 frames; the episodes need 320\n.*episode 3, observation\.image"
-    )
-    check(error, source.__getitem__, 3 * 71)
+    names = [VIDEO, 300, 320, "episode 3", "observation.image"]
+    check(names, source.__getitem__, 3 * 71)
 
 
 def test_video_at_another_rate(tmp_path):
     root = write_v21(tmp_path / "set", lengths=[20], fps=30, video_fps=20)
     source = LeRobotSource(root, frames=3, fps=30)
-    check(r"episode_000000\.mp4: frame 1: found time 0\.05.* wanted 0\.033", source.__getitem__, 0)
+    names = ["episode_000000.mp4", "frame 1", "0.0500 s", "0.0333 s"]
+    check(names, source.__getitem__, 0)
 
 
 def test_no_video_stream(tmp_path):
@@ -657,4 +692,4 @@ def test_no_video_stream(tmp_path):
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    check(r"no video stream", LeRobotSource(root, frames=3, fps=30).__getitem__, 0)
+    check([str(path), "episode 0"], LeRobotSource(root, frames=3, fps=30).__getitem__, 0)

@@ -12,7 +12,7 @@ import jax
 import micro
 import numpy as np
 import pytest
-from recordings import VIDEO, open_pusht, reader_of
+from recordings import VIDEO, missing_names, open_pusht, reader_of, refused
 from shared_data import PUSHT
 from test_pipeline import damaged, equal, pusht, stream, take  # noqa: F401
 
@@ -20,7 +20,7 @@ from wmjax import assemble
 from wmjax.data.mixture import Mixture
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.data.workers import Workers
-from wmjax.errors import ClipError, UserError
+from wmjax.errors import ClipError
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_skipped_clips_are_the_same_named_once_and_limited(damaged, capfd):  # n
     for how in ("data.threads=4", "data.workers=2"):
         batches = stream(*skip, how)
         taken = []
-        with pytest.raises(UserError, match=r"max_skip_share=0\.004: 2 of .*\n.*episode 1") as said:
+        with refused("data.max_skip_share=0.004", 2, "episode 1") as said:
             taken.extend(jax.device_get(batch) for batch in batches)
         found.append((taken, str(said.value), batches.position, batches.report()))
         batches.close()
@@ -125,11 +125,12 @@ def test_a_mistake_arrives_with_its_traceback_and_a_refusal_as_its_line(started)
     reader = reader_of(open_pusht())
     strategy, budget, options = reader._masks._masks["m"]
     reader._masks._masks["m"] = (strategy, budget._replace(context=99), options)
-    with pytest.raises(UserError, match=r"^no mask with 99 context .*$"):
+    with refused(99, lines=1):
         started(reader).read(0, 0)
     reader._source._videos = None
-    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*AttributeError: 'NoneType'"):
+    with pytest.raises(RuntimeError) as error:
         started(reader).read(0, 0)
+    assert not missing_names(str(error.value), "Traceback", "AttributeError", "_read_video")
 
 
 def test_a_process_that_is_killed_is_one_line_not_a_wait():
@@ -137,7 +138,7 @@ def test_a_process_that_is_killed_is_one_line_not_a_wait():
     next(batches)
     victim, other = batches._workers._processes
     victim.kill()
-    with pytest.raises(UserError, match=r"^data\.workers=2: .* killed by SIGKILL: .*memory"):
+    with refused("data.workers=2", "SIGKILL", lines=1):
         for _ in batches:
             pass
     assert other.poll() is None

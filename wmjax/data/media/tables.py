@@ -29,17 +29,27 @@ def opened_table(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
         ) from None
 
 
+def column_names(path: Path) -> list[str]:
+    with opened_table(path) as file:
+        return file.schema_arrow.names
+
+
+def count_rows(path: Path) -> int:
+    with opened_table(path) as file:
+        return file.metadata.num_rows
+
+
 def read_columns(
     path: Path,
     names: Iterable[str],
     images: Iterable[str] = (),
     *,
-    whole: Iterable[str] = (),
+    integers: Iterable[str] = (),
     numbers: Iterable[str] = (),
 ) -> pa.Table:
     """Read these columns; those of images must be there and hold such.
 
-    whole, numbers: those of the columns that must hold integers, or numbers of any kind.
+    integers, numbers: those of the columns that must hold integers, or numbers of any kind.
     """
     names = list(dict.fromkeys(names))
     with opened_table(path) as file:
@@ -56,7 +66,7 @@ def read_columns(
     for name in names:
         if table[name].null_count:
             raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
-    for name in (*whole, *numbers):
+    for name in (*integers, *numbers):
         kind = table[name].type
         if not (pa.types.is_integer(kind) or (name in numbers and pa.types.is_floating(kind))):
             raise UserError(f"{path}: {name} is {kind}: wanted numbers")
