@@ -85,7 +85,7 @@ def test_many_damaged_datasets(bases, name, first):
 
 
 def test_frames_beyond_the_most_pixels_are_not_decoded(monkeypatch):
-    monkeypatch.setattr(video, "MOST_PIXELS", 96 * 96 // 2)
+    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 96 // 2)
     with refused(VIDEO, "frame 0", "episode 0", lines=2):
         open_pusht()[0]
 

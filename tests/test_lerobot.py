@@ -391,7 +391,7 @@ def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
 
 
 def test_more_files_than_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(video_files, "KEEP", 2)
+    monkeypatch.setattr(video_files, "MAX_OPEN", 2)
     root = write_v21(tmp_path / "set", lengths=[9, 9, 9, 9])
     source = LeRobotSource(root, frames=2, fps=30)
     clips = [source[i] for i in [0, 8, 16, 24] * 3]

@@ -34,7 +34,7 @@ from wmjax.data.lerobot.info import (
 )
 from wmjax.data.lerobot.listing import split_notes, wrong_totals
 from wmjax.data.lerobot.paths import CameraMissing, Fields, find, find_videos, video_keys
-from wmjax.data.lerobot.starts import start_fault, video_starts
+from wmjax.data.lerobot.starts import start_faults, video_starts
 from wmjax.data.lerobot.tables import INDEX_COLUMNS, check_finite, check_run, find_runs
 from wmjax.data.media.images import read_images
 from wmjax.data.media.tables import read_columns, read_numbers
@@ -346,9 +346,8 @@ class _Check:
             paths = [episode.videos[camera] for episode in members]
             for starts in video_starts(entries, camera, paths, self.info["fps"]):
                 files.append((camera, starts.path, starts.frames))
-                for member, position in enumerate(starts.members):
-                    if fault := start_fault(starts, member, entries[position].index):
-                        self._add_error(fault)
+                for error in start_faults(starts, entries):
+                    self._add_error(error)
         videos = VideoFiles(self.info["fps"])
         for camera, path, frames in tqdm(files, unit="video", disable=not self.decode):
             with self._going_on():
