@@ -95,13 +95,13 @@ def flip_bytes(root):
 
 FAULTS = [
     # (what is damaged, the file and episode of the finding, names that it has)
-    (lambda r: (r / VIDEO).unlink(), VIDEO, []),
-    (lambda r: os.truncate(r / VIDEO, 3000), VIDEO, []),
-    (lambda r: (r / VIDEO).write_text("text"), VIDEO, []),
+    (lambda r: (r / VIDEO).unlink(), VIDEO, ["chunk_index=0", "file_index=0"]),
+    (lambda r: os.truncate(r / VIDEO, 3000), VIDEO, ["moov"]),
+    (lambda r: (r / VIDEO).write_text("text"), VIDEO, ["moov"]),
     (lambda r: edit_video(r / VIDEO, 300), VIDEO, [300, 400]),
     (lambda r: edit_info(r, fps=20), VIDEO, ["frame 399", "20.0000 s", "19.9500 s"]),
     (lambda r: edit_info(r, fps=20), f"{TABLE}: episode 0", ["timestamp", "0.100000001", 0.05]),
-    (lambda r: (r / TABLE).unlink(), TABLE, []),
+    (lambda r: (r / TABLE).unlink(), TABLE, ["chunk_index=0", "file_index=0"]),
     (lambda r: (r / TABLE).write_text("text"), TABLE, ["parquet"]),
     (
         lambda r: edit_column(r / TABLE, "action", set_row(167, [0.0, float("nan")])),
@@ -182,7 +182,7 @@ FAULTS = [
         ["[4, 5]"],
     ),
     (lambda r: (r / EPISODES).write_text("text"), EPISODES, ["parquet"]),
-    (lambda r: (r / EPISODES).unlink(), "meta/episodes", []),
+    (lambda r: (r / EPISODES).unlink(), "meta/episodes", ["parquet"]),
     (lambda r: edit_info(r, total_frames=401), "meta/info.json", ["total_frames=401", 400]),
     (
         lambda r: edit_info(r, video_path="v/{x}.mp4"),

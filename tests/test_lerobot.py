@@ -184,9 +184,12 @@ def test_split_by_episode():
 
 
 def test_describe_says_what_was_opened():
-    assert open_pusht().describe() == (
-        f"{PUSHT}: LeRobot v3.0, 5 episodes, 400 frames at 10 fps, observation.image "
-        "(96x96x3, av1), stride 3 (3.333 fps), 355 clips"
+    line = open_pusht().describe()
+    assert "\n" not in line
+    assert not missing_names(
+        line,
+        *(str(PUSHT), "v3.0", "5 episodes", "400 frames", "10 fps", "observation.image"),
+        *("96x96x3", "av1", "stride 3", "3.333 fps", "355 clips"),
     )
 
 
@@ -211,7 +214,7 @@ def test_each_camera_is_a_clip_of_its_own():
     each, together = two("each"), two("all")
     windows = len(together)
     assert (each.views, together.views, len(each)) == (1, 2, 2 * windows)
-    assert f"{2 * windows} clips, each of one camera" in each.describe()
+    assert not missing_names(each.describe(), f"{2 * windows} clips")
     for i in (0, windows - 1):
         views = together[i]["frames_VT"]
         for camera in range(2):
@@ -649,11 +652,14 @@ def test_videos_that_are_cut_short(pusht):
     """Opening checks that the file is there; reading says what is wrong, and each time."""
     path = pusht / VIDEO
     whole = path.read_bytes()
-    for data in (whole[: len(whole) // 2], whole[8:], b""):
+    named = (str(path), "episode 4", "observation.image")
+    # PyAV 15 has no index to compare the size with; it counts the frames.
+    cut = len(whole) // 2 if hasattr(av.stream.Stream, "index_entries") else 400
+    for data, name in ((whole[: len(whole) // 2], cut), (whole[8:], "moov"), (b"", "moov")):
         path.write_bytes(data)
         source = open_pusht(pusht)
         for _ in range(2):
-            with refused(str(path), "episode 4", "observation.image", kind=ClipError, lines=2):
+            with refused(*named, name, kind=ClipError, lines=2):
                 source[len(source) - 1]
 
 
