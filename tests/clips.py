@@ -1,4 +1,4 @@
-"""Batches as the pipeline would deliver them, made from given or random arrays."""
+"""Batches in the form of the pipeline's, made from given or random arrays."""
 
 import numpy as np
 

@@ -29,7 +29,7 @@ from wmjax.errors import UserError
 
 HANG_S = 60
 READS = 4
-MEMORY = 8 << 30  # bytes of address space: what asks for more fails, and not the machine
+MEMORY = 8 << 30  # bytes of address space: more fails in this process, not on the machine
 
 STRANGE = [
     *(None, True, False, 0, -1, 1, 2, 10.5, -0.0, 1e-320, 1e308, float("nan"), float("inf")),
@@ -47,25 +47,25 @@ CASTS = [
 
 
 def damage(root, rng):
-    """Damage one thing in the dataset, whose files may be links to others; say what."""
+    """Damage one thing in the dataset and return what; its files may be hard links."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     path = rng.choice(files)
     kinds = {".json": _edit_json, ".jsonl": _edit_json, ".parquet": _edit_table}
     edit = kinds.get(path.suffix, _edit_bytes)
-    # Of a table or a list what it says is the likelier to be wrong in a new way.
+    # Wrong content of a table or a list finds more faults than wrong bytes.
     how = (edit if rng.random() < 0.6 else _edit_bytes)(path, rng)
     return f"{path.relative_to(root)}: {how}"
 
 
 def _write(path, data):
-    path.unlink()  # it may be a link to the base's own
+    path.unlink()  # it may be a hard link to the base's file
     path.write_bytes(data)
 
 
 def _edit_bytes(path, rng):
     data = bytearray(path.read_bytes())
     size = len(data)
-    # Headers, indices and footers are at the ends.
+    # Headers, indices and footers are at both ends.
     at = rng.choice([rng.randrange(size), rng.randrange(min(size, 4096)),
                      size - 1 - rng.randrange(min(size, 4096))])  # fmt: skip
     length = min(rng.choice([1, 1, 4, 8, 100, 4096]), size - at)
@@ -112,7 +112,7 @@ def _edit_json(path, rng):
         key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
         place.append(key)
         below = holder[key]
-        # What says how to read is near the top.
+        # The keys that decide how to read are near the top.
         if not isinstance(below, dict | list) or not below or rng.random() < 0.35:
             break
         holder = below
@@ -133,7 +133,7 @@ def _edit_json(path, rng):
 
 def _edit_table(path, rng):
     table = pq.read_table(path)
-    # Those whose names are numbers of episodes and files matter most.
+    # Columns with numbers of episodes and files matter most.
     names = table.column_names
     at = names.index(rng.choice([n for n in names if "stats/" not in n]))
     name, column = names[at], table.column(at)
@@ -216,7 +216,7 @@ def compare(root):
     try:
         wrong = LeRobotSource(root, frames=4, fps=4).notes
     except UserError as error:
-        # Options that do not fit a sound dataset are no fault of the dataset.
+        # An option that does not fit a sound dataset is no fault of the dataset.
         wrong = "" if str(error).startswith("data.") else str(error)
     if wrong and not findings:
         raise AssertionError(f"check finds nothing; training: {wrong}")
@@ -230,7 +230,7 @@ def _refusal(error, root):
 
 
 def most_memory():
-    """Bytes of memory that this process has held at most."""
+    """Return the peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

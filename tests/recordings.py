@@ -1,4 +1,4 @@
-"""The small recording beside the tests: read, edited to be wrong, and written in other formats."""
+"""The small recording in tests/data: read it, damage it, write it in other formats."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 
 def missing_names(text, *names):
-    """Return which names are not in the text: words, paths, key=value, or numbers of their own."""
+    """Return the names that are not in the text as a whole word, path, key=value or number."""
 
     def pattern(name):
         if not isinstance(name, str):
@@ -37,7 +37,7 @@ def missing_names(text, *names):
 
 @contextmanager
 def refused(*names, kind=UserError, lines=None):
-    """Expect an error that names all these; lines: how many it has, else one to three."""
+    """Expect an error that has all these names; lines: how many lines; None: one to three."""
     with pytest.raises(kind) as caught:
         yield caught
     text = str(caught.value)
@@ -107,7 +107,7 @@ V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:
 
 
 def write_v2(root, version="v2.1", chunks_size=1000, data_path=V2_DATA, video_path=V2_VIDEO):
-    """Write the recording in a format of one table and one video an episode."""
+    """Write the recording in v2: one table and one video an episode."""
     (root / "meta").mkdir(parents=True)
     info = json.loads((PUSHT / "meta/info.json").read_text())
     info |= {
@@ -155,7 +155,7 @@ def to_images(root, codec="png", pix_fmt="rgb24", **options):
 
 
 def encode(frame, codec="png"):
-    """Return one frame as the bytes of a picture."""
+    """Return a frame as the bytes of a picture file."""
     encoder = av.CodecContext.create(codec, "w")
     encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
     encoder.time_base = Fraction(1)

@@ -1,4 +1,4 @@
-"""Every fault put into a dataset is named, where it is; sound datasets have none."""
+"""`wmjax.data check`: names every fault of a damaged dataset, and finds none in sound ones."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def pusht(tmp_path):
 
 @pytest.fixture
 def v21(tmp_path):
-    """The recording in v2.1, with the statistics that lerobot wrote for v3.0, by episode."""
+    """The recording in v2.1, with lerobot's statistics of each episode."""
     root = write_v2(tmp_path / "v21")
     columns = pq.read_table(PUSHT / EPISODES).to_pylist()
     with (root / STATS).open("w") as file:
@@ -94,7 +94,7 @@ def flip_bytes(root):
 
 
 FAULTS = [
-    # (what is damaged, the file and episode of the finding, names that it has)
+    # (damage, file and episode of the finding, names in it)
     (lambda r: (r / VIDEO).unlink(), VIDEO, ["chunk_index=0", "file_index=0"]),
     (lambda r: os.truncate(r / VIDEO, 3000), VIDEO, ["moov"]),
     (lambda r: (r / VIDEO).write_text("text"), VIDEO, ["moov"]),
@@ -231,7 +231,7 @@ def test_what_training_refuses_or_warns_of_is_found(pusht, fault, where, names):
 
 
 def test_a_video_of_two_episodes_is_one_finding(v21):
-    """Each episode by itself has its file, but training reads none of them."""
+    """The template gives a file for each episode, but one file for all: training refuses it."""
     name = "videos/chunk-000/observation.image/episode_000000.mp4"
     edit_info(v21, video_path=name)
     (v21 / SECOND).rename(v21 / "elsewhere")

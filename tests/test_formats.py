@@ -1,6 +1,7 @@
-"""Every format that a LeRobot dataset may have, and metadata that is a little wrong.
+"""Every format of a LeRobot dataset, and metadata that is a little wrong.
 
-Each variant is the recording beside the tests, and must read as that does: pixels, states, actions.
+Each variant is a copy of the recording in tests/data and must read as it does: pixels, states,
+actions.
 """
 
 import json
@@ -39,7 +40,7 @@ from wmjax.errors import ClipError
 from wmjax.train import _notes
 
 CAMERA = "observation.image"
-CLIPS = (0, 70, 71, 200, 354)  # of all five episodes, the first and last window among them
+CLIPS = (0, 70, 71, 200, 354)  # in all five episodes; the first and the last window
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def v21(tmp_path):
 
 
 def check_reads(root, expected, names=None, **changes):
-    """Check the clips of a dataset, and that it has one note with these names, or none."""
+    """Check the clips of a dataset, and that it has one note with these names; None: no note."""
     source = open_pusht(root, **changes)
     assert len(source) == 355
     assert [digest(source[i]) for i in CLIPS] == expected
@@ -147,7 +148,7 @@ def test_tasks_are_not_read_in_any_layout(pusht, expected, layout):
 
 @pytest.mark.parametrize("rows", [1_000, 17])
 def test_pictures_in_the_tables_of_v30(pusht, expected, rows):
-    """Episodes start within a row group, and clips span several of 17 rows."""
+    """Episodes start inside a row group; with 17 rows a group, clips span several groups."""
     source = check_reads(to_images(pusht, row_group_size=rows), expected)
     assert not missing_names(source.describe(), CAMERA, "96x96x3", "images", "stride 3")
     frame = source[3]["frames_VT"][0][0]
@@ -191,7 +192,7 @@ def test_a_row_group_is_not_held_at_once(tmp_path):
 
 
 def test_jpeg_and_other_colours(tmp_path):
-    """JPEG within what it loses; grey and with an alpha channel as RGB."""
+    """JPEG is read within its loss; grey and RGBA pictures are read as RGB."""
     truth = open_pusht()[7]["frames_VT"][0][2].to_ndarray(format="rgb24").astype(int)
     for codec, pix_fmt, bound in (
         ("mjpeg", "yuvj444p", 6),
@@ -267,7 +268,7 @@ def test_a_template_that_leads_to_the_first_episodes_only(tmp_path, expected, ke
     root = write_v2(tmp_path / "set", chunks_size=2)
     edit_info(root, **{key: path})
     check_reads(root, expected, ["meta/info.json", f"{key}={path!r}"])
-    # Where the standard one does not lead to every file either, nothing is certain.
+    # If the standard template does not lead to every file either, nothing is certain.
     (*_, last) = sorted(root.rglob("*.mp4" if key == "video_path" else "*.parquet"))
     last.unlink()
     check_error(names, root)
@@ -279,7 +280,7 @@ def test_a_template_of_v30_without_the_number_of_the_file(pusht, expected):
 
 
 def test_a_template_without_the_camera(pusht, expected):
-    """Right for one camera, and never one camera's pixels for another's."""
+    """It is right for one camera. With two, each must read its own pixels."""
     edit_info(pusht, video_path=VIDEO)
     check_reads(pusht, expected)
     shutil.copytree(pusht / "videos" / CAMERA, pusht / "videos/observation.side")
@@ -350,15 +351,15 @@ def test_a_video_folder_of_another_name(pusht, v21, expected, folder):
 def test_a_video_folder_that_is_not_certain(v21):
     folder = v21 / "videos/chunk-000"
     (folder / CAMERA).rename(folder / "image")
-    # Two cameras may be meant by it,
+    # Two cameras fit the folder.
     add_camera(v21, "other.image")
     check_error([f"{CAMERA}/episode_000000.mp4"], v21)
     shutil.copytree(folder / "image", folder / "other.image")
     assert open_pusht(v21).cameras == (CAMERA, "other.image")
-    # two folders by the camera,
+    # Two folders fit the camera.
     shutil.copytree(folder / "image", folder / "observation_image")
     check_error([CAMERA, "image", "observation_image"], v21)
-    # or it lacks a file, or has no likeness to the name.
+    # The folder lacks a file; or its name fits no camera.
     shutil.rmtree(folder / "observation_image")
     (folder / "image/episode_000004.mp4").unlink()
     check_error([f"{CAMERA}/episode_000000.mp4"], v21, cameras=CAMERA)
@@ -371,7 +372,7 @@ def test_a_video_folder_that_is_not_certain(v21):
 
 
 def test_timestamps_that_drift(pusht, expected):
-    """Each episode's times a frame short, as sums of durations of the containers are."""
+    """Each start is a frame earlier than the last one should make it, as summed durations drift."""
     shift = [0.0, 0.1, 0.2, 0.3, 0.4]
 
     def earlier(times):
@@ -407,7 +408,7 @@ def test_totals_that_are_off_while_the_tables_agree(pusht, v21, expected, said):
 
 
 def test_totals_and_tables_that_are_at_odds(pusht, v21):
-    """An episode that is not in the metadata's list may be missing from it."""
+    """An episode in the tables may be missing from the list in the metadata."""
     lines = (v21 / "meta/episodes.jsonl").read_text().splitlines()
     (v21 / "meta/episodes.jsonl").write_text("\n".join(lines[:4]))
     check_error(["meta/episodes.jsonl", 4, 3, 320, "total_episodes=5", 400], v21)

@@ -1,4 +1,4 @@
-"""Datasets of the Hub, in a cache laid out by hand: no test needs a network."""
+"""Datasets of the Hub, in a cache that the tests write: no test needs a network."""
 
 import fnmatch
 import os
@@ -21,7 +21,7 @@ FILES = sorted(str(p.relative_to(PUSHT)) for p in PUSHT.rglob("*") if p.is_file(
 
 
 def lay_out(cache, files=FILES):
-    """Put files of the recording where the Hub's cache has them: links into blobs."""
+    """Write files of the recording as the Hub's cache does: links into blobs."""
     repo = cache / "datasets--someone--pusht"
     snapshot = repo / "snapshots" / COMMIT
     for folder in ("blobs", "refs"):
@@ -39,7 +39,7 @@ def lay_out(cache, files=FILES):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Stand in for huggingface_hub: `calls` records what is asked for, `error` is raised."""
+    """Fake huggingface_hub: `calls` records the requests, `error` is raised."""
     errors = types.ModuleType("huggingface_hub.errors")
     for name in ("RepositoryNotFoundError", "RevisionNotFoundError", "LocalEntryNotFoundError"):
         setattr(errors, name, type(name, (Exception,), {}))
@@ -67,7 +67,7 @@ def test_what_is_needed_is_fetched_of_one_commit(fake):
     assert sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()) == FILES
     assert digest(open_pusht(root)[3]) == digest(open_pusht()[3])
     assert open_pusht(root).notes == []
-    # Every split is of the commit that was found first.
+    # Every split reads the commit of the first call.
     assert hub.download("someone/pusht", "", "image") == root
     assert fake.calls == [
         ("someone/pusht", "dataset", None),
@@ -137,7 +137,7 @@ except UserError as error:
 
 
 def offline(cache):
-    """Open a dataset with the real huggingface_hub, told that there is no network."""
+    """Open a dataset with the real huggingface_hub in offline mode."""
     pytest.importorskip("huggingface_hub")
     run = subprocess.run(
         [sys.executable, "-c", OFFLINE],

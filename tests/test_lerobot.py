@@ -1,4 +1,4 @@
-"""The LeRobot reader against lerobot's own frames, against itself, and on damaged datasets."""
+"""The native LeRobot reader: against lerobot's frames, against itself, on damaged datasets."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def pusht(tmp_path):
     return shutil.copytree(PUSHT, tmp_path / "pusht")
 
 
-# --- what lerobot reads, to the bit ---
+# --- bit-exact with lerobot ---
 
 
 def check_against_lerobot(name, root):
@@ -72,7 +72,7 @@ def test_frames_states_and_actions_are_lerobots(name):
 
 
 def test_a_frame_is_made_a_picture_before_the_next_is_decoded(monkeypatch):
-    """Sixteen frames that wait to be scaled would have left the processor's cache."""
+    """Frames are scaled while they are in the CPU cache."""
     done, decode = [], video_files._Video.frame
     monkeypatch.setattr(
         video_files._Video,
@@ -223,7 +223,7 @@ def test_each_camera_is_a_clip_of_its_own():
             assert [f.pts for f in frames] == [f.pts for f in views[camera]]
             np.testing.assert_array_equal(frames[0].to_ndarray(), views[camera][0].to_ndarray())
             np.testing.assert_array_equal(clip["state_TS"], together[i]["state_TS"])
-    # Every clip is drawn once a pass, whichever camera shows it.
+    # A pass draws every clip of every camera once.
     drawn = {each.draw(i, np.random.default_rng(i)) for i in range(each.draws)}
     assert drawn == set(range(2 * windows))
 
@@ -243,7 +243,7 @@ def test_past_the_end_the_last_frame_stands_in_and_is_marked():
         ]
         last = source._tables["action"][source.episodes[1].first_row + 79]
         assert (clip["action_TPA"][~clip["action_mask_TPA"][:, :, 0]] == last).all()
-    # Pixels of repeated frames are equal, and a clip that fits is the one that drop gives.
+    # Repeated frames have equal pixels, and a clip inside its episode is the same with ends=drop.
     video_THWC = crop_and_scale(source[75]["frames_VT"][0], Box(0.0, 0.0, 0.9, 0.9), 64, 64)
     np.testing.assert_array_equal(video_THWC[2], video_THWC[3])
     assert np.any(video_THWC[0] != video_THWC[2])
@@ -296,7 +296,7 @@ def test_a_timestamp_one_frame_off_gives_way_to_the_lengths(pusht):
     assert [e.videos["observation.image"][1] for e in open_pusht(pusht).episodes] == [
         0, 80, 160, 240, 320,
     ]  # fmt: skip
-    # Where the file does not end with the last episode, neither account is certain.
+    # If the file does not end with the last episode, neither account is certain.
     edit_video(pusht / VIDEO, 399)
     with refused(VIDEO, "episode 3", "frame 240.90", 240):
         open_pusht(pusht)
@@ -366,7 +366,7 @@ def test_b_frames_and_long_groups_of_pictures(tmp_path, frames, fps):
 
 
 def test_a_file_read_to_its_end_is_read_again(tmp_path):
-    """A decoder that lags behind gives its last frames only once there are no more packets."""
+    """A decoder with delay returns its last frames only after the last packet."""
     path = next(write_v21(tmp_path / "set", lengths=[60]).rglob("*.mp4"))
     video = video_files._Video(path, 30)
     assert len(list(video._decode())) == 60
@@ -387,7 +387,7 @@ def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
             self._seek(*args, **kwargs)
 
     video._container = Counted(video._container)
-    # Key frames are 0, 12, 24, ...: to 3 and 11 it decodes on, to 13 and 40 it seeks, and back.
+    # Key frames: 0, 12, 24, ... It decodes on to 3 and 11, and seeks to 13, 40 and backwards.
     for number, total in [(0, 1), (3, 1), (11, 1), (13, 2), (14, 2), (40, 3), (38, 4), (38, 5)]:
         assert video.frame(number).pts == 512 * number
         assert len(seeks) == total
@@ -399,12 +399,12 @@ def test_more_files_than_stay_open(tmp_path, monkeypatch):
     source = LeRobotSource(root, frames=2, fps=30)
     clips = [source[i] for i in [0, 8, 16, 24] * 3]
     assert len(source._videos._local.videos) == 2
-    # Frames outlive the file that they came from.
+    # Frames stay valid after their file is closed.
     for clip, again in zip(clips[:4], clips[4:8], strict=True):
         assert digest(clip) == digest(again)
 
 
-# --- damaged and misdescribed datasets ---
+# --- damaged datasets and wrong metadata ---
 
 
 def check(names, call, *args, **changes):
@@ -601,7 +601,7 @@ def test_a_number_that_is_none_is_found_where_it_is(pusht, value):
     edit_column(pusht / TABLE, "action", lambda v: [*v[:200], [v[200][0], float(value)], *v[201:]])
     names = [str(pusht / TABLE), "episode 2", "action[1]", value, "frame 40"]
     check(names, open_pusht, pusht)
-    assert len(open_pusht(pusht, val_share=0.2)) > 0  # it lies in what is held out
+    assert len(open_pusht(pusht, val_share=0.2)) > 0  # the bad number is in a held-out episode
 
 
 def test_a_length_that_no_memory_holds_is_held_against_the_rows_first(pusht):
@@ -649,7 +649,7 @@ def test_lines_of_the_v21_episodes_file(tmp_path):
 
 
 def test_videos_that_are_cut_short(pusht):
-    """Opening checks that the file is there; reading says what is wrong, and each time."""
+    """Opening checks that the file exists; every read raises the error."""
     path = pusht / VIDEO
     whole = path.read_bytes()
     named = (str(path), "episode 4", "observation.image")

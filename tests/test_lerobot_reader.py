@@ -1,4 +1,4 @@
-"""The reader by lerobot: a stand-in with lerobot's interface, and lerobot where it is installed."""
+"""The reader by lerobot: with a fake lerobot, and with lerobot itself where it is installed."""
 
 import pickle
 import sys
@@ -37,7 +37,7 @@ def empty_metadata(self, repo_id, root=None, revision=None):
 
 
 class Table:
-    """As much of datasets.Dataset as is used."""
+    """Fake of datasets.Dataset: only what the reader uses."""
 
     def __init__(self, columns):
         self._columns = columns
@@ -54,7 +54,7 @@ class Table:
 
 
 class Dataset:
-    """LeRobotDataset 0.6 as its source has it: rows clamped to the episode, CHW, `_is_pad`."""
+    """Fake of LeRobotDataset 0.6: rows clamped to the episode, CHW frames, `_is_pad`."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Dataset:
 
 
 class Dataset04(Dataset):
-    """Before 0.6: frames as shares of 255 only."""
+    """Before 0.6: float frames from 0 to 1 only."""
 
     def __init__(self, repo_id, root=None, delta_timestamps=None, video_backend=None):
         super().__init__(repo_id, root, None, delta_timestamps, video_backend)

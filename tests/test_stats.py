@@ -1,4 +1,4 @@
-"""Statistics of state and action: against the metadata of real datasets, and in a checkpoint."""
+"""Statistics of state and action: compared with the metadata of real datasets; normalisation."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ KEYS = (("state", "observation.state"), ("action", "action"))
 
 
 def from_metadata(root):
-    """Statistics as lerobot wrote them; those of v2.1, by episode, put together."""
+    """Return lerobot's statistics; in v2.1, merge those of the episodes."""
     if (root / "meta/stats.json").is_file():
         return json.loads((root / "meta/stats.json").read_text())
     lines = (root / "meta/episodes_stats.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Datasets written again at the training size: every frame, window and number is still there."""
+"""`wmjax.data transcode`: every frame, window and number of the dataset is kept."""
 
 import json
 import shutil
@@ -180,7 +180,7 @@ def test_killed_half_way_and_resumed_is_the_same_as_unbroken(tmp_path):
     root = write_v2(tmp_path / "source")
     run(["transcode", str(root), str(tmp_path / "whole"), *SMALL])
     out = tmp_path / "out"
-    # A pause before every file's name is given leaves the time to kill it half-way.
+    # A pause before each rename leaves time to kill the process half-way.
     slow = (
         "import time\nfrom wmjax.data.tools import transcode\nfrom wmjax.data.__main__ import run\n"
         "encode = transcode._encode\n"
@@ -198,7 +198,7 @@ def test_killed_half_way_and_resumed_is_the_same_as_unbroken(tmp_path):
         child.wait()
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     assert 0 < len(kept) < 5
-    with refused(f"data.root='{out}'", "meta/info.json"):  # half a dataset is none
+    with refused(f"data.root='{out}'", "meta/info.json"):  # half a copy is no dataset
         LeRobotSource(out, frames=4, fps=4)
     run(["transcode", str(root), str(out), "--size=48", "--workers=2"])
     assert contents(out) == contents(tmp_path / "whole")
@@ -335,7 +335,7 @@ def test_b_frames_odd_rates_and_a_late_start(tmp_path, start):
 @needs_shared
 @pytest.mark.campaign
 def test_a_transcoded_dataset_is_read_several_times_as_fast(tmp_path):
-    """CPU time, so clips a second a core: 16 frames at 4 a second and 256 px, as in training."""
+    """Clips a second a core (CPU time): 16 frames at 4 fps and 256 px, as in training."""
     root = SHARED / "g1_subset_v30"
     run(["transcode", str(root), str(tmp_path / "out")])
     masks = Masks({"m": {"strategy": "random", "context": 0.5, "target": 0.25}}, (8, 16, 16))

@@ -1,4 +1,4 @@
-"""Strides, splits and windows against brute force."""
+"""Strides, splits and windows, compared with brute force."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Clips read by processes: the same as by threads, the same errors, and nothing left behind."""
+"""Worker processes: the same clips and errors as threads, and nothing left behind."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ from wmjax.errors import ClipError
 
 @pytest.fixture
 def started():
-    """Return workers that are closed after the test."""
+    """Return a function that starts workers; they are closed after the test."""
     every = []
 
     def start(reader, count=1):
@@ -58,7 +58,7 @@ def test_as_many_processes_as_threads_but_no_more_than_cores(monkeypatch):
 
 
 def test_a_clip_is_the_same_in_every_array(started):
-    """Of a mixture whose parts lack views, numbers and, past the end of an episode, steps."""
+    """In a mixture whose parts lack views, numbers and, past the end of an episode, steps."""
     common = {"frames": 4, "height": 32, "width": 48, "seed": 0, "split": "train"}
     sources = {
         "recorded": open_pusht(ends="repeat", clips_per_episode=9),
@@ -74,7 +74,7 @@ def test_a_clip_is_the_same_in_every_array(started):
 
 
 def test_tables_are_held_once_for_all_processes(started, monkeypatch):
-    """What is large goes to the processes beside the pickle, which stays small."""
+    """Large arrays are sent out of band; the pickle itself stays small."""
     source = open_pusht()
     source._tables["observation.state"] = np.tile(source._tables["observation.state"], (2000, 1))
     sizes = []
@@ -161,7 +161,7 @@ def test_closing_leaves_no_process_and_no_descriptor():
         assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
         del batches
     deadline = time.monotonic() + 30
-    while held() > before:  # reading threads hold pipes for a moment, their errors too
+    while held() > before:  # threads and their errors hold pipes for a moment
         assert time.monotonic() < deadline
         gc.collect()
         time.sleep(0.02)
@@ -186,5 +186,5 @@ def test_processes_end_with_a_parent_that_is_killed():
     ) as parent:
         assert parent.stdout.readline() == "reading\n"
         parent.kill()
-        # They have inherited this pipe: it ends when the last of them does.
+        # The workers inherited this pipe: it closes when the last of them exits.
         assert parent.communicate(timeout=30) == ("", "")

@@ -21,8 +21,8 @@ _FILE_NUMBERS = ("chunk_index", "file_index")
 class EpisodeEntry:
     """An episode as the metadata lists it.
 
-    table, videos: what the path templates are filled in with, videos by camera. from_timestamp:
-    start in the video file, seconds by camera; always 0 in v2, where each episode has its own.
+    table, videos: values for the path templates; videos by camera. from_timestamp: where the
+    episode starts in each camera's video, in seconds; 0 in v2, where each episode has its own file.
     """
 
     index: int
@@ -116,7 +116,7 @@ def _read_entries_v3(path: Path, cameras: Iterable[str]) -> list[EpisodeEntry]:
 
 
 def missing_columns(root: Path, info: dict, path: Path, camera: str) -> UserError | None:
-    """Return an error where a list of v3.0 has nothing of a camera, which has no folder either."""
+    """Return an error if a list of v3.0 has no column of a camera, and the camera no folder."""
     if info["codebase_version"] != "v3.0" or os.path.exists(root / "videos" / camera):
         return None
     wanted = [f"videos/{camera}/{name}" for name in (*_FILE_NUMBERS, "from_timestamp")]

@@ -77,7 +77,7 @@ class LeRobotReader(Recording):
                 numbers[name] = values[rows]
             except (ValueError, IndexError):
                 raise UserError(
-                    f"{self.root}: {name}: wanted {width} numbers in every row, as the metadata has"
+                    f"{self.root}: {name}: wanted {width} numbers in every row, by its metadata"
                 ) from None
         return numbers
 
