@@ -147,8 +147,8 @@ def split_notes(root: Path, info: dict, episodes: int) -> list[str]:
         for name, text in (splits.items() if isinstance(splits, dict) else ())
     }
     return [
-        f"{root}/meta/info.json: splits: {name} is {end[0]}, of {episodes} episodes: splits are not "
-        "used; data.val_share holds out episodes"
+        f"{root}/meta/info.json: splits: {name} is {end[0]}, of {episodes} episodes: splits are "
+        "not used; data.val_share holds out episodes"
         for name, end in ends.items()
         if end and int(end[1]) > episodes
     ]
