@@ -15,6 +15,7 @@ import micro
 import numpy as np
 import pytest
 from conftest import use_one_device
+from says import refused, says, suggests
 from shared_data import PUSHT
 
 from wmjax import assemble, sharding
@@ -23,7 +24,6 @@ from wmjax.bench import __main__ as bench
 from wmjax.bench import data as data_bench
 from wmjax.bench.step import random_batch
 from wmjax.data.media.video import VideoFiles
-from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.models import base
 from wmjax.run import metrics
@@ -193,20 +193,20 @@ def test_the_bare_loop_decodes_the_frames_of_the_pipeline():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["step", "--steps=0"], "--steps=0: wanted 1 or more"),
-        (["step", "--views=0"], "--views=0: wanted 1 or more"),
-        (["data", "--batches=-1"], "--batches=-1: wanted 1 or more"),
-        (["step", "--config.data.batch_size=12"], "data.batch_size=12: not divisible by the 8"),
-        (["data", "--config.data.source=lerobot"], "data.root is empty"),
+        (["step", "--steps=0"], ["--steps=0", 1]),
+        (["step", "--views=0"], ["--views=0", 1]),
+        (["data", "--batches=-1"], ["--batches=-1", 1]),
+        (["step", "--config.data.batch_size=12"], ["data.batch_size=12", 8, 16]),
+        (["data", "--config.data.source=lerobot"], ["--config.data.root=", "data.repo_id="]),
     ],
 )
 def test_mistakes_are_named(words, said):
-    with pytest.raises(UserError, match=said):
+    with refused(*said):
         bench.run([*words, "--config=debug_world_model"])
 
 
 def test_the_floor_is_for_videos():
-    with pytest.raises(UserError, match="--floor: wanted one LeRobot dataset of videos"):
+    with refused("--floor", "LeRobot", "data.reader=native"):
         bench.bench_data(micro.config(), argparse.Namespace(floor=True, batches=1))
 
 
@@ -216,20 +216,21 @@ def test_the_door_ends_with_a_line_and_code_2():
         [sys.executable, *words], env=micro.environment(1), capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --config.seeds: no such key (did you mean seed?)")
+    says(done.stderr, "--config.seeds", lines=3)
+    suggests(done.stderr, "seed", micro.config())
     assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "required: {step,data}"),
-        (["step"], "--config=NAME is needed"),
-        (["fly"], "invalid choice: 'fly'"),
-        (["step", "stray", "--config=x"], "stray: unknown"),
-        (["step", "--config=x"], "--config=x: no such configuration"),
+        ([], ["{step,data}"]),
+        (["step"], ["--config=", "debug_world_model"]),
+        (["fly"], ["'fly'", "step", "data"]),
+        (["step", "stray", "--config=x"], ["stray", "--config."]),
+        (["step", "--config=x"], ["--config=x", "debug_world_model"]),
     ],
 )
 def test_wrong_flags_are_named(words, said):
-    with pytest.raises(UserError, match=said):
+    with refused(*said):
         bench.run(words)

@@ -11,9 +11,9 @@ import numpy as np
 import parity
 import pytest
 from flax import nnx
+from says import refused
 
 from wmjax import sharding
-from wmjax.errors import UserError
 from wmjax.evals import classifier as probing
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
@@ -70,7 +70,7 @@ def test_clips_of_one_view_need_no_axis_for_it(learned):
 
 def test_labels_of_other_clips_are_no_views(learned):
     ((features, labels),) = batches(2, count=1)
-    with pytest.raises(TypeError, match="incompatible shapes"):
+    with refused(16, 8, error=TypeError):  # of jax, about the shapes
         probing.evaluate(learned, [(features, labels[:8])], MESH)
 
 
@@ -213,21 +213,21 @@ def test_initial_weights_and_axes():
 
 
 @pytest.mark.parametrize(
-    ("stream", "settings", "says"),
+    ("stream", "settings", "said"),
     [
-        (lambda: iter(()), {}, "there are none, wanted 4"),
-        (lambda: batches(1, count=2), {}, "end after 2, wanted 4"),
-        (lambda: [(x, y + 1) for x, y in batches(1, count=4)], {}, "labels: 4, wanted below"),
-        (lambda: batches(1, rows=15), {"mesh": TWO}, "=15: .*2 devices"),
+        (lambda: iter(()), {}, ["batches", 4]),
+        (lambda: batches(1, count=2), {}, ["batches", 2, 4]),
+        (lambda: [(x, y + 1) for x, y in batches(1, count=4)], {}, ["labels", 4, "classes=4"]),
+        (lambda: batches(1, rows=15), {"mesh": TWO}, ["=15", 2, 16]),
     ],
 )
-def test_bad_batches_are_answered(stream, settings, says):
-    with pytest.raises(UserError, match=says):
+def test_bad_batches_are_answered(stream, settings, said):
+    with refused(*said):
         fit(stream(), 4, rates=(1e-3,), **settings)
 
 
 def test_bad_heads_and_no_labels_are_answered(learned):
-    with pytest.raises(UserError, match=r"heads=3.*width=16"):
+    with refused("heads=3", "width=16"):
         probing.fit(batches(1), MESH, steps=1, seed=0, **PROBE | {"heads": 3})
-    with pytest.raises(UserError, match="no labelled clip"):
+    with refused("held-out"):
         probing.evaluate(learned, [], MESH)
