@@ -2,14 +2,15 @@
 
 import contextlib
 import re
+from collections import Counter
 
 import pytest
 
 from wmjax.errors import UserError
 
 
-def holds(text, token):
-    """Whether a token is in a text by itself: 16 is not in 160, 1.6e16, -16 or pytest-16/.
+def times(text, token):
+    """How often a token is in a text by itself: 16 is not in 160, 1.6e16, -16 or pytest-16/.
 
     A token that ends in a sign, as "seed=" does, may be followed by anything.
     """
@@ -23,16 +24,24 @@ def holds(text, token):
         after = r"(?!\w|[.,]\d)"
     elif re.search(r"\w$", token):
         after = r"(?!\w)"
-    return re.search(before + re.escape(token) + after, text) is not None
+    return len(re.findall(before + re.escape(token) + after, text))
+
+
+def holds(text, *tokens):
+    """Whether all tokens are in a text; one that is given twice has to be there twice."""
+    counts = Counter(map(str, tokens))
+    return all(times(text, token) >= count for token, count in counts.items())
 
 
 def says(told, *tokens, lines=None):
     """Assert that an error, or a text, holds every token, in as many lines or fewer.
 
-    told: a text, an exception, or what pytest.raises gives.
+    A token that is given twice has to be there twice. told: a text, an exception, or what
+    pytest.raises gives.
     """
     text = str(getattr(told, "value", told))
-    missing = [str(token) for token in tokens if not holds(text, token)]
+    counts = Counter(map(str, tokens))
+    missing = [token for token, count in counts.items() if times(text, token) < count]
     assert not missing, f"{missing} not in: {text}"
     if lines is not None:
         found = len(text.strip().splitlines())
@@ -57,4 +66,4 @@ def refused(*tokens, error=UserError, lines=3):
 
 def lines_with(text, *tokens):
     """Return the lines of a text that hold every token."""
-    return [line for line in text.splitlines() if all(holds(line, token) for token in tokens)]
+    return [line for line in text.splitlines() if holds(line, *tokens)]
