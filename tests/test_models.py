@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from clips import batch_of, random_batch
 from flax import nnx
+from says import refused
 
-from wmjax.errors import UserError
 from wmjax.models import base, encoder
 from wmjax.nn import attention, gelu, layers
 
@@ -329,42 +329,45 @@ def test_input_spec_is_the_token_grid():
 
 
 @pytest.mark.parametrize(
-    ("cfg", "says"),
+    ("cfg", "named"),
     [
-        ({"size": "enormous"}, "model.size='enormous'.*tiny, small"),
-        ({"rope": "spiral"}, "model.rope='spiral'.*tiled"),
-        ({"remat": "some"}, "model.remat='some'.*none, dots, full"),
-        ({"dtype": "float8"}, "model.dtype='float8'.*bfloat16"),
-        ({"attention": "flash"}, "model.attention='flash'.*cudnn"),
-        ({"attention": "cudnn"}, "model.attention='cudnn' on cpu"),
-        ({"heads": 5}, r"model\.heads=5: model\.width=32"),
+        ({"size": "enormous"}, ["model.size='enormous'", "tiny", "small"]),
+        ({"rope": "spiral"}, ["model.rope='spiral'", "tiled"]),
+        ({"remat": "some"}, ["model.remat='some'", "none", "dots", "full"]),
+        ({"dtype": "float8"}, ["model.dtype='float8'", "bfloat16"]),
+        ({"attention": "flash"}, ["model.attention='flash'", "cudnn"]),
+        ({"attention": "cudnn"}, ["model.attention='cudnn'", "cpu", "Ampere", 8, 128]),
+        ({"heads": 5}, ["model.heads=5", "model.width=32"]),
         (
             {"predictor_width": 26, "predictor_heads": 2},
-            r"model\.predictor_heads=2: model\.predictor_width=26",
+            ["model.predictor_heads=2", "model.predictor_width=26"],
         ),
-        ({"predictor_width": 28, "rope": "sincos"}, "multiple of 8"),
-        ({"mask_index": 10}, "model.mask_index=10"),
+        (
+            {"predictor_width": 28, "rope": "sincos"},
+            ["model.predictor_width=28", "model.rope='sincos'", 8],
+        ),
+        ({"mask_index": 10}, ["model.mask_index=10", 10, 10]),
     ],
 )
-def test_a_bad_value_is_named(cfg, says):
-    with pytest.raises(UserError, match=says):
+def test_a_bad_value_is_named(cfg, named):
+    with refused(*named):
         nnx.eval_shape(lambda: create(**cfg))
 
 
 def test_an_unknown_model_is_answered_with_those_there_are():
     for name in ("vjepa9", "layers", "base"):
-        with pytest.raises(UserError, match=f"model.name='{name}'.*there are: vjepa2"):
+        with refused(f"model.name='{name}'", "vjepa2"):
             base.create(name, nnx.Rngs(0))
 
 
 def test_clips_must_divide():
     model = nnx.eval_shape(create)
-    for size, says in (
-        ((5, 16, 24), "frames of the clips=5.*tubelet=2"),
-        ((4, 16, 20), "width of the clips=20.*patch=8"),
-        ((0, 16, 24), "frames of the clips=0"),
+    for size, named in (
+        ((5, 16, 24), ["frames", 5, "tubelet=2"]),
+        ((4, 16, 20), ["width", 20, "patch=8"]),
+        ((0, 16, 24), ["frames", 0, "tubelet=2"]),
     ):
-        with pytest.raises(UserError, match=says):
+        with refused(*named):
             model.input_spec(*size)
 
 

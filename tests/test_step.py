@@ -7,9 +7,9 @@ import jax
 import micro
 import numpy as np
 import pytest
+from says import refused
 
 from wmjax import assemble, sharding
-from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.run.metrics import fetch
 
@@ -146,11 +146,11 @@ def test_the_step_follows_the_schedules_of_the_configuration():
 
 
 def test_a_mesh_or_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match=r"mesh\.fsdp=3"):
+    with refused("mesh.fsdp=3", 8, "cpu"):
         sharding.make_mesh(-1, 3)
-    with pytest.raises(UserError, match=r"data\.batch_size=12.*8 devices"):
+    with refused("data.batch_size=12", 8, 16):
         sharding.check_batch(sharding.make_mesh(), 12)
-    with pytest.raises(UserError, match=r"=24: .*8 devices.* x optim\.accumulate=2; nearest: 32"):
+    with refused("data.batch_size=24", 8, "optim.accumulate=2", 32):
         sharding.check_batch(sharding.make_mesh(), 24, accumulate=2)
 
 

@@ -13,11 +13,11 @@ import jax
 import micro
 import numpy as np
 import pytest
+from says import lines_with, refused, says
 
 import wmjax
 from wmjax import sharding, train
 from wmjax.commands import demo
-from wmjax.errors import UserError
 from wmjax.masking import Masks
 from wmjax.run import metrics
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
@@ -225,8 +225,8 @@ def test_the_door_draws_a_run_and_the_curves_of_several(micro_run, tmp_path, cap
     assert len(files) == 8
     assert {data for _, data in inlined(html)} == files
     assert str(out / "index.html") in said
-    assert f"the steps of {micro_run}, {other}" in html
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'none' / curves.METRICS}: not")):
+    assert lines_with(html, micro_run, other)
+    with refused(tmp_path / "none" / curves.METRICS):
         door.run([str(micro_run), str(tmp_path / "none")])
 
 
@@ -282,7 +282,7 @@ def test_the_demo_of_a_model_that_has_diverged_ends_in_a_line(seen, tmp_path, mo
     seen.target_BND[0, 0, 0] = np.nan
     monkeypatch.setattr(demo, "show_model", lambda *_: types.SimpleNamespace(params={}, target={}))
     monkeypatch.setattr(Pictures, "look", lambda *_: seen)
-    with pytest.raises(UserError, match="features that are not finite: it has diverged"):
+    with refused(tmp_path, "features", "--workdir"):
         demo.demo(micro.config(), tmp_path)
 
 
@@ -302,31 +302,32 @@ def test_wandb_is_handed_the_pictures_that_can_be_drawn(tmp_path, monkeypatch, c
         reporter.show(3, lambda: {"short": np.zeros((4, 5, 3), np.uint8)})
         reporter.show(4, lambda: {"short": 1 / 0})
     assert logged == [(3, {"validation/short": (4, 5, 3)})]
-    said = capsys.readouterr().out
-    assert said == "warning: step 4: pictures are not drawn: division by zero\n"
+    says(capsys.readouterr().out, "warning", 4, "division by zero", lines=1)
 
 
 def test_without_matplotlib_one_line_names_the_extra(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"^pictures need matplotlib.*pip install -e '\.\[viz\]'"):
+    with refused("matplotlib", "pip install -e '.[viz]'", "uv run --extra viz"):
         door.run([str(tmp_path)])
     keep = demo.keeper(tmp_path / "demo")
     keep("x", lambda: pytest.fail("drawn"))
-    assert ".[viz]" in capsys.readouterr().out
+    says(capsys.readouterr().out, "matplotlib", ".[viz]")
     assert not (tmp_path / "demo").exists()
     assert train.make_pictures(None, None, None, None) is None  # training goes on without
-    assert capsys.readouterr().out.startswith("no pictures at validation: ")
+    says(capsys.readouterr().out, "matplotlib", ".[viz]", lines=3)
 
 
 @pytest.mark.usefixtures("one_device")
 def test_the_demo_shows_every_component_and_saves_nothing_else(tmp_path, capsys):
     assert demo.demo(micro.config(), tmp_path) == 0
     said = capsys.readouterr().out
-    for part in ("configuration", "batch", "masks", "forward pass", "loss", "step"):
-        assert re.search(rf"^\d\. {part}: ", said, re.MULTILINE), said
-    assert "video_BVTHWC    uint8    (8, 1, 4, 32, 32, 3)" in said
-    assert "long       2 of context and 22 of target" in said
-    assert "predictor  gives (8, 22, 48), (8, 16, 48)" in said
+    titles = [line for line in said.splitlines() if re.match(r"\d\. ", line)]
+    parts = ("configuration", "batch", "masks", "forward", "loss", "step")
+    for number, (title, part) in enumerate(zip(titles, parts, strict=True), start=1):
+        says(title, f"{number}.", part)
+    assert lines_with(said, "video_BVTHWC", "uint8", "(8, 1, 4, 32, 32, 3)")
+    assert lines_with(said, "long", 2, 22)
+    assert lines_with(said, "predictor", "(8, 22, 48)", "(8, 16, 48)")
     pictures = sorted(path.name for path in (tmp_path / "demo").iterdir())
     assert pictures == ["batch.png", "error.png", "features.png", "masks.png"]
     assert not list((tmp_path / "checkpoints").iterdir())
