@@ -119,7 +119,7 @@ def test_the_table_has_its_three_rows_on_the_console_and_in_json(one_device, tmp
     assert line["step"] == 4
     assert list(line["probe"]) == ["trained", "random", "pixels"]
     for name, scores in line["probe"].items():
-        assert f"  {name} " in said
+        assert lines_with(said, name)
         assert len(scores["state"]["r2_each"]) == 6
     (row,) = (row for row in micro.rows(tmp_path) if "probe/state/trained" in row)
     assert row["probe/state/trained"] == line["probe"]["trained"]["state"]["r2"]
