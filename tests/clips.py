@@ -1,4 +1,4 @@
-"""Batches as the pipeline would deliver them, made from given or random arrays."""
+"""Batches in the form of the pipeline's, made from given or random arrays."""
 
 import numpy as np
 
@@ -6,10 +6,13 @@ from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
 
 def batch_of(video_BVTHWC, masks, view_mask_BV=None):
-    """Return a batch of these clips; masks is [(context_ids_BK, target_ids_BM), ...]."""
+    """Return a batch of these clips; masks is [(context_ids_BK, target_ids_BM), ...].
+
+    The masks are called 0, 1, ...
+    """
     B, V, T = video_BVTHWC.shape[:3]
     context_ids, target_ids = (
-        tuple(np.asarray(ids, np.int32) for ids in side) for side in zip(*masks, strict=True)
+        tuple(np.asarray(mask[side], np.int32) for mask in masks) for side in (0, 1)
     )
 
     def numbers(shape):
@@ -19,7 +22,7 @@ def batch_of(video_BVTHWC, masks, view_mask_BV=None):
         view_mask_BV = np.ones((B, V), bool)
     return WorldModelInput(
         VideoObservation(video_BVTHWC, np.asarray(view_mask_BV), *numbers((B, T, 1))),
-        VideoTarget(context_ids, target_ids),
+        VideoTarget(context_ids, target_ids, tuple(map(str, range(len(masks))))),
         *numbers((B, T, 1, 1)),
         np.zeros(B, np.int32),
         np.arange(B, dtype=np.int32),

@@ -12,6 +12,8 @@ import json
 import os
 import sys
 
+import built
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the device too
 
 import jax
@@ -20,7 +22,6 @@ import numpy as np
 import oracle
 import parity
 import torch
-from flax import nnx
 from transformers import VJEPA2Model
 
 from wmjax.models import base
@@ -82,7 +83,7 @@ def run_theirs(model, video, masks, device):
 
 
 def run_ours(model, params, video, masks, dtype):
-    abstract = nnx.eval_shape(lambda: base.create("vjepa2", nnx.Rngs(0), dtype=dtype, **model))
+    abstract = built.abstract(dtype=dtype, **model)
     graph = base.split(abstract)[0]
 
     @jax.jit
@@ -90,7 +91,7 @@ def run_ours(model, params, video, masks, dtype):
         world = base.merge(graph, params)
         features = world.encode(video)
         context = jnp.take_along_axis(features, context_ids[:, :, None], axis=1)
-        grid = world.input_spec(*video.shape[1:4]).grid
+        grid = world.encoder.token_grid(*video.shape[1:4])
         prediction = world.predict(context, context_ids, target_ids, grid)
         return {"encoder": features, "predictor": prediction}
 

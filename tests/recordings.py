@@ -1,23 +1,49 @@
-"""The small recording beside the tests: read, edited to be wrong, and written in other formats."""
+"""The small recording in tests/data: read it, damage it, write it in other formats."""
 
 import hashlib
 import json
+import re
 import shutil
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from shared_data import PUSHT
 
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media.transforms import FULL_BOX, crop_and_scale, frame_size
 from wmjax.data.reader import Reader
+from wmjax.errors import UserError
 from wmjax.masking import Masks
 
 VIDEO = "videos/observation.image/chunk-000/file-000.mp4"
 TABLE = "data/chunk-000/file-000.parquet"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+
+
+def missing_names(text, *names):
+    """Return the names that are not in the text as a whole word, path, key=value or number."""
+
+    def pattern(name):
+        if not isinstance(name, str):
+            return rf"(?<![\w.-]){re.escape(str(name))}(?!\w|\.\d)"
+        return rf"(?<!\w){re.escape(name)}(?!\w)"
+
+    return [name for name in names if not re.search(pattern(name), text)]
+
+
+@contextmanager
+def refused(*names, kind=UserError, lines=None):
+    """Expect an error that has all these names; lines: how many lines; None: one to three."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    text = str(caught.value)
+    assert not missing_names(text, *names), text
+    count = len(text.splitlines())
+    assert count == lines if lines else 1 <= count <= 3, text
 
 
 def open_pusht(root=PUSHT, **changes):
@@ -81,7 +107,7 @@ V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:
 
 
 def write_v2(root, version="v2.1", chunks_size=1000, data_path=V2_DATA, video_path=V2_VIDEO):
-    """Write the recording in a format of one table and one video an episode."""
+    """Write the recording in v2: one table and one video an episode."""
     (root / "meta").mkdir(parents=True)
     info = json.loads((PUSHT / "meta/info.json").read_text())
     info |= {
@@ -129,7 +155,7 @@ def to_images(root, codec="png", pix_fmt="rgb24", **options):
 
 
 def encode(frame, codec="png"):
-    """Return one frame as the bytes of a picture."""
+    """Return a frame as the bytes of a picture file."""
     encoder = av.CodecContext.create(codec, "w")
     encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
     encoder.time_base = Fraction(1)

@@ -15,18 +15,19 @@ EVERYTHING = None
 ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config", "inference"},
     "__main__": {"main"},
-    "main": {"config", "door", "run.cluster", "train", "commands"},
+    "main": {"config", "door", "run.cluster", "train", "commands", "assemble"},
     "door": {"config"},
     "train": EVERYTHING,
     "commands": EVERYTHING,
     "commands.hlo": set(),
     "bench": EVERYTHING,
     "assemble": {
-        *("config", "step", "models", "sharding", "optim", "data", "data.lerobot", "masking"),
-        "evals",
+        *("step", "models", "nn", "sharding", "optim", "data", "data.lerobot", "masking"),
+        *("evals", "initial"),
     },
-    "config": set(),
-    "step": {"models", "sharding", "optim"},
+    "config": {"models", "data"},
+    "plugins": set(),
+    "step": {"models", "sharding"},
     "sharding": set(),
     "optim": set(),
     "types": set(),
@@ -36,26 +37,32 @@ ARROWS: dict[str, set[str] | None] = {
     "inference": {"weights", "models", "nn", "sharding", "data.media"},
     "run": set(),
     "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination"},
-    "run.manifest": set(),
+    "run.files": set(),
+    "run.manifest": {"run.files"},
     "run.console": set(),
-    "run.coordination": set(),
-    "run.cluster": set(),
+    "run.private": set(),
+    "run.coordination": {"run.private"},
+    "run.cluster": {"run.private"},
     "run.signals": {"run.coordination", "data"},
     "run.watchdog": {"run.coordination", "run.signals"},
-    "run.goodput": {"run.console"},
-    "run.guard": {"run.console", "step"},
-    "run.metrics": {"run.console"},
+    "run.clock": {"run.console", "run.files"},
+    "run.guard": {"run.console"},
+    "run.late": set(),
+    "run.profile": {"run.console"},
+    "run.summary": {"run.console", "run.reporter", "sharding"},
+    "run.metrics": set(),
+    "run.reporter": {"run.metrics", "run.console", "run.files"},
     "nn": {"nn.kernels"},
     "nn.kernels": set(),
-    "models": {"nn", "nn.kernels"},
-    "masking": set(),
-    "data": {"masking", "data.media"},
+    "models": {"nn", "nn.kernels", "plugins"},
+    "masking": {"plugins"},
+    "data": {"masking", "data.media", "plugins"},
     "data.media": set(),
     "data.lerobot": {"data", "data.media", "hub"},
     "data.tools": {"data", "data.media", "data.lerobot"},
-    "evals": {"models", "sharding", "optim"},
-    "weights": {"models", "nn", "hub", "run.checkpoint"},
-    "viz": {"models", "nn", "data", "masking", "inference", "sharding"},
+    "evals": {"models", "nn", "step", "sharding", "optim", "plugins", "run.metrics"},
+    "weights": {"models", "nn", "hub", "run.checkpoint", "run.files"},
+    "viz": {"data", "masking", "inference", "sharding", "evals", "step", "run.files"},
 }
 OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"}
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -69,7 +76,7 @@ UNPICKLERS = {"read_pickle", "unsafe_load", "full_load", "UnsafeLoader", "FullLo
 # An argument by which a function runs no code that it finds, and the only value that it may have.
 SAFE = {"allow_pickle": False, "weights_only": True, "shell": False, "trust_remote_code": False}
 # Modules imported by a name that is computed: rooms of wmjax, and loggers named in the source.
-IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/models/base.py", "wmjax/run/metrics.py"}
+IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/plugins.py", "wmjax/run/reporter.py"}
 
 FILES = [
     str(path.relative_to(ROOT))

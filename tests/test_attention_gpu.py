@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import lowered_for_gpu
+from says import refused
 
 from wmjax import sharding
-from wmjax.errors import UserError
 from wmjax.nn import attention
 from wmjax.nn.kernels import attention_gpu
 from wmjax.nn.kernels import devices as kernels
@@ -124,18 +124,13 @@ def test_narrow_heads_and_short_sequences_go_to_the_kernels(monkeypatch):
 
 
 def test_it_is_refused_where_it_cannot_run(monkeypatch):
-    with pytest.raises(
-        UserError, match=r"model.attention='triton' on cpu, bfloat16, head width 32"
-    ):
+    with refused("model.attention='triton'", "cpu", "bfloat16", 32):
         attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 32)
     monkeypatch.setattr(attention, "modern_gpu", lambda: True)
     assert attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 32) == "triton"
-    with pytest.raises(
-        UserError,
-        match=r"head width 80, jax .*: wanted an NVIDIA GPU from Ampere on, .* 16, 32 or 64",
-    ):
+    with refused("model.attention='triton'", 80, jax.__version__, "Ampere", 16, 32, 64):
         attention.choose_attention("triton", jnp.dtype(jnp.bfloat16), 80)
-    monkeypatch.setattr(attention, "triton_is_there", lambda: False)  # jax will drop it
+    monkeypatch.setattr(attention, "has_triton", lambda: False)  # jax will drop it
     assert attention.choose_attention("auto", jnp.dtype(jnp.bfloat16), 32) == "cudnn"
 
 

@@ -15,17 +15,14 @@ import micro
 import numpy as np
 import pytest
 from conftest import use_one_device
+from says import refused, says, suggests
 from shared_data import PUSHT
 
 from wmjax import assemble, sharding
-from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.bench import data as data_bench
 from wmjax.bench.step import random_batch
 from wmjax.data.media.video import VideoFiles
-from wmjax.errors import UserError
-from wmjax.masking import Masks
-from wmjax.models import base
 from wmjax.run import metrics
 
 PUSHT_DATA = ("data.source=lerobot", f"data.root={PUSHT}", "data.fps=4")
@@ -118,36 +115,37 @@ def small():
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_one_device(monkeypatch)
         config = micro.config("data.batch_size=2")
-        mesh = sharding.make_mesh()
-        masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
-        batch = random_batch((2, 2, 4, 32, 32, 3), masks, 0, sharding.batch_sharding(mesh))
-        model = base.abstract(**configs.model_arguments(config))
-        steps = assemble.make_steps(config, mesh)
-    return model, steps, steps.init(), batch
+        source = assemble.make_generator(config, "train", views=2)
+        setup = assemble.prepare(config, sources={"train": source})
+        reader, steps = assemble.make_reader(config, setup), setup.steps
+        batch = random_batch(reader, setup.masks, 2, 0, sharding.batch_sharding(setup.mesh))
+    return steps.blueprint, steps, steps.init(), batch
 
 
 def test_a_models_parts_make_its_loss(small):
-    model, _, state, batch = small
-    graph = base.split(model)[0]
+    blueprint, _, state, batch = small
 
     @jax.jit
     def both(params, target, batch):
-        whole = base.merge(graph, params)
-        parts = model.parts(batch)
+        whole, _ = blueprint.join(params, {}, target)
+        parts = blueprint.abstract.stages(batch)
 
         def run(name, features=()):
             return parts[name].run(whole, target, batch, features)
 
         context = run("context")
         assert [x.shape for x in context] == [x.shape for x in parts["predictor"].features]
-        return run("target"), run("predictor", context), whole.loss(target, batch, None)[1]
+        return run("target"), run("predictor", context), whole.loss(target, batch, None)
 
     full, predicted, output = both(state.params, state.target, batch)
-    for mine, theirs in zip(predicted, output.prediction_BVMD, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5)
-    for ids, theirs in zip(batch.target.target_ids_BM, output.target_BVMD, strict=True):
-        rows = np.repeat(ids, 2, axis=0)[:, :, None]
-        np.testing.assert_allclose(np.take_along_axis(full, rows, axis=1), theirs, atol=1e-5)
+    terms = [output.terms[name] for name in batch.target.names]
+    for mine, term in zip(predicted, terms, strict=True):
+        np.testing.assert_allclose(mine, term.prediction_RMD, atol=1e-5)
+    for ids, term in zip(batch.target.target_ids_BM, terms, strict=True):
+        rows = np.repeat(ids, 2, axis=0)
+        np.testing.assert_array_equal(rows, term.ids_RM)
+        found = np.take_along_axis(full, rows[:, :, None], axis=1)
+        np.testing.assert_allclose(found, term.target_RMD, atol=1e-5)
 
 
 def test_the_update_moves_the_parameters_and_then_the_target(small):
@@ -193,20 +191,20 @@ def test_the_bare_loop_decodes_the_frames_of_the_pipeline():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["step", "--steps=0"], "--steps=0: wanted 1 or more"),
-        (["step", "--views=0"], "--views=0: wanted 1 or more"),
-        (["data", "--batches=-1"], "--batches=-1: wanted 1 or more"),
-        (["step", "--config.data.batch_size=12"], "data.batch_size=12: not divisible by the 8"),
-        (["data", "--config.data.source=lerobot"], "data.root is empty"),
+        (["step", "--steps=0"], ["--steps=0", 1]),
+        (["step", "--views=0"], ["--views=0", 1]),
+        (["data", "--batches=-1"], ["--batches=-1", 1]),
+        (["step", "--config.data.batch_size=12"], ["data.batch_size=12", 8, 16]),
+        (["data", "--config.data.source=lerobot"], ["--config.data.root=", "data.repo_id="]),
     ],
 )
 def test_mistakes_are_named(words, said):
-    with pytest.raises(UserError, match=said):
+    with refused(*said):
         bench.run([*words, "--config=debug_world_model"])
 
 
 def test_the_floor_is_for_videos():
-    with pytest.raises(UserError, match="--floor: wanted one LeRobot dataset of videos"):
+    with refused("--floor", "LeRobot", "data.reader=native"):
         bench.bench_data(micro.config(), argparse.Namespace(floor=True, batches=1))
 
 
@@ -216,20 +214,21 @@ def test_the_door_ends_with_a_line_and_code_2():
         [sys.executable, *words], env=micro.environment(1), capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --config.seeds: no such key (did you mean seed?)")
+    says(done.stderr, "--config.seeds", lines=3)
+    suggests(done.stderr, "seed", micro.config())
     assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "required: {step,data}"),
-        (["step"], "--config=NAME is needed"),
-        (["fly"], "invalid choice: 'fly'"),
-        (["step", "stray", "--config=x"], "stray: unknown"),
-        (["step", "--config=x"], "--config=x: no such configuration"),
+        ([], ["{step,data}"]),
+        (["step"], ["--config=", "debug_world_model"]),
+        (["fly"], ["'fly'", "step", "data"]),
+        (["step", "stray", "--config=x"], ["stray", "--config."]),
+        (["step", "--config=x"], ["--config=x", "debug_world_model"]),
     ],
 )
 def test_wrong_flags_are_named(words, said):
-    with pytest.raises(UserError, match=said):
+    with refused(*said):
         bench.run(words)

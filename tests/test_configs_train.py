@@ -5,7 +5,7 @@ import micro
 import pytest
 
 import wmjax
-from wmjax import assemble, sharding, train
+from wmjax import assemble, train
 from wmjax import config as configs
 from wmjax.masking import Masks
 
@@ -23,7 +23,9 @@ PARAMETERS = {  # encoder and predictor with ten mask tokens, from the reference
 @pytest.mark.parametrize("name", wmjax.list_configs())
 def test_it_builds_at_full_size_without_a_number_in_memory(name):
     config = wmjax.get_config(name)
-    state = assemble.make_steps(config, sharding.make_mesh()).abstract
+    assemble.use_generated_data(config)
+    config.data.batch_size = 96  # of eight devices
+    state = assemble.prepare(config).steps.abstract
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name]
     assert all(k and m for k, m in Masks(config.mask, assemble.token_grid(config)).sizes.values())
 

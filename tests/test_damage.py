@@ -1,7 +1,7 @@
-"""Damaged datasets end in a clear error, a counted skip or sound clips: never in anything else.
+"""Damaged datasets end in a clear error, a counted skip or valid clips, and in nothing else.
 
-What is damaged, and how each case is read, is in damage.py, which runs in processes of its own: a
-crash, a hang or a bomb of memory is the case's that was being read.
+damage.py damages and reads the datasets in processes of its own. A crash, a hang or a memory bomb
+is of the case that was being read.
 """
 
 import collections
@@ -15,14 +15,23 @@ import av
 import damage
 import numpy as np
 import pytest
-from recordings import TABLE, edit_column, encode, open_pusht, reader_of, to_images, write_v2
+from recordings import (
+    TABLE,
+    VIDEO,
+    edit_column,
+    encode,
+    open_pusht,
+    reader_of,
+    refused,
+    to_images,
+    write_v2,
+)
 from shared_data import PUSHT, SHARED
 
 from wmjax.data.media import video
-from wmjax.errors import UserError
 
 SCRIPT = Path(__file__).with_name("damage.py")
-MOST_MB = 300  # that one case may add to what the process has held before
+MOST_MB = 300  # growth of the process's peak memory by one case
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,7 @@ def bases(tmp_path_factory):
 
 
 def check_cases(base, first, end):
-    """Read the cases; return how many ended how."""
+    """Read the cases; return how many had each outcome."""
     child = subprocess.run(
         [sys.executable, str(SCRIPT), str(base), f"{first}:{end}"],
         capture_output=True,
@@ -51,7 +60,7 @@ def check_cases(base, first, end):
         assert case.get("outcome") in ("refused", "skipped", "read"), f"{case}\n{child.stderr}"
         assert case["grown_mb"] < MOST_MB, case
     assert (len(cases), child.returncode) == (end - first, 0), child.stderr
-    # What warns would warn a user of nothing that he could mend.
+    # A warning on stderr would be about nothing that a user can mend.
     assert child.stderr == ""
     return collections.Counter(case["outcome"] for case in cases.values())
 
@@ -76,13 +85,13 @@ def test_many_damaged_datasets(bases, name, first):
 
 
 def test_frames_beyond_the_most_pixels_are_not_decoded(monkeypatch):
-    monkeypatch.setattr(video, "MOST_PIXELS", 96 * 96 // 2)
-    with pytest.raises(UserError, match=r"file-000\.mp4: frame 0: .*\n.*episode 0"):
+    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 96 // 2)
+    with refused(VIDEO, "frame 0", "episode 0", lines=2):
         open_pusht()[0]
 
 
 def test_a_picture_that_says_it_is_huge_takes_no_memory(tmp_path):
-    """Its header says 16,000 x 16,000 pixels, 768 MB, the most that libav takes by itself."""
+    """Its header says 16,000 x 16,000 pixels, 768 MB: the largest that libav accepts by default."""
     picture = bytearray(encode(av.VideoFrame.from_ndarray(np.zeros((96, 96, 3), np.uint8))))
     picture[16:24] = (16_000).to_bytes(4, "big") * 2
     root = to_images(shutil.copytree(PUSHT, tmp_path / "set"))
@@ -93,7 +102,7 @@ def test_a_picture_that_says_it_is_huge_takes_no_memory(tmp_path):
     )
     source = open_pusht(root)
     held = damage.most_memory()
-    with pytest.raises(UserError, match=r"row 0: observation\.image: damaged picture"):
+    with refused(TABLE, "row 0", "observation.image", "episode 0"):
         source[0]
     assert damage.most_memory() - held < MOST_MB << 20
     clip, errors = reader_of(source, skip=True).read(0, 0)

@@ -10,9 +10,8 @@ from shared_data import PUSHT
 
 import wmjax
 from wmjax import assemble, main, train
-from wmjax import config as configs
 from wmjax.bench import __main__ as bench
-from wmjax.commands import demo, plan
+from wmjax.commands import demo, evaluate, plan
 from wmjax.data import __main__ as data
 from wmjax.masking import Masks
 from wmjax.viz import __main__ as viz
@@ -52,7 +51,7 @@ COMMANDS = sorted({(*words,) for page in PAGES for words in commands(page) if le
 def check_config(config):
     if not config.data.root and config.data.source == "lerobot":
         config.data.root = str(PUSHT)  # which the text around the command asks for
-    configs.check(config)
+    assemble.check(config)
     Masks(config.mask.to_dict(), assemble.token_grid(config))
 
 
@@ -63,7 +62,7 @@ def test_a_command_says_what_the_door_takes(words, monkeypatch, tmp_path):
     argv = [FILLED.get(word, word) for word in argv if word != "..."]
     if module == "wmjax.main":
         taken = []
-        rooms = ((train, "train"), (train, "evaluate"), (demo, "demo"), (plan, "plan"))
+        rooms = ((train, "train"), (evaluate, "evaluate"), (demo, "demo"), (plan, "plan"))
         for room, name in rooms:
             monkeypatch.setattr(room, name, lambda config, _: taken.append(config) or 0)
         monkeypatch.chdir(tmp_path)

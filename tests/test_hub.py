@@ -1,4 +1,4 @@
-"""Datasets of the Hub, in a cache laid out by hand: no test needs a network."""
+"""Datasets of the Hub, in a cache that the tests write: no test needs a network."""
 
 import fnmatch
 import os
@@ -9,20 +9,20 @@ import types
 
 import micro
 import pytest
-from recordings import VIDEO, digest, open_pusht
+from recordings import VIDEO, digest, missing_names, open_pusht, refused
 from shared_data import PUSHT
 
+from wmjax import assemble
 from wmjax import config as configs
 from wmjax.assemble import make_source
 from wmjax.data.lerobot import hub
-from wmjax.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = sorted(str(p.relative_to(PUSHT)) for p in PUSHT.rglob("*") if p.is_file())
 
 
 def lay_out(cache, files=FILES):
-    """Put files of the recording where the Hub's cache has them: links into blobs."""
+    """Write files of the recording as the Hub's cache does: links into blobs."""
     repo = cache / "datasets--someone--pusht"
     snapshot = repo / "snapshots" / COMMIT
     for folder in ("blobs", "refs"):
@@ -40,7 +40,7 @@ def lay_out(cache, files=FILES):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Stand in for huggingface_hub: `calls` records what is asked for, `error` is raised."""
+    """Fake huggingface_hub: `calls` records the requests, `error` is raised."""
     errors = types.ModuleType("huggingface_hub.errors")
     for name in ("RepositoryNotFoundError", "RevisionNotFoundError", "LocalEntryNotFoundError"):
         setattr(errors, name, type(name, (Exception,), {}))
@@ -68,7 +68,7 @@ def test_what_is_needed_is_fetched_of_one_commit(fake):
     assert sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()) == FILES
     assert digest(open_pusht(root)[3]) == digest(open_pusht()[3])
     assert open_pusht(root).notes == []
-    # Every split is of the commit that was found first.
+    # Every split reads the commit of the first call.
     assert hub.download("someone/pusht", "", "image") == root
     assert fake.calls == [
         ("someone/pusht", "dataset", None),
@@ -97,27 +97,32 @@ def test_patterns_leave_out_other_cameras(fake):
 
 
 def test_a_wrong_camera_is_told_before_any_video_is_fetched(fake):
-    with pytest.raises(UserError, match=r"unknown camera.*\n.*data\.repo_id='someone/pusht'"):
+    names = ("data.cameras='wrist'", "observation.image", "data.repo_id='someone/pusht'")
+    with refused(*names, lines=2):
         hub.download("someone/pusht", "", "wrist")
     assert len(fake.calls) == 1
 
 
+PAGE, LOGIN, FOLDER = "https://huggingface.co/datasets/a/b", "hf auth login", "--config.data.root"
+
+
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "names"),
     [
-        ("GatedRepoError", r"gated: accept its terms on https://huggingface\.co/datasets/a/b"),
-        ("RepositoryNotFoundError", r"no such dataset on the Hub, or a private one"),
-        ("RevisionNotFoundError", r"data\.revision='v9': the dataset has no such branch"),
-        ("LocalEntryNotFoundError", r"cannot be reached, .* --config\.data\.root=DIR"),
-        ("HfHubHTTPError", r"HfHubHTTPError: 500 Server Error$"),
+        ("GatedRepoError", {PAGE, LOGIN}),
+        ("RepositoryNotFoundError", {LOGIN}),
+        ("RevisionNotFoundError", {"branch", "commit"}),
+        ("LocalEntryNotFoundError", {FOLDER}),
+        ("HfHubHTTPError", {"HfHubHTTPError", "500"}),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(fake, name, text):
+def test_what_the_hub_refuses_is_one_line(fake, name, names):
     kind = getattr(fake.errors, name, type(name, (Exception,), {}))
     fake.error = kind("500 Server Error\nRequest ID: 1")
-    with pytest.raises(UserError, match=rf"^data\.repo_id='a/b', .*{text}") as caught:
+    with refused("data.repo_id='a/b'", "data.revision='v9'", lines=1) as caught:
         hub.download("a/b", "v9", "all")
-    assert "\n" not in str(caught.value)
+    every = {PAGE, LOGIN, "branch", "commit", FOLDER, "HfHubHTTPError", "500"}
+    assert every - set(missing_names(str(caught.value), *every)) == names
     assert len(fake.calls) == 1
 
 
@@ -133,7 +138,7 @@ except UserError as error:
 
 
 def offline(cache):
-    """Open a dataset with the real huggingface_hub, told that there is no network."""
+    """Open a dataset with the real huggingface_hub in offline mode."""
     pytest.importorskip("huggingface_hub")
     run = subprocess.run(
         [sys.executable, "-c", OFFLINE],
@@ -147,40 +152,41 @@ def offline(cache):
 
 def test_offline_with_nothing_in_the_cache_is_one_line(tmp_path):
     text = offline(tmp_path)
-    assert text.startswith("error: data.repo_id='someone/pusht': the Hub cannot be reached")
+    assert text.startswith("error: ")
     assert "\n" not in text
+    assert not missing_names(text, "data.repo_id='someone/pusht'", "--config.data.root=DIR")
 
 
 def test_offline_the_cache_is_read(tmp_path):
     lay_out(tmp_path)
-    assert f"snapshots/{COMMIT}: LeRobot v3.0, 5 episodes" in offline(tmp_path)
+    assert not missing_names(offline(tmp_path), f"snapshots/{COMMIT}", "v3.0", "5 episodes")
 
 
 def test_offline_a_cache_without_the_videos_is_an_error(tmp_path):
     lay_out(tmp_path, [file for file in FILES if file != VIDEO])
     text = offline(tmp_path)
-    assert "file-000.mp4: no such file" in text
-    assert "not downloaded? name the cameras that are" in text
+    assert text.startswith("error: ")
+    assert not missing_names(text, f"snapshots/{COMMIT}/{VIDEO}", "data.cameras")
 
 
 def test_training_opens_what_the_configuration_names(fake):
     settings = ["data.source=lerobot", "data.repo_id=someone/pusht", "data.fps=5"]
     config = micro.config(*settings)
-    configs.check(config)
+    assemble.check(config)
     source = make_source(config, "train")
-    assert f"snapshots/{COMMIT}: LeRobot v3.0, 4 episodes" in source.describe()
+    assert not missing_names(source.describe(), f"snapshots/{COMMIT}", "v3.0", "4 episodes")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "error"),
+    ("overrides", "names"),
     [
-        ([], r"data\.root is empty: .*data\.repo_id=OWNER/NAME"),
-        (["data.repo_id=a/b", "data.root=x"], r"'a/b' with data\.root='x'.*exactly one"),
-        (["data.repo_id=a/b", "data.mixture=x:1"], r"data\.mixture='x:1'.*exactly one"),
-        (["data.root=x", "data.revision=v3.0"], r"data\.revision='v3\.0': goes with data\.repo_id"),
-        (["data.root=x", "data.reader=lerobt"], r"data\.reader='lerobt'.*did you mean lerobot"),
+        ([], ["data.root", "data.repo_id"]),
+        (["data.repo_id=a/b", "data.root=x"], ["data.repo_id='a/b'", "data.root='x'"]),
+        (["data.repo_id=a/b", "data.mixture=x:1"], ["data.mixture='x:1'"]),
+        (["data.root=x", "data.revision=v3.0"], ["data.revision='v3.0'", "data.repo_id"]),
+        (["data.root=x", "data.reader=lerobt"], ["data.reader='lerobt'", "lerobot"]),
     ],
 )
-def test_settings_that_contradict(overrides, error):
-    with pytest.raises(UserError, match=error):
-        configs.check(configs.load("debug_world_model", ["data.source=lerobot", *overrides]))
+def test_settings_that_contradict(overrides, names):
+    with refused(*names):
+        assemble.check(configs.load("debug_world_model", ["data.source=lerobot", *overrides]))

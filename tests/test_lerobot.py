@@ -1,4 +1,4 @@
-"""The LeRobot reader against lerobot's own frames, against itself, and on damaged datasets."""
+"""The native LeRobot reader: against lerobot's frames, against itself, on damaged datasets."""
 
 import hashlib
 import json
@@ -20,14 +20,16 @@ from recordings import (
     edit_features,
     edit_info,
     edit_video,
+    missing_names,
     open_pusht,
+    refused,
 )
 from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media import video as video_files
 from wmjax.data.media.transforms import FULL_BOX, Box, crop_and_scale
-from wmjax.errors import UserError
+from wmjax.errors import ClipError
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def pusht(tmp_path):
     return shutil.copytree(PUSHT, tmp_path / "pusht")
 
 
-# --- what lerobot reads, to the bit ---
+# --- bit-exact with lerobot ---
 
 
 def check_against_lerobot(name, root):
@@ -70,7 +72,7 @@ def test_frames_states_and_actions_are_lerobots(name):
 
 
 def test_a_frame_is_made_a_picture_before_the_next_is_decoded(monkeypatch):
-    """Sixteen frames that wait to be scaled would have left the processor's cache."""
+    """Frames are scaled while they are in the CPU cache."""
     done, decode = [], video_files._Video.frame
     monkeypatch.setattr(
         video_files._Video,
@@ -163,7 +165,7 @@ def test_threads_read_at_once():
     assert together == [digest(alone[i]) for i in order]
 
 
-def test_an_open_source_can_be_pickled():
+def test_an_open_pretrained_can_be_pickled():
     source = open_pusht()
     clip = digest(source[7])
     again = pickle.loads(pickle.dumps(source))
@@ -182,9 +184,12 @@ def test_split_by_episode():
 
 
 def test_describe_says_what_was_opened():
-    assert open_pusht().describe() == (
-        f"{PUSHT}: LeRobot v3.0, 5 episodes, 400 frames at 10 fps, observation.image "
-        "(96x96x3, av1), stride 3 (3.333 fps), 355 clips"
+    line = open_pusht().describe()
+    assert "\n" not in line
+    assert not missing_names(
+        line,
+        *(str(PUSHT), "v3.0", "5 episodes", "400 frames", "10 fps", "observation.image"),
+        *("96x96x3", "av1", "stride 3", "3.333 fps", "355 clips"),
     )
 
 
@@ -197,7 +202,7 @@ def test_cameras_by_full_name_last_part_or_all():
     assert cameras("all") == (top, wrist)
     assert cameras("left_wrist, top") == (wrist, top)
     assert cameras(top) == (top,)
-    with pytest.raises(UserError, match=r"named twice"):
+    with refused("data.cameras='top,observation.images.top'", lines=1):
         cameras(f"top,{top}")
 
 
@@ -209,7 +214,7 @@ def test_each_camera_is_a_clip_of_its_own():
     each, together = two("each"), two("all")
     windows = len(together)
     assert (each.views, together.views, len(each)) == (1, 2, 2 * windows)
-    assert f"{2 * windows} clips, each of one camera" in each.describe()
+    assert not missing_names(each.describe(), f"{2 * windows} clips")
     for i in (0, windows - 1):
         views = together[i]["frames_VT"]
         for camera in range(2):
@@ -218,7 +223,7 @@ def test_each_camera_is_a_clip_of_its_own():
             assert [f.pts for f in frames] == [f.pts for f in views[camera]]
             np.testing.assert_array_equal(frames[0].to_ndarray(), views[camera][0].to_ndarray())
             np.testing.assert_array_equal(clip["state_TS"], together[i]["state_TS"])
-    # Every clip is drawn once a pass, whichever camera shows it.
+    # A pass draws every clip of every camera once.
     drawn = {each.draw(i, np.random.default_rng(i)) for i in range(each.draws)}
     assert drawn == set(range(2 * windows))
 
@@ -238,7 +243,7 @@ def test_past_the_end_the_last_frame_stands_in_and_is_marked():
         ]
         last = source._tables["action"][source.episodes[1].first_row + 79]
         assert (clip["action_TPA"][~clip["action_mask_TPA"][:, :, 0]] == last).all()
-    # Pixels of repeated frames are equal, and a clip that fits is the one that drop gives.
+    # Repeated frames have equal pixels, and a clip inside its episode is the same with ends=drop.
     video_THWC = crop_and_scale(source[75]["frames_VT"][0], Box(0.0, 0.0, 0.9, 0.9), 64, 64)
     np.testing.assert_array_equal(video_THWC[2], video_THWC[3])
     assert np.any(video_THWC[0] != video_THWC[2])
@@ -249,7 +254,7 @@ def test_a_stride_takes_the_place_of_fps():
     source = open_pusht(stride=5)
     assert (source.stride, source.fps_effective) == (5, 2)
     assert source[0]["action_TPA"].shape == (4, 5, 2)
-    check(r"data\.frames=4: .* 91 .*has 80\n.*data\.stride=30", open_pusht, stride=30)
+    check(["data.frames=4", 91, 5, 80, "data.stride=30"], open_pusht, stride=30)
 
 
 # --- where episodes lie in files ---
@@ -291,16 +296,16 @@ def test_a_timestamp_one_frame_off_gives_way_to_the_lengths(pusht):
     assert [e.videos["observation.image"][1] for e in open_pusht(pusht).episodes] == [
         0, 80, 160, 240, 320,
     ]  # fmt: skip
-    # Where the file does not end with the last episode, neither account is certain.
+    # If the file does not end with the last episode, neither account is certain.
     edit_video(pusht / VIDEO, 399)
-    with pytest.raises(UserError, match=r"file-000\.mp4: episode 3 starts at frame 240\.90"):
+    with refused(VIDEO, "episode 3", "frame 240.90", 240):
         open_pusht(pusht)
 
 
 def test_a_timestamp_further_off_is_an_error(pusht):
     name = "videos/observation.image/from_timestamp"
     edit_column(pusht / EPISODES, name, lambda v: [*v[:2], v[2] + 0.3, *v[3:]])
-    with pytest.raises(UserError, match=r"episode 2 starts at frame 163\.00 by .* at 160 by"):
+    with refused(VIDEO, "episode 2", "frame 163.00", 160):
         open_pusht(pusht)
 
 
@@ -361,7 +366,7 @@ def test_b_frames_and_long_groups_of_pictures(tmp_path, frames, fps):
 
 
 def test_a_file_read_to_its_end_is_read_again(tmp_path):
-    """A decoder that lags behind gives its last frames only once there are no more packets."""
+    """A decoder with delay returns its last frames only after the last packet."""
     path = next(write_v21(tmp_path / "set", lengths=[60]).rglob("*.mp4"))
     video = video_files._Video(path, 30)
     assert len(list(video._decode())) == 60
@@ -382,90 +387,120 @@ def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
             self._seek(*args, **kwargs)
 
     video._container = Counted(video._container)
-    # Key frames are 0, 12, 24, ...: to 3 and 11 it decodes on, to 13 and 40 it seeks, and back.
+    # Key frames: 0, 12, 24, ... It decodes on to 3 and 11, and seeks to 13, 40 and backwards.
     for number, total in [(0, 1), (3, 1), (11, 1), (13, 2), (14, 2), (40, 3), (38, 4), (38, 5)]:
         assert video.frame(number).pts == 512 * number
         assert len(seeks) == total
 
 
 def test_more_files_than_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(video_files, "KEEP", 2)
+    monkeypatch.setattr(video_files, "MAX_OPEN", 2)
     root = write_v21(tmp_path / "set", lengths=[9, 9, 9, 9])
     source = LeRobotSource(root, frames=2, fps=30)
     clips = [source[i] for i in [0, 8, 16, 24] * 3]
     assert len(source._videos._local.videos) == 2
-    # Frames outlive the file that they came from.
+    # Frames stay valid after their file is closed.
     for clip, again in zip(clips[:4], clips[4:8], strict=True):
         assert digest(clip) == digest(again)
 
 
-# --- damaged and misdescribed datasets ---
+# --- damaged datasets and wrong metadata ---
 
 
-def check(error, call, *args, **changes):
-    with pytest.raises(UserError, match=error):
+def check(names, call, *args, **changes):
+    with refused(*names):
         call(*args, **changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "names"),
     [
-        ({"cameras": "wrist"}, r"data\.cameras='wrist': .*unknown.*observation\.image$"),
-        ({"cameras": ""}, r"data\.cameras='': .*unknown"),
-        ({"cameras": "action"}, r"data\.cameras='action': .*unknown"),
-        ({"fps": 11}, r"data\.fps=11: .*recording's 10"),
-        ({"fps": 0}, r"data\.fps=0"),
-        ({"frames": 40}, r"data\.frames=40: .*stride 3.* 118 .*has 80\n.*pusht.* 10 .*data\.fps=4"),
-        ({"state_key": "state"}, r"data\.state='state': .*has: observation\.state, action"),
-        ({"action_key": "observation.image"}, r"data\.action='observation\.image'"),
-        ({"split": "validation"}, r"data\.val_share=0: .*no validation episode of the 5"),
+        ({"cameras": "wrist"}, ["data.cameras='wrist'", "observation.image"]),
+        ({"cameras": ""}, ["data.cameras=''", "observation.image"]),
+        ({"cameras": "action"}, ["data.cameras='action'", "observation.image"]),
+        ({"fps": 11}, ["data.fps=11", 10]),
+        ({"fps": 0}, ["data.fps=0", 10]),
+        ({"frames": 40}, ["data.frames=40", "stride 3", 118, 5, 80, str(PUSHT), 10, "data.fps=4"]),
+        ({"state_key": "state"}, ["data.state='state'", "observation.state", "action"]),
+        ({"action_key": "observation.image"}, ["data.action='observation.image'", "action"]),
+        ({"split": "validation"}, ["data.val_share=0", "validation", 5]),
     ],
 )
-def test_wrong_options(changes, error):
-    check(error, open_pusht, **changes)
+def test_wrong_options(changes, names):
+    check(names, open_pusht, **changes)
 
 
 def test_missing_root_and_other_folders(tmp_path):
-    check(r"data\.root='.*nowhere': no such folder", open_pusht, tmp_path / "nowhere")
-    check(r"data\.root='.*': no meta/info\.json", open_pusht, tmp_path)
+    nowhere = tmp_path / "nowhere"
+    check([f"data.root='{nowhere}'"], open_pusht, nowhere)
+    check([f"data.root='{tmp_path}'", "meta/info.json"], open_pusht, tmp_path)
+    shutil.copytree(PUSHT / "meta", tmp_path / "set/meta")
+    near = str(tmp_path / "set")
+    for folder in (tmp_path, tmp_path / "set/meta"):
+        check([f"data.root='{folder}'", "meta/info.json", near], open_pusht, folder)
+
+
+def number(shape):
+    return {"features": {"joint": {"dtype": "float32", "shape": shape}}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("changes", "names"),
     [
-        ({"codebase_version": "v4.0"}, r"'v4\.0': wanted .* or v3\.0; .*data\.reader=lerobot"),
-        ({"codebase_version": None}, r"None: wanted v2\.0"),
-        ({"fps": 0}, r"fps=0"),
-        ({"fps": -10}, r"fps=-10: wanted above 0"),
-        ({"fps": "10"}, r"fps='10'"),
-        ({"fps": 1e-320}, r"fps=1e-320: wanted above 0"),
-        ({"fps": 10**400}, r"fps=1000.*: wanted above 0"),
-        ({"features": {"action": {"dtype": "float32", "shape": ["2"]}}}, r"features: wanted"),
-        ({"features": {"action": {"dtype": "float32", "shape": [2**40]}}}, r"features: wanted"),
-        ({"features": {"i": {"dtype": "video", "shape": [], "info": "x"}}}, r"features: wanted"),
-        ({"data_path": "data/{chunk_index!r}"}, r"\{chunk_index\}; wanted"),
-        ({"data_path": "data/\0"}, r"null"),
-        ({"features": []}, r"features: wanted"),
-        ({"video_path": None}, r"video_path=None"),
-        ({"data_path": "../x/{chunk_index:03d}-{file_index}"}, r"outside the dataset's folder"),
-        ({"data_path": "data/{chunk_index.real}"}, r"\{chunk_index\.real\}; wanted: chunk_index"),
-        ({"data_path": "data/{chunk_index:999999999d}"}, r"\{chunk_index\}; wanted"),
-        ({"data_path": "data/{episode_index}"}, r"\{episode_index\}; wanted: chunk_index"),
-        ({"data_path": "data/{"}, r"path 'data/\{'"),
-        ({"video_path": "/etc/passwd"}, r"'/etc/passwd': leads to /etc/passwd, outside"),
-        ({"video_path": "videos/{video_key:03d}.mp4"}, r"wanted: chunk_index"),
+        (
+            {"codebase_version": "v4.0"},
+            ["codebase_version='v4.0'", "v2.0", "v2.1", "v3.0", "data.reader=lerobot"],
+        ),
+        ({"codebase_version": None}, ["codebase_version=None", "v2.0"]),
+        ({"fps": 0}, ["fps=0", 0.001]),
+        ({"fps": -10}, ["fps=-10", 0.001]),
+        ({"fps": "10"}, ["fps='10'"]),
+        ({"fps": 1e-320}, ["fps=1e-320", 0.001]),
+        ({"fps": 10**400}, ["fps=1" + "0" * 19, "2**31"]),
+        (number(["2"]), ["features", "joint", "['2']", "shape"]),
+        (number([2**40]), ["features", "joint", f"[{2**40}]", "shape"]),
+        (
+            {"features": {"i": {"dtype": "video", "shape": [], "info": "x"}}},
+            ["features", "i", "'info': 'x'"],
+        ),
+        ({"features": []}, ["features=[]"]),
+        ({"data_path": "data/{chunk_index!r}"}, ["data_path='data/{chunk_index!r}'", "file_index"]),
+        ({"data_path": "data/\0"}, ["data_path=" + repr("data/\0")]),
+        ({"video_path": None}, ["video_path=None"]),
+        (
+            {"data_path": "../x/{chunk_index:03d}-{file_index}"},
+            ["data_path='../x/{chunk_index:03d}-{file_index}'"],
+        ),
+        (
+            {"data_path": "data/{chunk_index.real}"},
+            ["data_path='data/{chunk_index.real}'", "file_index"],
+        ),
+        (
+            {"data_path": "data/{chunk_index:999999999d}"},
+            ["data_path='data/{chunk_index:999999999d}'", "file_index"],
+        ),
+        (
+            {"data_path": "data/{episode_index}"},
+            ["data_path='data/{episode_index}'", "chunk_index"],
+        ),
+        ({"data_path": "data/{"}, ["data_path='data/{'"]),
+        ({"video_path": "/etc/passwd"}, ["video_path='/etc/passwd'"]),
+        (
+            {"video_path": "videos/{video_key:03d}.mp4"},
+            ["video_path='videos/{video_key:03d}.mp4'", "chunk_index"],
+        ),
     ],
-)  # fmt: skip
-def test_wrong_info(pusht, changes, error):
+)
+def test_wrong_info(pusht, changes, names):
     edit_info(pusht, **changes)
-    check(error, open_pusht, pusht)
+    check(["meta/info.json", *names], open_pusht, pusht)
 
 
 def test_unreadable_info(pusht):
     (pusht / "meta/info.json").write_text('{"fps": ')
-    check(r"meta/info\.json: not readable as JSON: ", open_pusht, pusht)
+    check(["meta/info.json", "JSON"], open_pusht, pusht)
     (pusht / "meta/info.json").write_text("[]")
-    check(r"meta/info\.json: wanted a JSON object", open_pusht, pusht)
+    check(["meta/info.json", "JSON", "list"], open_pusht, pusht)
 
 
 def test_links_may_not_lead_outside_except_to_the_hubs_blobs(pusht, tmp_path):
@@ -473,152 +508,159 @@ def test_links_may_not_lead_outside_except_to_the_hubs_blobs(pusht, tmp_path):
     blob.parent.mkdir(parents=True)
     (pusht / VIDEO).rename(blob)
     (pusht / VIDEO).symlink_to(blob)
-    check(r"leads to .*0123, outside", open_pusht, pusht)
+    check(["meta/info.json", "video_path", str(blob)], open_pusht, pusht)
     snapshot = tmp_path / "hub/snapshots/abc"
     snapshot.parent.mkdir()
     pusht.rename(snapshot)
     assert digest(open_pusht(snapshot)[3]) == digest(open_pusht()[3])
     edit_info(snapshot, video_path="../../{video_key}")
-    check(r"leads to .*hub/observation\.image, outside", open_pusht, snapshot)
+    names = ["video_path='../../{video_key}'", str(tmp_path / "hub/observation.image")]
+    check(names, open_pusht, snapshot)
 
 
 @pytest.mark.parametrize("name", ["meta/info.json", EPISODES])
 def test_metadata_may_not_be_links_to_what_lies_outside(pusht, tmp_path, name):
     (pusht / name).rename(tmp_path / "elsewhere")
     (pusht / name).symlink_to(tmp_path / "elsewhere")
-    check(rf"{name}: leads to .*/elsewhere, outside the dataset's", open_pusht, pusht)
+    check([name, str(tmp_path / "elsewhere")], open_pusht, pusht)
 
 
 def test_depth_is_refused_not_dropped(pusht):
     depth = {"dtype": "video", "shape": [96, 96, 1], "info": {"is_depth_map": True}}
     edit_features(pusht, **{"observation.depth": depth})
     assert open_pusht(pusht).cameras == ("observation.image",)
-    assert "not read: observation.depth" in open_pusht(pusht).describe()
-    error = r"data\.cameras='observation\.depth': .* stored as depth, .*: observation\.image$"
-    check(error, open_pusht, pusht, cameras="observation.depth")
+    assert not missing_names(open_pusht(pusht).describe(), "observation.depth")
+    names = ["data.cameras='observation.depth'", "depth", "observation.image"]
+    check(names, open_pusht, pusht, cameras="observation.depth")
     edit_features(pusht, **{"observation.image": depth})
-    check(r"data\.cameras='all': observation\.image is stored as depth", open_pusht, pusht)
+    names = ["data.cameras='all'", "observation.image", "observation.depth", "depth"]
+    check(names, open_pusht, pusht)
 
 
 def test_last_part_of_two_cameras(pusht):
     features = json.loads((pusht / "meta/info.json").read_text())["features"]
     edit_features(pusht, **{"other.image": features["observation.image"]})
-    check(r"'image': is the end of several cameras", open_pusht, pusht, cameras="image")
+    names = ["data.cameras='image'", "observation.image", "other.image"]
+    check(names, open_pusht, pusht, cameras="image")
 
 
-@pytest.mark.parametrize("path", [VIDEO, TABLE, EPISODES])
-def test_missing_files(pusht, path):
+@pytest.mark.parametrize(
+    ("path", "named"), [(VIDEO, VIDEO), (TABLE, TABLE), (EPISODES, "meta/episodes")]
+)
+def test_missing_files(pusht, path, named):
     (pusht / path).unlink()
-    check(r"(no such file|no parquet files)", open_pusht, pusht)
+    check([str(pusht / named)], open_pusht, pusht)
 
 
 @pytest.mark.parametrize("path", [TABLE, EPISODES])
 def test_unreadable_tables(pusht, path):
     whole = (pusht / path).read_bytes()
     (pusht / path).write_bytes(whole[: len(whole) // 2])
-    check(rf"{path}: not readable as parquet: ", open_pusht, pusht)
+    check([path, "parquet"], open_pusht, pusht)
+
+
+def replace(at, value):
+    return lambda values: [*values[:at], value, *values[at + 1 :]]
 
 
 @pytest.mark.parametrize(
-    ("path", "column", "change", "error"),
+    ("path", "column", "change", "names"),
     [
-        (TABLE, "action", lambda v: None, r"no column action; has: observation\.state"),
-        (TABLE, "action", lambda v: [*v[:200], [1.0], *v[201:]], r"episode 2: action has 1"),
-        (TABLE, "action", lambda v: [*v[:200], None, *v[201:]], r"action: 1 rows are empty"),
-        (TABLE, "action", lambda v: [*v[:200], [1.0, None], *v[201:]], r"action .* 1 empty"),
-        (TABLE, "action", lambda v: [["1", "2"]] * 400, r"action is list.*string.*wanted numbers"),
-        (TABLE, "action", lambda v: [1.0] * 400, r"episode 0: action has 1 numbers .* says 2"),
-        (TABLE, "episode_index", lambda v: [0, *v[:-1]], r"episode 0: 81 rows; wanted 80"),
-        (TABLE, "episode_index", lambda v: [9, *v[1:]], r"episode 0: 79 rows; wanted 80"),
-        (TABLE, "episode_index", lambda v: v[::80] * 80, r"rows of an episode are not together"),
-        (TABLE, "frame_index", lambda v: [1, 0, *v[2:]], r"episode 0: .*frame_index counting"),
-        (TABLE, "action", lambda v: [*v[:200], [1e300, 0.0], *v[201:]], r"action\[0\] is inf at"),
-        (TABLE, "episode_index", lambda v: ["x"] * 400, r"episode_index is string: wanted numbers"),
-        (TABLE, "frame_index", lambda v: [0.5] * 400, r"frame_index is double: wanted numbers"),
-        (EPISODES, "length", lambda v: None, r"no column length"),
-        (EPISODES, "length", lambda v: [*v[:4], 2**40], r"episode 4: length 1099511627776"),
-        (EPISODES, "length", lambda v: ["80"] * 5, r"length is string: wanted numbers"),
-        (EPISODES, "data/file_index", lambda v: [{"x": 0}] * 5, r"is struct.*: wanted numbers"),
-        (EPISODES, "length", lambda v: [*v[:4], 79], r"of 399 frames; .* tables hold 400 rows"),
-        (EPISODES, "length", lambda v: [*v[:4], 0], r"episode 4: length 0"),
-        (EPISODES, "length", lambda v: [70, *v[1:]], r"episode 1 starts at frame 80.* at 70"),
-        (EPISODES, "episode_index", lambda v: [0, 1, 2, 3, 3], r"comes twice"),
-        (EPISODES, "data/file_index", lambda v: [1] * 5, r"file-001\.parquet: no such file"),
+        (TABLE, "action", lambda v: None, ["action", "observation.state"]),
+        (TABLE, "action", replace(200, [1.0]), ["episode 2", "action", 1, 2]),
+        (TABLE, "action", replace(200, None), ["action", 1]),
+        (TABLE, "action", replace(200, [1.0, None]), ["action", 1]),
+        (TABLE, "action", lambda v: [["1", "2"]] * 400, ["action", "string"]),
+        (TABLE, "action", lambda v: [1.0] * 400, ["episode 0", "action", 1, 2]),
+        (TABLE, "action", replace(200, [1e300, 0.0]), ["episode 2", "action[0]", "inf", 40]),
+        (TABLE, "episode_index", lambda v: [0, *v[:-1]], ["episode 0", 81, 80]),
+        (TABLE, "episode_index", lambda v: [9, *v[1:]], ["episode 0", 79, 80]),
+        (TABLE, "episode_index", lambda v: v[::80] * 80, ["episode 0", 0, 5]),
+        (TABLE, "episode_index", lambda v: ["x"] * 400, ["episode_index", "string"]),
+        (TABLE, "frame_index", replace(200, 7), ["episode 2", "frame_index", 7, 40]),
+        (TABLE, "frame_index", lambda v: [0.5] * 400, ["frame_index", "double"]),
+        (EPISODES, "length", lambda v: None, ["length"]),
+        (EPISODES, "length", replace(4, 2**40), ["episode 4", "length", 2**40]),
+        (EPISODES, "length", replace(4, 0), ["episode 4", "length", 0]),
+        (EPISODES, "length", lambda v: ["80"] * 5, ["length", "string"]),
+        (EPISODES, "length", replace(4, 79), ["total_frames=400", 399, 400]),
+        (EPISODES, "length", replace(0, 70), [VIDEO, "episode 1", "frame 80.00", 70]),
+        (EPISODES, "episode_index", replace(4, 3), ["episode 3", 2]),
+        (EPISODES, "data/file_index", lambda v: [{"x": 0}] * 5, ["data/file_index", "struct"]),
+        (EPISODES, "data/file_index", lambda v: [1] * 5, ["data/chunk-000/file-001.parquet"]),
     ],
-)  # fmt: skip
-def test_tables_at_odds(pusht, path, column, change, error):
+)
+def test_tables_at_odds(pusht, path, column, change, names):
     edit_column(pusht / path, column, change)
-    check(error, open_pusht, pusht)
+    where = [] if path == EPISODES else [path]
+    check([*where, *names], open_pusht, pusht)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_number_that_is_none_is_found_where_it_is(pusht, value):
     edit_column(pusht / TABLE, "action", lambda v: [*v[:200], [v[200][0], float(value)], *v[201:]])
-    error = rf"^.*{TABLE}: episode 2: action\[1\] is {value} at frame 40; wanted finite numbers$"
-    check(error, open_pusht, pusht)
-    assert len(open_pusht(pusht, val_share=0.2)) > 0  # it lies in what is held out
+    names = [str(pusht / TABLE), "episode 2", "action[1]", value, "frame 40"]
+    check(names, open_pusht, pusht)
+    assert len(open_pusht(pusht, val_share=0.2)) > 0  # the bad number is in a held-out episode
 
 
 def test_a_length_that_no_memory_holds_is_held_against_the_rows_first(pusht):
     edit_info(pusht, total_frames=2**31 - 1 + 320)
     edit_column(pusht / EPISODES, "length", lambda v: [*v[:4], 2**31 - 1])
-    error = r"episode 4: 80 rows; wanted 2147483647"
-    check(error, open_pusht, pusht)
+    check([TABLE, "episode 4", 80, 2**31 - 1], open_pusht, pusht)
 
 
 def test_a_column_that_is_there_twice(pusht):
     table = pq.read_table(pusht / TABLE)
     pq.write_table(table.append_column("action", table["action"]), pusht / TABLE)
-    check(rf"{TABLE}: two columns action", open_pusht, pusht)
+    check([TABLE, "action"], open_pusht, pusht)
 
 
 def test_links_to_themselves_and_files_that_are_none(pusht):
     for path in (VIDEO, TABLE):
         (pusht / path).rename(pusht / "kept")
         (pusht / path).symlink_to((pusht / path).name)
-        check(r"file-000\..*: no such file", open_pusht, pusht)
+        check([path], open_pusht, pusht)
         (pusht / path).unlink()
         (pusht / path).mkdir()
-        check(r"file-000\..*: no such file", open_pusht, pusht)
+        check([path], open_pusht, pusht)
         (pusht / path).rmdir()
         (pusht / "kept").rename(pusht / path)
     (pusht / "meta/info.json").write_text("[" * 100_000)
-    check(r"meta/info\.json: not readable as JSON", open_pusht, pusht)
+    check(["meta/info.json", "JSON"], open_pusht, pusht)
 
 
 def test_no_episodes(tmp_path, pusht):
     pq.write_table(pq.read_table(pusht / EPISODES)[:0], pusht / EPISODES)
-    check(r"meta/episodes: no episodes", open_pusht, pusht)
+    check([str(pusht / "meta/episodes"), 1], open_pusht, pusht)
     root = write_v21(tmp_path / "set", lengths=[])
-    check(r"episodes\.jsonl: no episodes", LeRobotSource, root, frames=2, fps=30)
+    names = ["meta/episodes.jsonl", 1]
+    check(names, LeRobotSource, root, frames=2, fps=30)
 
 
 def test_lines_of_the_v21_episodes_file(tmp_path):
     root = write_v21(tmp_path / "set", lengths=[5])
     path = root / "meta/episodes.jsonl"
-    path.write_text('{"episode_index": 0}\n')
-    check(r"episodes\.jsonl: wanted .*length", LeRobotSource, root, frames=2, fps=30)
-    path.write_text("{\n")
-    check(r"episodes\.jsonl: not readable as JSON", LeRobotSource, root, frames=2, fps=30)
+    for line, names in (('{"episode_index": 0}', ["episode_index", "length"]), ("{", ["JSON"])):
+        path.write_text(f"{line}\n")
+        check([str(path), *names], LeRobotSource, root, frames=2, fps=30)
     path.unlink()
-    check(r"episodes\.jsonl: no such file", LeRobotSource, root, frames=2, fps=30)
+    check([str(path)], LeRobotSource, root, frames=2, fps=30)
 
 
 def test_videos_that_are_cut_short(pusht):
-    """Opening checks that the file is there; reading says what is wrong, and each time."""
+    """Opening checks that the file exists; every read raises the error."""
     path = pusht / VIDEO
     whole = path.read_bytes()
-    cut = r"(cut short: \d+ of \d+ bytes|holds \d+ frames).*\n.*episode 4, observation\.image"
-    unreadable = r"not readable as video .*moov atom"
-    for data, error in [
-        (whole[: len(whole) // 2], cut),
-        (whole[8:], unreadable),
-        (b"", unreadable),
-    ]:
+    named = (str(path), "episode 4", "observation.image")
+    # PyAV 15 has no index to compare the size with; it counts the frames.
+    cut = len(whole) // 2 if hasattr(av.stream.Stream, "index_entries") else 400
+    for data, name in ((whole[: len(whole) // 2], cut), (whole[8:], "moov"), (b"", "moov")):
         path.write_bytes(data)
         source = open_pusht(pusht)
         for _ in range(2):
-            check(rf"file-000\.mp4: {error}", source.__getitem__, len(source) - 1)
+            with refused(*named, name, kind=ClipError, lines=2):
+                source[len(source) - 1]
 
 
 def test_damaged_video_data(pusht):
@@ -628,7 +670,7 @@ def test_damaged_video_data(pusht):
     data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
     (pusht / VIDEO).write_bytes(data)
     source = open_pusht(pusht)
-    check(r"file-000\.mp4: frame \d+: .*\n.*episode 1", source.__getitem__, 71 + 11)
+    check([VIDEO, "frame 100", "episode 1"], source.__getitem__, 71 + 11)
     assert digest(source[0]) == digest(open_pusht()[0])
 
 
@@ -636,16 +678,15 @@ def test_fewer_frames_than_rows(pusht):
     edit_video(pusht / VIDEO, 300)
     source = open_pusht(pusht)
     assert digest(source[2 * 71]) == digest(open_pusht()[2 * 71])
-    error = (
-        r"file-000\.mp4: holds 300 frames; the episodes need 320\n.*episode 3, observation\.image"
-    )
-    check(error, source.__getitem__, 3 * 71)
+    names = [VIDEO, 300, 320, "episode 3", "observation.image"]
+    check(names, source.__getitem__, 3 * 71)
 
 
 def test_video_at_another_rate(tmp_path):
     root = write_v21(tmp_path / "set", lengths=[20], fps=30, video_fps=20)
     source = LeRobotSource(root, frames=3, fps=30)
-    check(r"episode_000000\.mp4: frame 1: found time 0\.05.* wanted 0\.033", source.__getitem__, 0)
+    names = ["episode_000000.mp4", "frame 1", "0.0500 s", "0.0333 s"]
+    check(names, source.__getitem__, 0)
 
 
 def test_no_video_stream(tmp_path):
@@ -657,4 +698,4 @@ def test_no_video_stream(tmp_path):
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    check(r"no video stream", LeRobotSource(root, frames=3, fps=30).__getitem__, 0)
+    check([str(path), "episode 0"], LeRobotSource(root, frames=3, fps=30).__getitem__, 0)

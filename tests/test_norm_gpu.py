@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import lowered_for_gpu
+from says import refused
 
 from wmjax import sharding
-from wmjax.errors import UserError
 from wmjax.nn import norm
 from wmjax.nn.kernels import norm_gpu
 
@@ -92,9 +92,7 @@ def test_both_kernels_lower_for_a_gpu_once_for_all_layers():
 
 
 def test_it_is_refused_where_there_is_no_gpu():
-    with pytest.raises(
-        UserError, match=r"model.norm='fused' on cpu, bfloat16, .*: wanted an NVIDIA GPU"
-    ):
+    with refused("model.norm='fused'", "cpu", "bfloat16", jax.__version__, "Ampere"):
         norm.choose_norm("fused", jnp.dtype(jnp.bfloat16))
     assert norm.choose_norm("auto", jnp.dtype(jnp.bfloat16)) == "xla"
 
@@ -107,5 +105,5 @@ def test_without_triton_or_on_an_old_gpu_the_norm_is_the_plain_one(
     monkeypatch, modern, triton, chosen
 ):
     monkeypatch.setattr(norm, "modern_gpu", lambda: modern)
-    monkeypatch.setattr(norm, "triton_is_there", lambda: triton)
+    monkeypatch.setattr(norm, "has_triton", lambda: triton)
     assert norm.choose_norm("auto", jnp.dtype(jnp.bfloat16)) == chosen

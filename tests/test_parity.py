@@ -6,6 +6,7 @@ with other weights, clips and masks.
 
 import operator
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,7 @@ from flax import nnx
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.nn import rope
-
-F32 = jnp.dtype("float32")
+from wmjax.nn.compute import Compute
 
 
 @pytest.fixture(scope="module", params=["golden", "live"])
@@ -27,9 +27,7 @@ def reference(request):
 
 
 def world_model(reference):
-    model = nnx.eval_shape(
-        lambda: base.create("vjepa2", nnx.Rngs(0), dtype="float32", **parity.MODEL)
-    )
+    model = built.abstract(dtype="float32", **parity.MODEL)
     weights = parity.getter(reference, "weights/vjepa2.")
     return filled(model, parity.world_params(weights, parity.MODEL))
 
@@ -39,7 +37,8 @@ def classifier(reference, eps):
         lambda: AttentiveClassifier(
             nnx.Rngs(0),
             **{"width": parity.MODEL["width"], "heads": parity.MODEL["heads"]},
-            **{"classes": parity.CLASSES, "depth": parity.PROBE_DEPTH, "eps": eps, "dtype": F32},
+            **{"classes": parity.CLASSES, "depth": parity.PROBE_DEPTH, "eps": eps},
+            compute=Compute(),
         )
     )
     weights = parity.getter(reference, "weights/")
@@ -75,10 +74,10 @@ def test_every_activation_of_encoder_and_predictor(reference, clip):
     model = world_model(reference)
 
     def table(part, ids, grid):
-        return rope.table(ids, grid, part.width // part.heads, part.rope_kind)
+        return rope.table(rope.coordinates(ids, grid), part.width // part.heads, part.rope_kind)
 
     def activations(video, context_ids, target_ids, predictor_input):
-        grid = model.input_spec(*video.shape[1:4]).grid
+        grid = model.encoder.token_grid(*video.shape[1:4])
         found = {}
         for name, ids in (("full", None), ("context", context_ids)):
             x = found[f"{name}/embed"] = model.encoder.patch_embed(video, ids)
@@ -135,6 +134,6 @@ def test_the_loss_is_that_of_the_references_features(reference, exponent):
     model = world_model(reference)
     model = type(model)(model.encoder, model.predictor, loss_exp=exponent)
     batch = batch_of(video[:, None], [(context_ids, target_ids)])
-    target = model.target_params(base.split(model)[1])
-    loss, _ = model.loss(target, batch, jax.random.key(0))
+    target = model.followed(base.split(model)[1])
+    loss = model.loss(target, batch, jax.random.key(0)).loss
     assert float(loss) == pytest.approx((error**exponent).mean() / exponent, rel=1e-6)

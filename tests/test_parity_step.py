@@ -40,7 +40,7 @@ def steps_of_a_run():
         f"optim.final_ema={parity.EMA[1]}",
         f"optim.b1={B1}",
     )
-    return assemble.make_steps(config, sharding.make_mesh(1, 1, jax.devices()[:1]))
+    return assemble.prepare(config, mesh=sharding.make_mesh(1, 1, jax.devices()[:1])).steps
 
 
 @pytest.fixture(scope="module")

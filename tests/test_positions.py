@@ -2,6 +2,7 @@
 
 import functools
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +86,7 @@ def test_the_encoder_then_has_no_other_positions(rope_kind):
     cfg = {"width": 24, "depth": 1, "heads": 2, "patch": 4, "dtype": "float32"}
     cfg |= {"predictor_width": 24, "predictor_depth": 1, "predictor_heads": 2}
     cfg |= {"rope": rope_kind, "position_grid": 2}
-    model = filled(lambda: base.create("vjepa2", nnx.Rngs(0), **cfg))
+    model = filled(lambda: built.create(**cfg))
     model.encoder.positions.space[...] = jnp.ones((2, 2, 24))
     video = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 8, 8, 3)), jnp.float32)
     encode = jit(model.encode)

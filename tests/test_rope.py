@@ -12,7 +12,9 @@ HEAD = 26  # 8 dimensions an axis, 2 left over
 
 
 def rotated(x_BNHd, ids_BN, kind):
-    table = rope.table(jnp.asarray(ids_BN, jnp.int32), GRID, x_BNHd.shape[-1], kind)
+    table = rope.table(
+        rope.coordinates(jnp.asarray(ids_BN, jnp.int32), GRID), x_BNHd.shape[-1], kind
+    )
     return np.asarray(rope.rotate(jnp.asarray(x_BNHd, jnp.float32), table))
 
 
@@ -67,7 +69,7 @@ def test_tail_and_first_token_stay():
 
 
 def test_tables_are_float32_whatever_is_rotated():
-    table = rope.table(rope.all_ids(GRID), GRID, HEAD, "tiled")
+    table = rope.table(rope.coordinates(rope.all_ids(GRID), GRID), HEAD, "tiled")
     assert all(t.dtype == jnp.float32 and t.shape == (1, 60, 1, HEAD) for t in table)
     x = jnp.asarray(random_heads(60), jnp.bfloat16)
     out = rope.rotate(x, table)
@@ -78,13 +80,13 @@ def test_tables_are_float32_whatever_is_rotated():
 
 def test_sincos_has_half_for_time_and_a_quarter_each_for_row_and_column():
     ids, width = jnp.arange(60, dtype=jnp.int32)[None], 16
-    out = np.asarray(rope.sincos(ids, GRID, width))[0]
+    out = np.asarray(rope.sincos(rope.coordinates(ids, GRID), width))[0]
     t, h, w = np.unravel_index(np.arange(60), GRID)
     wanted = []
     for position, size in ((t, 8), (h, 4), (w, 4)):
         angle = position[:, None] / 10000 ** (np.arange(size // 2) / (size / 2))
         wanted += [np.sin(angle), np.cos(angle)]
     np.testing.assert_allclose(out, np.concatenate(wanted, axis=1), atol=1e-6)
-    assert rope.table(ids, GRID, HEAD, "sincos") is None
+    assert rope.table(rope.coordinates(ids, GRID), HEAD, "sincos") is None
     x = jax.numpy.asarray(random_heads(60))
     assert rope.rotate(x, None) is x

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 
 from wmjax import config as configs
 from wmjax import sharding
-from wmjax.models import base
+from wmjax.models.base import Blueprint, InputSpec
 
 GOLDEN = micro.ROOT / "tests" / "data" / "shardings.json"
 
@@ -66,7 +66,8 @@ def shardings(size, fsdp):
     """Map every parameter to what is written of it in the golden: shape and mesh axes."""
     mesh = AbstractMesh((2, fsdp), sharding.AXES)
     config = configs.load("vjepa2_aloha", [f"model.size={size}"])
-    _, params, axes = base.split(base.abstract(**configs.model_arguments(config)))
+    model = Blueprint.of(config.model.to_dict(), InputSpec(16, 256, 256))
+    params, axes = model.shapes, model.axes
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): "{} {}".format(
             "x".join(map(str, leaf.shape)),

@@ -1,4 +1,4 @@
-"""Statistics of state and action: against the metadata of real datasets, and in a checkpoint."""
+"""Statistics of state and action: compared with the metadata of real datasets; normalisation."""
 
 import json
 import shutil
@@ -9,19 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from recordings import refused
 from shared_data import PUSHT, SHARED, needs_shared
 from test_lerobot import write_v21
 
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.stats import summarize
-from wmjax.errors import UserError
 from wmjax.nn.normalize import normalizer
 
 KEYS = (("state", "observation.state"), ("action", "action"))
 
 
 def from_metadata(root):
-    """Statistics as lerobot wrote them; those of v2.1, by episode, put together."""
+    """Return lerobot's statistics; in v2.1, merge those of the episodes."""
     if (root / "meta/stats.json").is_file():
         return json.loads((root / "meta/stats.json").read_text())
     lines = (root / "meta/episodes_stats.jsonl").read_text().splitlines()
@@ -125,7 +125,5 @@ def test_numbers_that_are_none_are_refused_when_opened(tmp_path, value):
     actions[167][1] = value
     at = table.column_names.index("action")
     pq.write_table(table.set_column(at, "action", pa.array(actions)), path)
-    with pytest.raises(
-        UserError, match=rf"file-000\.parquet: episode 2: action\[1\] is {value} at frame 7; wanted"
-    ):
+    with refused(str(path), "episode 2", "action[1]", str(value), "frame 7"):
         LeRobotSource(root, frames=2, fps=10)

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from says import says
 
 from wmjax.data.synthetic import COLOURS, SHAPES, SyntheticSource
 from wmjax.errors import UserError
@@ -36,8 +37,7 @@ def test_shapes_and_types():
     assert sample["state_TS"].shape == (8, source.state_size)
     assert sample["action_TPA"].shape == (8, 3, source.action_size)
     assert sample["state_TS"].dtype == sample["action_TPA"].dtype == np.float32
-    assert "50 clips of 8 frames, 64 x 96, 2 views" in source.describe()
-    assert "\n" not in source.describe()
+    says(source.describe(), 50, 8, 64, 96, 2, 3, lines=1)
 
 
 def test_a_clip_depends_on_seed_split_and_index_alone():

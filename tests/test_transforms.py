@@ -1,4 +1,4 @@
-"""Crop boxes by their properties; crop and scale against the frame's own conversion."""
+"""Crop boxes by their properties; crop and scale compared with PyAV's own conversion."""
 
 import av
 import numpy as np
@@ -31,7 +31,7 @@ def test_random_boxes_keep_to_area_and_aspect(out_aspect):
         areas.append(height * width / (480 * 640))
         log_aspects.append(np.log(width / height / out_aspect))
         places.append(left / max(640 - width, 1))
-    # Uniform in area, log-uniform in aspect, uniform in place; edges to within a rounded pixel.
+    # Uniform in area and position, log-uniform in aspect, within the rounding to pixels.
     assert 0.195 < min(areas) < 0.21
     assert 0.39 < max(areas) < 0.405
     assert abs(np.mean(areas) - 0.3) < 0.005

@@ -1,6 +1,7 @@
 """The numbers behind the pictures, and that each way to the pictures ends in ones that open."""
 
 import base64
+import dataclasses
 import itertools
 import json
 import re
@@ -13,21 +14,28 @@ import jax
 import micro
 import numpy as np
 import pytest
+from says import lines_with, refused, says
 
 import wmjax
-from wmjax import sharding, train
+from wmjax import assemble
 from wmjax.commands import demo
-from wmjax.errors import UserError
+from wmjax.evals import Context, Unavailable
 from wmjax.masking import Masks
-from wmjax.run import metrics
-from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+from wmjax.run.reporter import Reporter
+from wmjax.types import WorldModelInput
 from wmjax.viz import __main__ as door
 from wmjax.viz import curves, draw, features, frames, page
 from wmjax.viz.look import Hidden, Look, look
-from wmjax.viz.validation import Pictures
+from wmjax.viz.validation import Looker, Pictures, pictures
 from wmjax.viz.video import write_mp4
 
 GRID = (3, 4, 5)
+NOTHING = {  # states and actions that are not looked at
+    "state": np.zeros((4, 6), np.float32),
+    "state_mask": np.zeros((4, 6), bool),
+    "action": np.zeros((4, 1, 6), np.float32),
+    "action_mask": np.zeros((4, 1, 6), bool),
+}
 MASKS = Masks(
     {
         "few": {"strategy": "random", "context": 0.25, "target": 0.5},
@@ -48,8 +56,8 @@ def seen():
     video = np.random.default_rng(1).integers(0, 256, (2, 6, 32, 40, 3), np.uint8)
     target = normal(2, 60, 8)
     hidden = {
-        "few": Hidden(few, few_target, target[0, few_target]),
-        "most": Hidden(most, most_target, target[0, most_target] + 0.5),
+        "few": Hidden(few, few_target, *[target[0, few_target]] * 2),
+        "most": Hidden(most, most_target, target[0, most_target] + 0.5, target[0, most_target]),
     }
     return Look(video, target, GRID, hidden, ["clip 7", "clip 9"])
 
@@ -165,7 +173,7 @@ def test_runs_in_one_figure_are_told_apart_without_colour_too():
 def test_no_label_is_cut_off(seen, tubelets):
     video = seen.video_BTHWC[:, np.arange(2 * tubelets) % 6]
     target = normal(2, 20 * tubelets, 8)
-    mask = Hidden(np.arange(5), np.arange(5, 15), target[0, 5:15] + 0.5)
+    mask = Hidden(np.arange(5), np.arange(5, 15), target[0, 5:15] + 0.5, target[0, 5:15])
     look = Look(video, target, (tubelets, 4, 5), {"a_long_name": mask}, seen.names)
     for figure in (draw.similarity(look, 7), draw.errors(look), draw.masks(look)):
         rgb = draw.pixels(figure)
@@ -225,8 +233,8 @@ def test_the_door_draws_a_run_and_the_curves_of_several(micro_run, tmp_path, cap
     assert len(files) == 8
     assert {data for _, data in inlined(html)} == files
     assert str(out / "index.html") in said
-    assert f"the steps of {micro_run}, {other}" in html
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'none' / curves.METRICS}: not")):
+    assert lines_with(html, micro_run, other)
+    with refused(tmp_path / "none" / curves.METRICS):
         door.run([str(micro_run), str(tmp_path / "none")])
 
 
@@ -238,29 +246,18 @@ def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
     drawn = [masks.draw(np.random.default_rng(i)) for i in range(5)]
     there = np.array([[False, True]] * 5)
     clips = [
-        {"video": video[i], "view_mask": there[i], "sample_id": i}
+        {"video": video[i], "view_mask": there[i], "sample_id": i, "dataset_id": 0, **NOTHING}
         | {f"context_{j}": ids for j, ids in enumerate(context)}
         | {f"target_{j}": ids for j, ids in enumerate(target)}
         for i, (context, target) in enumerate(drawn)
     ]
-    contexts, targets = (
-        tuple(np.stack(ids) for ids in zip(*(d[side] for d in drawn), strict=True))
-        for side in (0, 1)
-    )
-    nothing = np.zeros((5, 4, 6), np.float32)
-    batch = WorldModelInput(
-        VideoObservation(video, there, nothing, nothing > 0),
-        VideoTarget(contexts, targets),
-        *(nothing[:, :, None], nothing[:, :, None] > 0, np.zeros(5, np.int32)),
-        np.arange(5, dtype=np.int32),
-    )
-    mesh = sharding.make_mesh()
-    params = jax.device_put(model.params, sharding.replicated(mesh))
-    settings = {"name": "vjepa2", **model.config["model"]}
-    settings.pop("pretrained")
-    found = Pictures(settings, params, params["encoder"], mesh, masks).look(
-        params, params["encoder"], batch
-    )
+    arrays = {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
+    batch = WorldModelInput.of(arrays, list(masks.sizes))
+    source = assemble.make_generator(micro.config(), "train", views=2)
+    steps = assemble.prepare(micro.config(), sources={"train": source}).steps
+    state = dataclasses.replace(steps.init(), params=model.params, target=model.params["encoder"])
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, steps.abstract))
+    found = Looker(steps, masks.grid)(state, batch)
     wanted = look(model, clips[:4], masks)
     assert found.names == wanted.names
     np.testing.assert_array_equal(found.video_BTHWC, wanted.video_BTHWC)
@@ -272,17 +269,17 @@ def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
 
 
 def test_a_model_that_has_diverged_is_not_drawn_and_stops_no_training(seen):
-    assert Pictures.draw(seen).keys() == {"few", "most"}
+    assert pictures(seen).keys() == {"few", "most"}
     seen.hidden["most"].prediction_MD[3, 2] = np.nan
-    assert Pictures.draw(seen) == {}
+    assert pictures(seen) == {}
 
 
 @pytest.mark.usefixtures("one_device")
 def test_the_demo_of_a_model_that_has_diverged_ends_in_a_line(seen, tmp_path, monkeypatch):
     seen.target_BND[0, 0, 0] = np.nan
     monkeypatch.setattr(demo, "show_model", lambda *_: types.SimpleNamespace(params={}, target={}))
-    monkeypatch.setattr(Pictures, "look", lambda *_: seen)
-    with pytest.raises(UserError, match="features that are not finite: it has diverged"):
+    monkeypatch.setattr(Looker, "__call__", lambda *_: seen)
+    with refused(tmp_path, "features", "--workdir"):
         demo.demo(micro.config(), tmp_path)
 
 
@@ -294,39 +291,39 @@ def test_wandb_is_handed_the_pictures_that_can_be_drawn(tmp_path, monkeypatch, c
     fake = types.SimpleNamespace(init=lambda **_: run, Image=lambda pixels: pixels.shape)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     settings = micro.config("log.wandb=True").log
-    reporter = metrics.Reporter(
-        tmp_path, num_steps=1, start=0, config={}, alarms=lambda _: [], **settings
-    )
+    reporter = Reporter(tmp_path, num_steps=1, start=0, config={}, alarms=lambda _: [], **settings)
     with reporter:
         assert reporter.draws
         reporter.show(3, lambda: {"short": np.zeros((4, 5, 3), np.uint8)})
         reporter.show(4, lambda: {"short": 1 / 0})
     assert logged == [(3, {"validation/short": (4, 5, 3)})]
-    said = capsys.readouterr().out
-    assert said == "warning: step 4: pictures are not drawn: division by zero\n"
+    says(capsys.readouterr().out, "warning", 4, "division by zero", lines=1)
 
 
 def test_without_matplotlib_one_line_names_the_extra(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"^pictures need matplotlib.*pip install -e '\.\[viz\]'"):
+    with refused("matplotlib", "pip install -e '.[viz]'", "uv run --extra viz"):
         door.run([str(tmp_path)])
     keep = demo.keeper(tmp_path / "demo")
     keep("x", lambda: pytest.fail("drawn"))
-    assert ".[viz]" in capsys.readouterr().out
+    says(capsys.readouterr().out, "matplotlib", ".[viz]")
     assert not (tmp_path / "demo").exists()
-    assert train.make_pictures(None, None, None, None) is None  # training goes on without
-    assert capsys.readouterr().out.startswith("no pictures at validation: ")
+    with pytest.raises(Unavailable) as reason:  # training goes on without
+        Pictures(Context(None, {}, None, {}, tmp_path, None, shows=True))
+    says(reason, "matplotlib", ".[viz]", lines=3)
 
 
 @pytest.mark.usefixtures("one_device")
 def test_the_demo_shows_every_component_and_saves_nothing_else(tmp_path, capsys):
     assert demo.demo(micro.config(), tmp_path) == 0
     said = capsys.readouterr().out
-    for part in ("configuration", "batch", "masks", "forward pass", "loss", "step"):
-        assert re.search(rf"^\d\. {part}: ", said, re.MULTILINE), said
-    assert "video_BVTHWC    uint8    (8, 1, 4, 32, 32, 3)" in said
-    assert "long       2 of context and 22 of target" in said
-    assert "predictor  gives (8, 22, 48), (8, 16, 48)" in said
+    titles = [line for line in said.splitlines() if re.match(r"\d\. ", line)]
+    parts = ("configuration", "batch", "masks", "forward", "loss", "step")
+    for number, (title, part) in enumerate(zip(titles, parts, strict=True), start=1):
+        says(title, f"{number}.", part)
+    assert lines_with(said, "video_BVTHWC", "uint8", "(8, 1, 4, 32, 32, 3)")
+    assert lines_with(said, "long", 2, 22)
+    assert lines_with(said, "predictor", "(8, 22, 48)", "(8, 16, 48)")
     pictures = sorted(path.name for path in (tmp_path / "demo").iterdir())
     assert pictures == ["batch.png", "error.png", "features.png", "masks.png"]
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -339,12 +336,14 @@ def test_the_weights_clip_and_the_dataset_decide_what_is_looked_at():
         "classifier": {},
         "clip": {"frames": 8, "size": 224},
     }
-    config = door.configuration(of_weights, None, ["data.fps=10"])
+    weights = types.SimpleNamespace(config=of_weights)
+    config = door.configuration(weights, None, ["data.fps=10"])
     assert (config.data.source, config.data.frames, config.data.image_size) == ("synthetic", 8, 224)
     assert (config.model.patch, config.data.fps) == (14, 10.0)
     of_run = json.loads(json.dumps(micro.config("data.fps=5").to_dict()))
     of_run["mask"] = {"only": of_run["mask"]["short"]}
-    config = door.configuration(of_run, "some/where", [])
+    run = types.SimpleNamespace(config=of_run)
+    config = door.configuration(run, "some/where", [])
     assert (config.data.source, config.data.root, config.data.fps) == ("lerobot", "some/where", 5)
     assert list(config.mask) == ["only"]
     assert config.data.crop_scale == (1.0, 1.0)

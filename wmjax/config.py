@@ -6,7 +6,7 @@ see a ConfigDict; every other room takes plain keyword arguments.
 """
 
 import ast
-import difflib
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, suggest
 
 
 def _folder() -> Path:
@@ -61,34 +61,71 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.Con
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
-    """Apply `KEY=VALUE` overrides."""
+    """Apply `KEY=VALUE` overrides; those that name a model or a source come first.
+
+    The keys of the groups `model` and `data` depend on these names.
+    """
+    pairs = []
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--config.{key}: no value; write --config.{key}=VALUE")
-        _override(config, key, text)
+        pairs.append((key, text))
+    naming = ("model.name", "data.source")
+    before = config.model.name
+    for key, text in pairs:
+        if key in naming:
+            _override(config, key, text)
+    _adopt_model(config, renamed=config.model.name != before)
+    _adopt_source(config)
+    for key, text in pairs:
+        if key not in naming:
+            _override(config, key, text)
 
 
-def outline(config: ml_collections.ConfigDict) -> str:
-    """Say in three lines what a configuration asks for."""
-    model, data, optim = config.model, config.data, config.optim
-    sizes = {"wide": model.width, "deep": model.depth}
-    encoder = ", ".join([model.size, *(f"{size} {what}" for what, size in sizes.items() if size)])
-    origin = data.mixture or data.root or data.repo_id or "no dataset yet"
-    if data.source == "synthetic":
-        origin = "generated video"
-    rate = f"stride {data.stride}" if data.stride else f"{data.fps:g} fps"
-    return "\n".join(
-        [
-            f"  model     {model.name}, encoder {encoder}; predictor {model.predictor_width} wide, "
-            f"{model.predictor_depth} deep; patches of {model.tubelet} x {model.patch} x "
-            f"{model.patch}",
-            f"  data      {origin}: {data.frames} frames of {data.image_size} x {width(config)} "
-            f"at {rate}; masks {', '.join(config.mask)}",
-            f"  training  {config.train.num_steps:,} steps of {data.batch_size} clips; "
-            f"learning rate {optim.learning_rate:g}, {optim.schedule}; seed {config.seed}",
-        ]
+def _adopt_model(config: ml_collections.ConfigDict, renamed: bool) -> None:
+    """Give the model group the keys of its family: those in the file, and defaults for the others.
+
+    renamed: the family is another than the file's, whose values then do not apply. Keys of the
+    default family that the file left as they are in base.py are dropped.
+    """
+    default = get_config("base").model
+    if config.model.name == default.name:
+        return
+    from wmjax.models import base  # loads jax
+
+    family = base.family_named(config.model.name)
+    known = {field.name: field.default for field in dataclasses.fields(family.Settings)}
+    group = config.model.to_dict()
+    shared = {"name", "pretrained", *base.CHOICES}
+    kept = {
+        key: value
+        for key, value in group.items()
+        if key in shared or not (renamed or (key in default and default[key] == value))
+    }
+    config.model = ml_collections.ConfigDict(
+        {**{k: v for k, v in default.items() if k in shared}, **known, **kept}
     )
+
+
+def _adopt_source(config: ml_collections.ConfigDict) -> None:
+    """Give the data group the options of a source from outside wmjax, with their defaults."""
+    if ":" not in config.data.source:
+        return
+    from wmjax.data.settings import options_of
+
+    for key, value in options_of(config.data.source).items():
+        if key not in config.data:
+            config.data[key] = value
+
+
+def from_plain(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Return the configuration of a run from its JSON; keys that are new since have defaults."""
+    config = get_config("base")
+    config.update(values)
+    for group in ("mask", "model"):  # not merged: their keys depend on the run
+        config[group] = ml_collections.ConfigDict(values[group])
+    return config
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -107,179 +144,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not _both_empty(before.get(key), after.get(key))
     ]
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for values that contradict one another, before anything is loaded."""
-    model, data, optim = config.model, config.data, config.optim
-    for key, size in (("image_size", data.image_size), ("image_width", width(config))):
-        if size <= 0 or size % model.patch:
-            raise UserError(
-                f"data.{key}={size}: not divisible by the patch, model.patch={model.patch}; "
-                f"nearest: {max(1, round(size / model.patch)) * model.patch}"
-            )
-    if data.frames <= 0 or data.frames % model.tubelet:
-        raise UserError(
-            f"data.frames={data.frames}: not divisible by the tubelet, "
-            f"model.tubelet={model.tubelet}; wanted a multiple of it"
-        )
-    if config.init_from and model.pretrained:
-        raise UserError(
-            f"init_from={config.init_from!r} with model.pretrained={model.pretrained!r}: "
-            "wanted one of them"
-        )
-    _check_origin(config)
-    _check_mixture(config)
-    _choice(config, "data.source", ("lerobot", "synthetic"))
-    if data.source == "synthetic" and config.eval.labels not in ("auto", "state"):
-        raise UserError(f"eval.labels={config.eval.labels!r}: generated video has: state")
-    _choice(config, "data.reader", ("native", "lerobot"))
-    _choice(config, "data.ends", ("drop", "repeat"))
-    _choice(config, "data.on_error", ("raise", "skip"))
-    _choice(config, "model.dtype", ("float32", "bfloat16"))
-    _choice(config, "model.rope", ("tiled", "interleaved", "sincos"))
-    _choice(config, "model.attention", ("auto", "xla", "cudnn", "triton", "splash"))
-    _choice(config, "model.gelu", ("auto", "exact", "polynomial"))
-    _choice(config, "model.norm", ("auto", "xla", "fused"))
-    _choice(config, "optim.schedule", ("constant", "cosine", "linear"))
-    positive = {
-        "data.batch_size": data.batch_size,
-        "data.fps": 1 if data.stride else data.fps,  # stride takes its place
-        "data.threads": data.threads,
-        "optim.schedule_steps": optim.schedule_steps,
-        "optim.accumulate": optim.accumulate,
-        "train.num_steps": config.train.num_steps,
-        "train.log_every": config.train.log_every,
-        "train.max_skipped": config.train.max_skipped,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "eval.batches": config.eval.batches,
-        "mesh.fsdp": config.mesh.fsdp,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise UserError(f"{key}={value}: wanted a number above 0")
-    if config.eval.probe_clips < 10:
-        raise UserError(
-            f"eval.probe_clips={config.eval.probe_clips}: wanted 10 or more, to fit a line to"
-        )
-    for key, value in {
-        "data.stride": data.stride,
-        "data.clips_per_episode": data.clips_per_episode,
-        "train.eval_every": config.train.eval_every,
-        "train.stuck_after": config.train.stuck_after,
-        "eval.probe_every": config.eval.probe_every,
-        "optim.learning_rate": optim.learning_rate,
-        "optim.final_learning_rate": optim.final_learning_rate,
-        "optim.weight_decay": optim.weight_decay,
-        "optim.clip_norm": optim.clip_norm,
-    }.items():
-        if value < 0:
-            raise UserError(f"{key}={value}: wanted 0 or above")
-    if data.workers < -1:
-        raise UserError(f"data.workers={data.workers}: wanted -1 (as data.threads), 0 or above")
-    shares = {
-        "optim.ema": optim.ema,
-        "optim.final_ema": max(optim.final_ema, 0),  # below 0: as optim.ema
-        "optim.warmup": optim.warmup,
-        "optim.cooldown": optim.cooldown,
-        "data.val_share": data.val_share,
-        "data.max_skip_share": data.max_skip_share,
-    }
-    for key, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{key}={value}: wanted a share between 0 and 1")
-    if optim.cooldown and optim.schedule != "constant":
-        raise UserError(
-            f"optim.cooldown={optim.cooldown}: goes with optim.schedule=constant, "
-            f"found {optim.schedule}, which falls all the way; wanted 0"
-        )
-    if optim.warmup + optim.cooldown > 1:
-        raise UserError(
-            f"optim.warmup={optim.warmup}, optim.cooldown={optim.cooldown}: wanted shares of "
-            "optim.schedule_steps that add up to 1 at most"
-        )
-
-
-# Keys of the data group in which the datasets of a mixture may differ.
-_OF_A_MEMBER = ("cameras", "state", "action", "fps", "stride", "ends", "clips_per_episode")
-
-
-def mixture(config: ml_collections.ConfigDict) -> dict[str, tuple[str, float]]:
-    """Return folder and weight of each dataset in data.mixture, by the folder's name."""
-    members: dict[str, tuple[str, float]] = {}
-    for item in config.data.mixture.split(","):
-        root, _, text = item.strip().rpartition(":")
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = 0.0
-        if not root or not 0 < weight < float("inf"):
-            raise UserError(f"data.mixture: {item!r}: wanted DIR:WEIGHT with a weight above 0")
-        name = Path(root).name
-        if name in members:
-            raise UserError(
-                f"data.mixture: two folders are called {name}: {members[name][0]} and {root}; "
-                "wanted different names, by which reports tell them apart"
-            )
-        members[name] = root, weight
-    return members
-
-
-def _check_origin(config: ml_collections.ConfigDict) -> None:
-    data = config.data
-    if data.source == "lerobot" and not (data.root or data.repo_id or data.mixture):
-        raise UserError(
-            "data.root is empty: give the dataset's folder with --config.data.root=DIR, or its "
-            "name on the Hub with --config.data.repo_id=OWNER/NAME"
-        )
-    if data.source == "synthetic" and (data.root or data.repo_id):
-        raise UserError(
-            f"data.source='synthetic' with data.root={data.root!r} and data.repo_id="
-            f"{data.repo_id!r}: generated video is read from nowhere; for the recording: "
-            "--config.data.source=lerobot"
-        )
-    if data.repo_id and (data.root or data.mixture):
-        raise UserError(
-            f"data.repo_id={data.repo_id!r} with data.root={data.root!r} and "
-            f"data.mixture={data.mixture!r}: wanted exactly one of them"
-        )
-    if data.revision and not data.repo_id:
-        raise UserError(f"data.revision={data.revision!r}: goes with data.repo_id, which is empty")
-
-
-def _check_mixture(config: ml_collections.ConfigDict) -> None:
-    data = config.data
-    if data.mixture and (data.root or data.source != "lerobot"):
-        raise UserError(
-            f"data.mixture={data.mixture!r} with data.root={data.root!r} and "
-            f"data.source={data.source!r}: wanted a mixture alone, of lerobot"
-        )
-    names = list(mixture(config)) if data.mixture else []
-    for name, settings in data.members.items():
-        if name not in names:
-            raise UserError(
-                f"data.members.{name}: not in data.mixture{suggest(name, names)}; "
-                f"there are: {', '.join(names) or 'none'}"
-            )
-        for key in settings:
-            if key not in _OF_A_MEMBER:
-                raise UserError(
-                    f"data.members.{name}.{key}: not a setting of one dataset"
-                    f"{suggest(key, _OF_A_MEMBER)}; there are: {', '.join(_OF_A_MEMBER)}"
-                )
-
-
-def model_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Return name and keyword arguments of the model; what it is pretrained on is none of them."""
-    return {key: value for key, value in config.model.to_dict().items() if key != "pretrained"}
-
-
-def width(config: ml_collections.ConfigDict) -> int:
-    """Width of the training clips in pixels: data.image_width, where 0 means square."""
-    return config.data.image_width or config.data.image_size
+def _both_empty(old: Any, new: Any) -> bool:
+    """Say whether a value of an older commit, 0 or -1 say, is what is now an empty value."""
+    return new is None and old in (None, 0, -1)
 
 
 def _run(path: Path) -> ml_collections.ConfigDict:
@@ -316,14 +187,20 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     current = node[leaf]
     if isinstance(current, ml_collections.ConfigDict):
         raise UserError(f"--config.{key}: is a group; its keys: {', '.join(sorted(current))}")
-    node[leaf] = _parse(key, text, current)
+    node[leaf] = _parse(key, text, current, node.get_type(leaf))
 
 
-def _parse(key: str, text: str, current: Any) -> Any:
-    """Read `text` as the type that the key has now."""
-    wanted = type(current)
+def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
+    """Read `text` as the type of the key; empty text is an empty value where there can be one."""
     if wanted is str:
         return text
+    if not text and _may_be_empty(key):
+        return None
+    if wanted is type(None):  # the key of a family from outside, whose default is None
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
     try:
         if wanted is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -334,6 +211,12 @@ def _parse(key: str, text: str, current: Any) -> Any:
         raise UserError(
             f"--config.{key}={text}: not {_article(wanted.__name__)}; the default is {current!r}"
         ) from None
+
+
+def _may_be_empty(key: str) -> bool:
+    """Say whether base.py has an empty value, None, at this key."""
+    leaves = dict(_leaves(get_config("base").to_dict()))
+    return key in leaves and leaves[key] is None
 
 
 def _parse_tuple(text: str, current: tuple) -> tuple:
@@ -347,25 +230,9 @@ def _article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def _choice(config: ml_collections.ConfigDict, key: str, choices: Sequence[str]) -> None:
-    group, leaf = key.split(".")
-    value = config[group][leaf]
-    if value not in choices:
-        raise UserError(
-            f"{key}={value!r}: unknown{suggest(str(value), choices)}; choices: {', '.join(choices)}"
-        )
-
-
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, list(value) if isinstance(value, tuple) else value
-
-
-def suggest(word: str, words: Sequence[str]) -> str:
-    """Ask whether the nearest of `words` was meant; nothing where none is near."""
-    longer = [other for other in words if word and other.startswith(word)]
-    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""

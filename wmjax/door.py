@@ -1,9 +1,10 @@
-"""What the doors share: flags of the configuration, compiled programs, heaps, exit codes."""
+"""Shared by all commands: configuration flags, compilation cache, malloc arenas, exit codes."""
 
 import argparse
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,11 +15,10 @@ from typing import NoReturn
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import UserError
+from wmjax.errors import UserError, suggest
 
 _PREFIX = "--config."
-_M_ARENA_MAX = -8  # of malloc.h
-
+_M_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
 
 _KEYS = """\
 any key of the configuration:
@@ -28,14 +28,14 @@ any key of the configuration:
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose mistakes are a user's like any other: a line, not a page of usage."""
+    """An ArgumentParser whose errors are UserErrors: a line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{self.prog} --help says more")
+        raise UserError(f"{message}\nsee {self.prog} --help")
 
 
 def parser(prog: str, description: str, more: str = "") -> Parser:
-    """Return a parser whose help tells how keys of the configuration are written, and `more`."""
+    """Return a parser; its help ends with the syntax of configuration keys and with `more`."""
     return Parser(
         prog=prog,
         description=description,
@@ -63,21 +63,26 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     return flags, overrides
 
 
+def known_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the long flags of a parser, read from its usage line."""
+    return ["--help", *re.findall(r"--[a-z][\w-]*", parser.format_usage())]
+
+
 def _meant(parser: argparse.ArgumentParser, word: str) -> str:
-    """Suggest the nearest flag, or say how keys of the configuration are written."""
+    """Suggest the nearest flag or key, or else explain the syntax of configuration keys."""
     flag = word.partition("=")[0]
     if flag in configs.list_configs():
         return f" (did you mean --config={flag}?)"
     if flag.startswith("--") and flag[2:].partition(".")[0] in configs.get_config("base"):
         return f" (did you mean {_PREFIX}{word.removeprefix('--')}?)"
-    nearest = configs.suggest(flag, list(parser._option_string_actions))
+    nearest = suggest(flag, known_flags(parser))
     return nearest or "; keys of the configuration are written --config.KEY=VALUE"
 
 
 def load(
     parser: argparse.ArgumentParser, flags: argparse.Namespace, overrides: list[str]
 ) -> ml_collections.ConfigDict:
-    """Return the configuration that the flags name; must come before the first use of a device."""
+    """Load the configuration that --config names; call it before any use of a device."""
     if not flags.config:
         parser.error(f"--config=NAME is needed; shipped: {', '.join(configs.list_configs())}")
     config = configs.load(flags.config, overrides)
@@ -87,12 +92,12 @@ def load(
 
 
 def make_deterministic() -> None:
-    """Ask XLA for bit-equal results on GPUs: it reads the flag when the first device starts."""
+    """Make results on GPUs bit-equal; XLA reads the flag when the first device starts."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs from run to run; imports jax."""
+    """Turn on jax's persistent compilation cache; imports jax."""
     import jax
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "wmjax")
@@ -101,28 +106,32 @@ def keep_compiled() -> None:
 
 
 def share_heaps() -> None:
-    """Let four cores share one heap of glibc's; must come before threads are started.
+    """Limit glibc's malloc to one arena per four cores; call it before any thread starts.
 
-    It gives eight to each core. Each keeps what it once needed, so that a run grows for thousands
-    of steps, and gives pages back and forth: threads that read small clips took twice the time.
+    The default is eight arenas per core. Each arena keeps the memory that it once needed, so a
+    run's memory grows for thousands of steps. Arenas also return pages to the system and take them
+    again, which made threads that read small clips take twice the time.
     """
-    if "MALLOC_ARENA_MAX" in os.environ:  # which glibc has followed already
+    if "MALLOC_ARENA_MAX" in os.environ:  # glibc has read it already
         return
-    with contextlib.suppress(AttributeError):  # another C library
+    with contextlib.suppress(AttributeError):  # not glibc
         heaps = max(1, len(os.sched_getaffinity(0)) // 4)
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, heaps)
 
 
-def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
-    """Run the command line; a user's mistake is its few lines and exit code 2."""
+def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
+    """Run a command with the process's arguments and exit with its code.
+
+    A UserError is printed and exits with code 2. interrupted: printed after a Ctrl-C.
+    """
     share_heaps()
     sys.unraisablehook = _interrupt_again
     code = _run(run, interrupted)
     try:
-        if sys.stdout:  # None where it is closed
+        if sys.stdout:  # None when it is closed
             sys.stdout.flush()
     except OSError as error:
-        # Nor shall the interpreter, as it ends, complain of it.
+        # The interpreter flushes again as it ends, and would print this error a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
@@ -133,7 +142,7 @@ def leave(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
 def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     try:
         return run(sys.argv[1:])
-    except SystemExit as done:  # as of --help
+    except SystemExit as done:  # raised by --help, for example
         return done.code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -144,16 +153,16 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except BrokenPipeError:
         try:
             print(flush=True)
-        except BrokenPipeError:  # whoever reads has seen enough, as in `| head`
+        except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
             return 128 + signal.SIGPIPE
         raise
 
 
 def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
-    """Repeat a Ctrl-C that was lost in a callback of the garbage collector, as jax has one."""
+    """Raise a Ctrl-C again that Python dropped in a garbage-collector callback; jax has one."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident
-        with contextlib.suppress(RuntimeError):  # the interpreter is ending anyway
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending
             threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(dropped)

@@ -1,22 +1,47 @@
-"""The exceptions whose text is meant for the user. Any room may raise them; `main` prints them."""
+"""Errors for the user, and helpers for their text; any module may raise them, doors print them."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can put right: one to three lines, no traceback, exit code 2.
+    """An error that the user can fix: printed in one to three lines, exit code 2, no traceback.
 
     The text names the key, file or episode, the value found and the value wanted.
     """
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters of it.
+
+    Of an OSError the system's text, without the file; without a message the name of its class.
+    """
+    text = str(getattr(error, "strerror", None) or error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return (first or type(error).__name__)[:200]
+
+
+def suggest(word: str, words: Iterable[str]) -> str:
+    """Return " (did you mean X?)" with the nearest of `words`, or "" where none is near.
+
+    A word that begins with `word` is nearer than any other.
+    """
+    words = list(words)
+    longer = [other for other in words if word and other.startswith(word)]
+    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 def how_to_install(extra: str) -> str:
-    """Say how an optional part comes into the environment: a checkout's, by pip or by uv."""
+    """Return the command that installs an extra of this checkout, by pip or by uv."""
     return f"pip install -e '.[{extra}]', or uv run --extra {extra} python ..."
 
 
 class ClipError(UserError):
-    """A clip of an open dataset that cannot be read; data.on_error=skip passes it over.
+    """A clip that cannot be read, although its dataset opens; data.on_error=skip skips it.
 
-    where: the episode and camera, so that all clips that fail alike are named once.
+    where: episode and camera; clips that fail at the same place are reported once.
     """
 
     def __init__(self, text: str, where: str) -> None:
@@ -25,3 +50,29 @@ class ClipError(UserError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return ClipError, (str(self), self.where)
+
+
+def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise UserError unless the value of a key is one of its choices."""
+    if value not in choices:
+        wanted = ", ".join(map(str, choices))
+        near = suggest(value, choices) if isinstance(value, str) else ""
+        raise UserError(f"{key}={value!r}: unknown{near}; choices: {wanted}")
+
+
+def check_least(key: str, value: float | None, least: float = 0) -> None:
+    """Raise UserError for a number below the least that is allowed; None (empty) passes."""
+    if value is not None and not value >= least:
+        raise UserError(f"{key}={value}: wanted {least} or more")
+
+
+def check_above(key: str, value: float, bound: float = 0) -> None:
+    """Raise UserError unless a number is above a bound."""
+    if not value > bound:
+        raise UserError(f"{key}={value}: wanted a number above {bound}")
+
+
+def check_share(key: str, value: float) -> None:
+    """Raise UserError unless a number is a share, 0 to 1."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{key}={value}: wanted a share between 0 and 1")

@@ -1,20 +1,20 @@
-"""The Hugging Face Hub: one commit of a repository, as a folder in its cache.
+"""The Hugging Face Hub: download files of one commit into the local cache.
 
-jax is not imported here: rooms for worker processes use this one.
+jax is not imported here, because worker processes load this module.
 """
 
 from pathlib import Path
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, reason
 
 
 def snapshot(
     repo_id: str, patterns: list[str], *, kind: str, revision: str, where: str, instead: str
 ) -> Path:
-    """Bring the files that match the patterns into the cache and return the folder they are in.
+    """Download the files that match the patterns and return their folder in the cache.
 
-    kind: dataset or model. revision: branch, tag or commit; '': main. Offline, what the cache holds
-    is returned. where: how errors begin; instead: what they say to do without a network.
+    kind: dataset or model. revision: branch, tag or commit; '': main. Offline, the cached files are
+    returned. where: the beginning of errors. instead: what an error advises without a network.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -33,9 +33,9 @@ def snapshot(
         fault = f"the {kind} has no such branch, tag or commit"
     except errors.LocalEntryNotFoundError:
         fault = (
-            "the Hub cannot be reached, and not all that is needed is in the cache; fetch it where "
-            f"there is a network, or {instead}"
+            "the Hub cannot be reached, and the cache does not hold all files; download them on a "
+            f"machine with a network, or {instead}"
         )
-    except Exception as error:  # whatever else a network or a proxy may come up with
-        fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    except Exception as error:  # networks and proxies raise many types
+        fault = f"{type(error).__name__}: {reason(error)}"
     raise UserError(f"{where}: {fault}")

@@ -4,7 +4,9 @@ model = wmjax.load("runs/vjepa2_aloha")      # or a folder, OWNER/NAME on the Hu
 features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
 """
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
+from wmjax.nn.compute import Compute
+from wmjax.types import Term, WorldModelInput, WorldModelOutput
 
 Size = int | tuple[int, int]
 
@@ -27,83 +31,122 @@ Size = int | tuple[int, int]
 class Model:
     """Frozen weights and what is computed with them; made by `load`.
 
-    config: the resolved configuration of the run, or of other weights what their files say, always
-    with the arguments of the model under "model". labels: names of the classes, if any. notes: what
-    was assumed of the weights, and left out. input_spec(frames, height, width): the token grid of
-    such clips.
+    config: the configuration of the run; of other weights what their files say, with the keys of
+    the model under "model". labels: names of the classes, if any. notes: what was assumed of the
+    weights, and left out. params: the arrays by part, for example encoder and predictor.
     """
 
     def __init__(
         self,
-        source: weights.Source,
-        probe: weights.Source | None = None,
+        source: weights.Pretrained,
+        probe: weights.Pretrained | None = None,
         dtype: str | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        arguments = {"name": "vjepa2", **source.model}
-        here = {"attention": "auto", "norm": "auto"}  # not as on the devices that trained it
-        arguments |= {"remat": "none", "dtype": dtype or "float32", **here}
+        compute = Compute.of(source.model)  # dtype and kernels as here, not as where it was trained
+        compute = dataclasses.replace(
+            compute, dtype=dtype or "float32", remat="none", attention="auto", norm="auto"
+        )
+        blueprint = source.blueprint(compute)
         settings = (probe or source).classifier
         self.config: dict[str, Any] = source.config or {
-            "model": source.model,
+            "model": {"name": "vjepa2", **source.model},
             "classifier": settings,
             "clip": source.clip,
         }
         self.labels = (probe or source).labels
         self.notes = source.notes + (probe.notes if probe else ())
-        self._where, self._clip = source.where, source.clip
-        model: Any = base.abstract(**arguments)
-        modules: dict[str, Any] = {"encoder": model.encoder, "predictor": model.predictor}
+        self.token_grid = blueprint.token_grid  # (frames, height, width) -> time, rows, columns
+        self._where, self._clip, self._blueprint = source.where, source.clip, blueprint
+
+        shapes, axes = dict(blueprint.shapes), dict(blueprint.axes)
+        graphs: dict[str, Any] = {}
         if settings:
-            if settings["width"] != model.encoder.width:
+            width = blueprint.settings.encoder["width"]
+            if settings["width"] != width:
                 raise UserError(
                     f"{(probe or source).where}: a classifier of features {settings['width']} "
-                    f"wide; the encoder's are {model.encoder.width}"
+                    f"wide; the encoder's are {width}"
                 )
-            settings = {**settings, "dtype": model.encoder.patch_embed.dtype}
-            classifier = nnx.eval_shape(lambda: AttentiveClassifier(nnx.Rngs(0), **settings))
-            modules |= {"pooler": classifier.pooler, "head": classifier.head}
-        graphs: dict[str, Any] = {}
+            classifier = nnx.eval_shape(
+                lambda: AttentiveClassifier(nnx.Rngs(0), **settings, compute=compute)
+            )
+            for part in ("pooler", "head"):
+                graphs[part], shapes[part], axes[part] = base.split(getattr(classifier, part))
 
-        def read(origin: weights.Source, parts: Iterable[str]) -> base.Params:
-            shapes = {}
-            for part in parts:
-                graphs[part], abstract, axes = base.split(modules[part])
-                shapes[part] = jax.tree.map(
-                    lambda leaf, names: _placed(leaf, names, mesh), abstract, axes
+        def read(origin: weights.Pretrained, parts: Iterable[str]) -> base.Params:
+            placed = {
+                part: jax.tree.map(
+                    lambda leaf, names: _placed(leaf, names, mesh), shapes[part], axes[part]
                 )
-            return weights.load(origin, shapes, arguments)
+                for part in parts
+            }
+            return weights.load(origin, placed, blueprint.settings)
 
         theirs = ("pooler", "head") if probe else ()
         self.params = read(source, (part for part in source.parts if part not in theirs))
         if probe:
             self.params |= read(probe, theirs)
-        self.input_spec = model.input_spec
 
-        def module(params: base.Params, name: str) -> Any:
-            return base.merge(graphs[name], params[name])
+        def built(params: base.Params) -> tuple[Any, base.Params]:
+            """Return model and target; parts that were not loaded are shapes, and not used."""
+            own = {part: params.get(part, shape) for part, shape in blueprint.shapes.items()}
+            return base.merge(blueprint.graph, own), blueprint.abstract.followed(own)
 
         def encode(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
-            return module(params, "encoder")(video_BTHWC)
+            model, target = built(params)
+            return model.features(target, video_BTHWC)
+
+        def targets(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
+            model, target = built(params)
+            return model.target_features(target, video_BTHWC)
+
+        def loss(params: base.Params, batch: WorldModelInput) -> WorldModelOutput:
+            model, target = built(params)
+            return model.loss(target, batch, jax.random.key(0))
 
         def predict(
             params: base.Params, video_BTHWC: jax.Array, ids_BK: jax.Array, ids_BM: jax.Array
         ) -> jax.Array:
-            context_BKD = module(params, "encoder")(video_BTHWC, ids_BK)
-            grid = self.input_spec(*video_BTHWC.shape[1:4]).grid
-            (z_BMD,) = module(params, "predictor")(context_BKD, [(ids_BK, ids_BM)], grid)
-            return z_BMD.astype(jnp.float32)
+            model, _ = built(params)
+            grid = self.token_grid(*video_BTHWC.shape[1:4])
+            return model.predict(model.encode(video_BTHWC, ids_BK), ids_BK, ids_BM, grid)
 
         def classify(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
-            pooled_B1D = module(params, "pooler")(module(params, "encoder")(video_BTHWC))
-            return module(params, "head")(pooled_B1D)[:, 0].astype(jnp.float32)
+            pooled_B1D = base.merge(graphs["pooler"], params["pooler"])(encode(params, video_BTHWC))
+            return base.merge(graphs["head"], params["head"])(pooled_B1D)[:, 0].astype(jnp.float32)
 
-        self._encode, self._predict = jax.jit(encode), jax.jit(predict)
-        self._classify = jax.jit(classify)
+        self._encode, self._targets = jax.jit(encode), jax.jit(targets)
+        self._predict, self._classify, self._loss = (
+            jax.jit(predict),
+            jax.jit(classify),
+            jax.jit(loss),
+        )
 
     def __repr__(self) -> str:
         clip = ", ".join(f"{name}={value}" for name, value in self._clip.items())
         return f"<wmjax model {self._where}: {', '.join(self.params)}; clip: {clip}>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of the model was loaded, so that it predicts."""
+        return self.params.keys() >= self._blueprint.shapes.keys()
+
+    def target_features(self, video: Any) -> jax.Array:
+        """Return features as `encode` does, in the space that the model predicts in."""
+        video_BTHWC, single = self._clips(video, None)
+        features_BND = self._targets(self.params, video_BTHWC)
+        return features_BND[0] if single else features_BND
+
+    def terms(self, batch: WorldModelInput) -> dict[str, Term]:
+        """Return the terms of the loss on a batch, with predictions and targets.
+
+        Raises UserError where a part of the model was not loaded.
+        """
+        if not self.complete:
+            parts = ", ".join(self._blueprint.shapes)
+            raise UserError(f"{self._where}: has {', '.join(self.params)}; wanted {parts}")
+        return self._loss(self.params, batch).terms
 
     def encode(self, video: Any, *, size: Size | None = None) -> jax.Array:
         """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
@@ -125,10 +168,13 @@ class Model:
         clips (K,), (M,) or each its own (B, K), (B, M). Returns float32 (M, width) or
         (B, M, width): what the target, layer-normed, is in training.
         """
+        if not hasattr(self._blueprint.family, "predict"):
+            name = self._blueprint.family.__qualname__
+            raise UserError(f"{self._where}: {name} does not predict masked tokens")
         if "predictor" not in self.params:
             raise UserError(f"{self._where}: an encoder without a predictor")
         video_BTHWC, single = self._clips(video, size)
-        tokens = self.input_spec(*video_BTHWC.shape[1:4]).tokens
+        tokens = math.prod(self.token_grid(*video_BTHWC.shape[1:4]))
         ids = (
             _token_ids(name, value, len(video_BTHWC), tokens)
             for name, value in (("context_ids", context_ids), ("target_ids", target_ids))
@@ -169,7 +215,7 @@ class Model:
             frames = frames.astype(np.float32)
         single = frames.ndim == 4
         clips = frames[None] if single else frames
-        self.input_spec(*clips.shape[1:4])  # before anything is compiled
+        self.token_grid(*clips.shape[1:4])  # raises before anything is compiled
         return clips, single
 
 
@@ -180,6 +226,7 @@ def load(
     probe: str | Path | None = None,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    trust: Sequence[str] = (),
 ) -> Model:
     """Load a model from wherever it is.
 
@@ -188,15 +235,16 @@ def load(
     Face Hub, or a .pt file of Meta. encoder: which one of a .pt file. probe: where a classifier
     lies by itself, as Meta's evaluations write them. dtype: of the products, float32 (default) or
     bfloat16, for which GPUs have fused attention. mesh: devices that the parameters are split over,
-    as sharding.make_mesh arranges them; None: the default one.
+    as sharding.make_mesh arranges them; None: the default one. trust: packages outside wmjax that
+    may be imported where a run's configuration names them.
     """
-    source = weights.open_source(where, encoder=encoder)
-    if "encoder" not in source.parts:
+    source = weights.open_pretrained(where, encoder=encoder, trust=tuple(trust))
+    if not source.step and "encoder" not in source.parts:
         raise UserError(
             f"{source.where}: has {', '.join(source.parts)} and no encoder to feed them; "
             "wanted an encoder, with this as probe="
         )
-    classifier = weights.open_source(probe) if probe is not None else None
+    classifier = weights.open_pretrained(probe) if probe is not None else None
     if classifier and not classifier.classifier:
         raise UserError(f"{classifier.where}: no classifier in it; wanted one for probe=")
     return Model(source, classifier, dtype, mesh)

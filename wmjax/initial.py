@@ -5,66 +5,69 @@ Takes plain arguments; knows no configuration object.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from wmjax import weights
 from wmjax.errors import UserError
-from wmjax.models.base import Params
+from wmjax.models.base import combine
 from wmjax.run.checkpoint import Saved
 from wmjax.step import Steps, TrainState
 
 
 def position_grid(pretrained: str) -> int:
     """Return the side of the table of positions that an image model brings with it."""
-    source = weights.open_source(pretrained)
+    source = weights.open_pretrained(pretrained)
     if not source.format.of_images:
         raise UserError(
             f"model.pretrained={pretrained!r}: {source.format.name}: wanted an image model, ViT or "
-            f"DINOv2; weights of video models go by --config.init_from={pretrained}"
+            f"DINOv2; weights of video models: --config.init_from={pretrained}"
         )
     return source.model["position_grid"]
 
 
-def make_state(
-    steps: Steps, arguments: dict[str, Any], *, init_from: str, pretrained: str
-) -> tuple[TrainState, str]:
+def make_state(steps: Steps, *, init_from: str, pretrained: str) -> tuple[TrainState, str]:
     """Return the state before step 1, and a line that says where it comes from ('': fresh).
 
-    arguments: of the model. init_from: weights as `wmjax.load` takes them, or the workdir of a run,
-    whose optimizer state is taken up too. pretrained: image model that the encoder begins as.
+    init_from: weights as `wmjax.load` takes them, or the workdir of a run. Its optimiser state is
+    restored too, unless some parameters are frozen here. pretrained: image model that the encoder
+    begins as.
     """
-    if (Path(init_from).expanduser() / "checkpoints").is_dir() and init_from:
+    is_run = init_from and (Path(init_from).expanduser() / "checkpoints").is_dir()
+    if is_run and not steps.blueprint.freeze:
         saved = Saved(Path(init_from).expanduser() / "checkpoints")
         state = saved.restore(steps.abstract, f"init_from={init_from}")
         state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
         return state, (
-            f"begins as {init_from} was at step {saved.step}: encoder, predictor, target and "
-            "optimizer state; steps and schedules count from 0"
+            f"begins as {init_from} was at step {saved.step}: {', '.join(state.params)}, target "
+            "and optimizer state; steps and schedules count from 0"
         )
     if where := init_from or pretrained:
-        return _from_weights(steps, arguments, where)
+        return _from_weights(steps, where)
     return steps.init(), ""
 
 
-def _from_weights(steps: Steps, arguments: dict[str, Any], where: str) -> tuple[TrainState, str]:
-    target = weights.open_source(where)
+def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
+    blueprint, abstract = steps.blueprint, steps.abstract
+    target = weights.open_pretrained(where)
     source = target
     if "encoder" in target.choices:  # beside its EMA
-        source = weights.open_source(where, encoder="encoder")
-    abstract = {k: v for k, v in steps.abstract.params.items() if k in source.parts}
-    if "encoder" not in abstract:
+        source = weights.open_pretrained(where, encoder="encoder")
+    shapes = combine(abstract.params, abstract.frozen)
+    shapes = {part: tree for part, tree in shapes.items() if part in source.parts}
+    if not shapes or ("encoder" not in shapes and not source.step):
         raise UserError(f"{where}: has {', '.join(source.parts)}; wanted an encoder")
-    loaded = weights.load(source, abstract, arguments)
-    if target is source:
-        followed: Params = jax.tree.map(jnp.copy, loaded["encoder"])  # both are donated
-    else:
-        followed = weights.load(target, {"encoder": steps.abstract.target}, arguments)["encoder"]
+    loaded = weights.load(source, shapes, blueprint.settings)
     state = steps.init()
-    state = dataclasses.replace(state, params={**state.params, **loaded}, target=followed)
-    fresh = [part for part in state.params if part not in loaded]
+    params = {**combine(state.params, state.frozen), **loaded}
+    followed = jax.tree.map(jnp.copy, blueprint.abstract.followed(params))  # both are donated
+    if target is not source:
+        encoder = {"encoder": shapes["encoder"]}
+        followed = weights.load(target, encoder, blueprint.settings)["encoder"]
+    trained, frozen, ema = blueprint.divide(params, followed)
+    state = dataclasses.replace(state, params=trained, frozen=frozen, target=ema)
+    fresh = [part for part in params if part not in loaded]
     return state, "\n".join(
         [
             f"begins with {', '.join(loaded)} and target of {where}; fresh: "

@@ -89,19 +89,25 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
     start(flags.coordinator, flags.processes, flags.process)
     if cluster.speaks() and flags.mode != "demo":  # which explains it
         print(f"wmjax {__version__}: {flags.mode} {flags.config} in {workdir}")
-        print(configs.outline(config), flush=True)
+        from wmjax import assemble
+
+        print(assemble.outline(config), flush=True)
     if flags.mode == "demo":
         from wmjax.commands.demo import demo
 
         return demo(config, workdir)
-    from wmjax.train import evaluate, train
+    if flags.mode == "eval":
+        from wmjax.commands.evaluate import evaluate
 
-    return (train if flags.mode == "train" else evaluate)(config, workdir)
+        return evaluate(config, workdir)
+    from wmjax.train import train
+
+    return train(config, workdir)
 
 
 def cli() -> None:
     """Turn a user's mistake into its few lines and exit code 2."""
-    door.leave(
+    door.run_and_exit(
         partial(run, start=cluster.start),
         "interrupted; nothing was saved since the newest checkpoint",
     )

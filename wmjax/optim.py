@@ -5,11 +5,38 @@ the count of finished updates to a value, and holds its final one after `steps`.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from wmjax.errors import UserError, check_above, check_choice, check_least, check_share
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise UserError for values of the `optim` group that are out of range or contradict."""
+    check_choice("optim.schedule", settings["schedule"], ("constant", "cosine", "linear"))
+    for key in ("schedule_steps", "accumulate"):
+        check_above(f"optim.{key}", settings[key])
+    for key in ("learning_rate", "final_learning_rate", "weight_decay", "clip_norm"):
+        check_least(f"optim.{key}", settings[key])
+    for key in ("ema", "warmup", "cooldown"):
+        check_share(f"optim.{key}", settings[key])
+    if settings["final_ema"] is not None and settings["final_ema"] > 1:
+        check_share("optim.final_ema", settings["final_ema"])
+    warmup, cooldown, schedule = (settings[key] for key in ("warmup", "cooldown", "schedule"))
+    if cooldown and schedule != "constant":
+        raise UserError(
+            f"optim.cooldown={cooldown}: goes with optim.schedule=constant; found {schedule}, "
+            "which falls all the way: wanted 0"
+        )
+    if warmup + cooldown > 1:
+        raise UserError(
+            f"optim.warmup={warmup}, optim.cooldown={cooldown}: wanted shares of "
+            "optim.schedule_steps that add up to 1 at most"
+        )
 
 
 def learning_rate(
@@ -66,14 +93,13 @@ def adamw(
     b1: float,
     b2: float,
     eps: float,
-    clip_norm: float = 0.0,
+    clip_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW whose decay leaves out biases and norms, as the reference's parameter groups do.
+    """AdamW without decay of biases and norms, as in the reference's parameter groups.
 
-    update takes `step`, which the schedules follow: a run that starts from another's moments goes
-    on with their count, and has schedules of its own.
-
-    clip_norm: gradients of a larger global norm are scaled down to it; 0: none are.
+    update takes `step`, which the schedules follow. A run that starts from another's moments keeps
+    their count for Adam's bias correction, and has schedules of its own.
+    clip_norm: gradients of a larger global norm are scaled down to it; None or 0: not clipped.
     """
     decays = decay_mask(axes)
     adam = optax.scale_by_adam(b1, b2, eps)
@@ -100,8 +126,8 @@ def adamw(
 def decay_mask(axes: Any) -> Any:
     """Say which parameters decay: all but those named bias or of rank 1.
 
-    axes: logical axis names, a tuple for each parameter. The rank is that of one block, so a
-    stacked bias (layers, embed) is still a bias. Mask tokens have rank 3 in the reference and
+    axes: logical axis names, a tuple for each parameter. The rank is that of one layer, so a
+    stacked bias (layers, embed) counts as a bias. Mask tokens have rank 3 in the reference and
     decay. Source: vjepa2 app/vjepa/utils.py, init_opt.
     """
 

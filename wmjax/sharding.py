@@ -23,14 +23,14 @@ BATCH = PartitionSpec(AXES)
 SPLIT_OVER_FSDP = ("embed", "mlp", "heads", "patch")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
-    """Arrange the devices as data x fsdp; data=-1 takes all that fsdp leaves."""
+def make_mesh(data: int | None = None, fsdp: int = 1, devices: Any = None) -> Mesh:
+    """Arrange the devices as data x fsdp; data=None (or -1) takes all that fsdp leaves."""
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    if data == -1 and count % fsdp == 0:
-        data = count // fsdp
-    if data * fsdp != count:
-        wanted = f"a multiple of {fsdp}" if data == -1 else data * fsdp
+    if data in (None, -1):
+        data = count // fsdp if count % fsdp == 0 else None
+    if data is None or data * fsdp != count:
+        wanted = f"a multiple of {fsdp}" if data is None else data * fsdp
         found = f"{count} x {devices[0].device_kind}"
         raise UserError(
             f"mesh.data={data}, mesh.fsdp={fsdp}: devices found: {found}; wanted {wanted}"

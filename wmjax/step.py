@@ -1,9 +1,10 @@
 """One training step and one validation step: pure functions of (state, batch), and their shardings.
 
 Every array of the state is sharded from birth: shapes first, then shardings, then a jitted init.
-Nothing here branches on a model's name.
+Nothing here asks for a model's name.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from wmjax import sharding
-from wmjax.models import base
+from wmjax.models.base import Blueprint, Params, combine
 from wmjax.types import Array, WorldModelInput, WorldModelOutput
 
 Metrics = dict[str, clu_metrics.Average]
@@ -24,16 +25,23 @@ Measure = Callable[[WorldModelOutput, WorldModelInput], dict[str, jax.Array]]
 
 @struct.dataclass
 class TrainState:
-    """All that training changes: float32 trees of the trained parameters and what follows them.
+    """All that a run saves of its arrays; Blueprint says which variable is in which tree.
 
-    step counts the batches worked through; target is the EMA of the part of params that the model
-    names. A batch whose loss or gradients are not finite changes nothing but step.
+    step counts the batches worked through. A batch whose loss or gradients are not finite changes
+    nothing but step. frozen: variables without gradient, moments or decay. target: the EMA. Where
+    the model has none of a kind, the tree is {}.
     """
 
     step: Array
     params: Any
+    frozen: Any
     target: Any
     opt_state: Any
+
+    def saved(self) -> dict[str, Any]:
+        """Return the trees that hold arrays, by name: what a checkpoint stores."""
+        trees = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 class Steps(NamedTuple):
@@ -42,13 +50,15 @@ class Steps(NamedTuple):
     init: Callable[[], TrainState]
     train: jax.stages.Wrapped  # (state, batch) -> (state, metrics); the state is donated
     validate: Callable[[TrainState, WorldModelInput], Metrics]
-    # What `train` does with its gradients, by itself: the optimizer, then the EMA. Donates too.
+    # (state, gradients) -> state: the optimiser and the EMA alone, for benchmarks. Donates too.
     update: Callable[[TrainState, Any], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings: what a checkpoint is restored into
+    blueprint: Blueprint
+    mesh: Mesh
 
 
 def build(
-    model: dict[str, Any],
+    blueprint: Blueprint,
     make_optimizer: Callable[[Any], optax.GradientTransformationExtraArgs],
     schedule: optax.Schedule,
     *,
@@ -61,66 +71,81 @@ def build(
 ) -> Steps:
     """Build the jitted steps of a run.
 
-    model: `name` and the keyword arguments of that model's create. make_optimizer takes the tree
-    of logical axes of the parameters. schedule: of the learning rate, to log it. ema: of the
-    momentum m in target = m target + (1 - m) params. in_training, in_validation: what of a model's
-    output is logged, float32 scalars. accumulate: microbatches that a batch is worked through in,
-    one after another, for one update; what is logged is their mean.
+    make_optimizer takes the logical axes of the trained parameters. schedule: of the learning rate,
+    to log it. ema: of the momentum m in target = m target + (1 - m) params. in_training,
+    in_validation: figures of a model's output to log, float32 scalars. accumulate: microbatches
+    that a batch is worked through in, one after another, for one update; their mean is logged.
     """
-
-    shapes = base.abstract(**model)
-    graph, _, axes = base.split(shapes)
-    optimizer = make_optimizer(axes)
+    axes = blueprint.divide(blueprint.axes, blueprint.abstract.followed(blueprint.axes))
+    optimizer = make_optimizer(axes[0])
 
     def init() -> TrainState:
-        params = base.split(base.create(rngs=nnx.Rngs(jax.random.key(seed)), **model))[1]
-        target = jax.tree.map(jnp.copy, shapes.target_params(params))
-        return TrainState(jnp.zeros((), jnp.int32), params, target, optimizer.init(params))
+        model = blueprint.create(nnx.Rngs(jax.random.key(seed)))
+        params, frozen, target = blueprint.divide(*blueprint.variables(model))
+        target = jax.tree.map(jnp.copy, target)
+        opt_state = optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, frozen, target, opt_state)
+
+    def run_loss(
+        state: TrainState, params: Params, batch: WorldModelInput, key: jax.Array
+    ) -> WorldModelOutput:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            model, target = blueprint.join(params, state.frozen, state.target)
+            return model.loss(target, batch, key)
 
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
-        def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any]:
+        def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any, Any]:
             def loss_fn(params: Any) -> tuple[jax.Array, WorldModelOutput]:
-                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                    return base.merge(graph, params).loss(state.target, batch, key)
+                output = run_loss(state, params, batch, key)
+                return jnp.asarray(output.loss), output
 
             (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-            return grads, in_training(output, batch) | {"loss": loss}
+            return grads, in_training(output, batch) | {"loss": loss}, output.updates
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = in_microbatches(gradients, batch, key, accumulate)
+        grads, metrics, changes = in_microbatches(gradients, batch, key, accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updated = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), update(state, grads), state
-        )
+        changed = dataclasses.replace(update(state, grads), frozen=combine(state.frozen, changes))
+        updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
         always = {"learning_rate": schedule(state.step), "skipped_updates": ~finite}
         return (
-            updated.replace(step=state.step + 1),
+            dataclasses.replace(updated, step=state.step + 1),
             _averages(metrics | {"gradient_norm": norm}, finite) | _averages(always),
         )
 
+    def followed(state: TrainState) -> Params:
+        """Return the trained parameters that the target follows."""
+        params = combine(state.params, state.frozen)
+        return blueprint.divide(params, blueprint.abstract.followed(params))[2]
+
     def update(state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
-        followed = shapes.target_params(params)
+        new = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
         m = ema(state.step)
-        target = jax.tree.map(lambda old, new: m * old + (1.0 - m) * new, state.target, followed)
-        return TrainState(state.step + 1, params, target, opt_state)
+        target = jax.tree.map(
+            lambda old, new: m * old + (1.0 - m) * new, state.target, followed(new)
+        )
+        return dataclasses.replace(new, target=target)
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
         def figures(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                loss, output = base.merge(graph, state.params).loss(state.target, batch, key)
-            return in_validation(output, batch) | {"loss": loss}
+            output = run_loss(state, state.params, batch, key)
+            return in_validation(output, batch) | {"loss": jnp.asarray(output.loss)}
 
         metrics = in_microbatches(figures, batch, jax.random.key(seed), accumulate)
-        followed = shapes.target_params(state.params)
-        apart = optax.tree.norm(optax.tree.sub(state.target, followed)) / optax.tree.norm(followed)
-        return _averages(metrics | {"health/target_distance": apart})
+        if state.target:
+            follows = followed(state)
+            apart = optax.tree.norm(optax.tree.sub(state.target, follows))
+            metrics |= {"health/target_distance": apart / optax.tree.norm(follows)}
+        return _averages(metrics)
 
-    abstract = _with_shardings(
-        jax.eval_shape(init), axes, shapes.target_params(axes), optimizer, mesh
-    )
+    abstract = _with_shardings(jax.eval_shape(init), axes, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     everywhere = sharding.replicated(mesh)
     inputs = (shardings, sharding.batch_sharding(mesh))
@@ -140,6 +165,8 @@ def build(
             donate_argnums=0,
         ),
         abstract=abstract,
+        blueprint=blueprint,
+        mesh=mesh,
     )
 
 
@@ -149,15 +176,15 @@ def in_microbatches(
     key: jax.Array,
     count: int,
 ) -> Any:
-    """Return fn(batch, key), a tree of means over the views that are there, in `count` parts.
+    """Return fn(batch, key), a tree of means over valid views, computed in `count` parts.
 
     A part has every count-th instant, so each device splits the rows that it holds already.
     """
     if count == 1:
         return fn(batch, key)
     parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-    there = jnp.sum(parts.observation.view_mask_BV, axis=(1, 2), dtype=jnp.float32)
-    weights = there / jnp.maximum(jnp.sum(there), 1.0)
+    valid = jnp.sum(parts.observation.view_mask_BV, axis=(1, 2), dtype=jnp.float32)
+    weights = valid / jnp.maximum(jnp.sum(valid), 1.0)
 
     def add(total: Any, part: tuple[jax.Array, jax.Array, WorldModelInput]) -> tuple[Any, None]:
         weight, key, batch = part
@@ -179,8 +206,7 @@ def _averages(metrics: dict[str, jax.Array], counts: jax.Array | None = None) ->
 
 def _with_shardings(
     state: TrainState,
-    axes: Any,
-    target_axes: Any,
+    axes: tuple[Params, Params, Params],
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
 ) -> TrainState:
@@ -193,15 +219,17 @@ def _with_shardings(
         return place(leaf, sharding.parameter_sharding(mesh, names, leaf.shape))
 
     everywhere = sharding.replicated(mesh)
+    trained, frozen, target = axes
     return TrainState(
         step=place(state.step, everywhere),
-        params=jax.tree.map(place_parameter, state.params, axes),
-        target=jax.tree.map(place_parameter, state.target, target_axes),
+        params=jax.tree.map(place_parameter, state.params, trained),
+        frozen=jax.tree.map(place_parameter, state.frozen, frozen),
+        target=jax.tree.map(place_parameter, state.target, target),
         opt_state=optax.tree.map_params(
             optimizer,
             place_parameter,
             state.opt_state,
-            axes,
+            trained,
             transform_non_params=lambda leaf: place(leaf, everywhere),
         ),
     )

@@ -3,7 +3,8 @@
 Legend
     B  instants in the batch (global under jit)     N  tokens of a clip (a 3-D grid)
     V  views (cameras) of one instant               K  context tokens kept by one mask
-    T  frames of a clip                             M  target tokens predicted by one mask
+    T  frames of a clip                             M  tokens that one term of the loss predicts
+    R  rows: views of instants, or instants
     H, W, C  pixels, channels (RGB)                 D  width of the encoder
     S  numbers in a state                           A  numbers in an action
     P  recorded actions between two sampled frames (the stride)
@@ -13,11 +14,16 @@ Token ids count the cells of the (time, row, column) grid in row-major order, fr
 Imports jax for its types only: no array is made here.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from flax import struct
 
 Array = jax.Array | np.ndarray
+TokenGrid = tuple[int, int, int]  # tubelets, rows, columns
+Row = dict[str, float]  # one report: figures by name
 
 
 @struct.dataclass
@@ -39,14 +45,16 @@ class VideoObservation:
 
 @struct.dataclass
 class VideoTarget:
-    """What is hidden and what is to be predicted: one entry a mask, each with its own K and M.
+    """The masks of a batch: for each, the tokens that are seen and the tokens to predict.
 
-    context_ids_BK, target_ids_BM: int32, sorted, unique and disjoint in a row; shared by the
-    views of an instant.
+    context_ids_BK, target_ids_BM: int32, sorted, unique and disjoint in a row, one array a mask,
+    each with its own K and M; the views of an instant share them. names: of the masks.
+    All empty for a model without masks.
     """
 
-    context_ids_BK: tuple[Array, ...]
-    target_ids_BM: tuple[Array, ...]
+    context_ids_BK: tuple[Array, ...] = ()
+    target_ids_BM: tuple[Array, ...] = ()
+    names: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
 
 @struct.dataclass
@@ -57,7 +65,9 @@ class WorldModelInput:
     action_mask_BTPA: bool, False where nothing was recorded: past the end of the episode (the last
     action stands in), and where a dataset has a smaller stride or fewer numbers (zeros).
     dataset_ids_B: int32, which dataset of a mixture the clip is from; 0 where there is one.
-    sample_ids_B: int64-safe int32 index of the window in its dataset, to name a bad sample.
+    sample_ids_B: int32 index of the window in its dataset, to name a bad sample.
+    beside: further batches by name that the same step takes, each with a static shape of its own:
+    images beside video, for example.
     """
 
     observation: VideoObservation
@@ -66,17 +76,58 @@ class WorldModelInput:
     action_mask_BTPA: Array
     dataset_ids_B: Array
     sample_ids_B: Array
+    beside: dict[str, "WorldModelInput"] = struct.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any], masks: Sequence[str]) -> "WorldModelInput":
+        """Take the arrays of a batch by their names in data.reader; masks: names of the masks."""
+        context, target = (
+            tuple(arrays[f"{side}_{i}"] for i in range(len(masks)))
+            for side in ("context", "target")
+        )
+        return cls(
+            VideoObservation(
+                video_BVTHWC=arrays["video"],
+                view_mask_BV=arrays["view_mask"],
+                state_BTS=arrays["state"],
+                state_mask_BTS=arrays["state_mask"],
+            ),
+            VideoTarget(context, target, tuple(masks)),
+            action_BTPA=arrays["action"],
+            action_mask_BTPA=arrays["action_mask"],
+            dataset_ids_B=arrays["dataset_id"],
+            sample_ids_B=arrays["sample_id"],
+        )
+
+
+@struct.dataclass
+class Term:
+    """One named term of a loss, with what evaluations and pictures need; None: it has none.
+
+    loss: float32 scalar, the mean over valid rows. A row R is a view of an instant (R = B V, the
+    views of an instant next to each other), or an instant with all its views (R = B).
+    prediction_RMD, target_RMD: predicted and true features of M tokens.
+    ids_RM: int32 ids of these tokens in the token grid.
+    valid_R: bool, False where the view is missing; None: all rows are valid.
+    """
+
+    loss: Array
+    prediction_RMD: Array | None = None
+    target_RMD: Array | None = None
+    ids_RM: Array | None = None
+    valid_R: Array | None = None
 
 
 @struct.dataclass
 class WorldModelOutput:
-    """What a world model gives for a batch: one entry a mask, views folded into the rows (BV).
+    """What a model's loss gives for a batch.
 
-    loss: float32 scalar, the mean of losses; losses: the mean over views that are there.
-    prediction_BVMD, target_BVMD: predicted and wanted features of the target tokens.
+    loss: float32 scalar to minimise. terms: its named terms, which evaluations walk. scalars:
+    further figures to log. updates: new values of frozen variables, such as running statistics, as
+    a nested dict of those that change.
     """
 
     loss: Array
-    losses: tuple[Array, ...]
-    prediction_BVMD: tuple[Array, ...]
-    target_BVMD: tuple[Array, ...]
+    terms: dict[str, Term] = struct.field(default_factory=dict)
+    scalars: dict[str, Array] = struct.field(default_factory=dict)
+    updates: dict[str, Any] = struct.field(default_factory=dict)

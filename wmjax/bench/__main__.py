@@ -38,56 +38,46 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDic
 
 
 def bench_step(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
-    """Measure the train step of a configuration, whatever its data."""
-    from wmjax import assemble, sharding, train
-    from wmjax import config as configs
-    from wmjax.bench.step import random_batch, time_parts, time_step
-    from wmjax.models import base
+    """Measure the train step of a configuration on noise; no dataset is opened."""
+    from wmjax import assemble, sharding
+    from wmjax.bench.step import random_batch, time_stages, time_step
 
-    config.data.update(source="synthetic", root="", repo_id="", revision="", mixture="")
-    config.data.members = ml_collections.ConfigDict()
-    config.eval.labels = "auto"
-    mesh, _, masks, steps = train.prepare(config, ())
-    data, accumulate = config.data, config.optim.accumulate
-    clip = (flags.views, data.frames, data.image_size, configs.width(config), 3)
+    assemble.use_generated_data(config)
+    source = assemble.make_generator(config, "train", flags.views)
+    setup = assemble.prepare(config, sources={"train": source})
+    reader = assemble.make_reader(config, setup)
 
     def batch_of(clips: int) -> Any:
-        placed = sharding.batch_sharding(mesh)
-        return random_batch((clips, *clip), masks, config.seed, placed)
+        placed = sharding.batch_sharding(setup.mesh)
+        return random_batch(reader, setup.masks, clips, config.seed, placed)
 
-    batch = batch_of(data.batch_size)
-    flop = assemble.count_flop(config, batch)
+    steps, accumulate = setup.steps, config.optim.accumulate
+    batch = batch_of(config.data.batch_size)
+    flop = steps.blueprint.abstract.flops(batch)
     state, row = time_step(steps, steps.init(), batch, flop=flop, count=flags.steps)
     if flags.parts:
-        model = base.abstract(**configs.model_arguments(config))
-        part = batch_of(data.batch_size // accumulate)
-        row |= time_parts(model, steps, state, part, accumulate=accumulate, count=flags.steps)
+        part = batch_of(config.data.batch_size // accumulate)
+        row |= time_stages(steps, state, part, accumulate=accumulate, count=flags.steps)
     return row
 
 
 def bench_data(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
     """Measure the pipeline of a configuration as training opens it."""
-    from wmjax import assemble, sharding
-    from wmjax import config as configs
+    from wmjax import assemble
     from wmjax.bench.data import against_bare, time_pipeline
-    from wmjax.masking import Masks
+    from wmjax.data.settings import size
 
     if flags.floor:
         config.data.update(workers=0, threads=1)
-    configs.check(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding.check_batch(mesh, config.data.batch_size)
     begun = time.perf_counter()
-    source = assemble.make_source(config, "train")
+    setup = assemble.prepare(config)
     opened = time.perf_counter() - begun
-    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
 
     def stream(position: int) -> Any:
-        return assemble.make_pipeline(config, source, masks, mesh, "train", position)
+        return assemble.make_pipeline(config, setup, "train", position, held_out=False)
 
     if flags.floor:
-        size = config.data.image_size, configs.width(config)
-        return against_bare(stream, source, size, flags.batches)
+        return against_bare(stream, setup.sources["train"], size(config.data), flags.batches)
     row = time_pipeline(stream, flags.batches)[0]
     return row | {"first_batch_s": opened + row["first_batch_s"]}
 
@@ -108,4 +98,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door.leave(run, "interrupted")
+    door.run_and_exit(run, "interrupted")

@@ -1,4 +1,4 @@
-"""How fast the device is: the real train step, and its parts, on clips that lie there already."""
+"""The speed of the device: the train step, and its stages, on clips that are on it already."""
 
 import statistics
 import time
@@ -8,51 +8,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Sharding
 
+from wmjax.data.reader import Reader
 from wmjax.masking import Masks
-from wmjax.models import base
-from wmjax.models.base import Part
+from wmjax.models.base import Blueprint, Stage
 from wmjax.run import metrics
 from wmjax.step import Steps, TrainState
-from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+from wmjax.types import WorldModelInput
 
 WARM_UP = 3  # runs after the one that compiles, not counted
 
 
 def random_batch(
-    shape_BVTHWC: tuple[int, ...], masks: Masks, seed: int, sharding: Sharding
+    reader: Reader, masks: Masks, clips: int, seed: int, sharding: Sharding
 ) -> WorldModelInput:
-    """Place noise with masks as drawn in training; states and actions of one number."""
+    """Place a batch of noise, with masks drawn as in training; nothing is read from the source.
+
+    reader: gives the shapes of a clip.
+    """
     rng = np.random.default_rng(seed)
-    B, V, T = shape_BVTHWC[:3]
-    drawn = [masks.draw(rng) for _ in range(B)]
-    context, target = (
-        tuple(np.stack(ids) for ids in zip(*side, strict=True)) for side in zip(*drawn, strict=True)
-    )
-    state_BTS, action_BTPA = np.zeros((B, T, 1), np.float32), np.zeros((B, T, 1, 1), np.float32)
-    batch = WorldModelInput(
-        VideoObservation(
-            rng.integers(0, 256, shape_BVTHWC, np.uint8),
-            np.ones((B, V), bool),
-            state_BTS,
-            np.ones_like(state_BTS, bool),
-        ),
-        VideoTarget(context, target),
-        action_BTPA,
-        np.ones_like(action_BTPA, bool),
-        np.zeros(B, np.int32),
-        np.arange(B, dtype=np.int32),
-    )
-    return jax.device_put(batch, sharding)
+    batch = np.zeros(clips, reader.dtype)
+    batch["video"] = rng.integers(0, 256, batch["video"].shape, np.uint8)
+    for name in ("view_mask", "state_mask", "action_mask"):
+        batch[name] = True
+    batch["sample_id"] = np.arange(clips)
+    for clip in batch:
+        for side, all_ids in zip(("context", "target"), masks.draw(rng), strict=True):
+            for i, ids in enumerate(all_ids):
+                clip[f"{side}_{i}"] = ids
+    arrays = {name: np.ascontiguousarray(batch[name]) for name in reader.dtype.names or ()}
+    return jax.device_put(WorldModelInput.of(arrays, list(masks.sizes)), sharding)
 
 
 def clock(run: Callable[[], Any], count: int) -> tuple[list[float], float]:
-    """Return milliseconds of `count` runs on a warm device, and seconds that the first took.
+    """Return milliseconds of `count` runs on a warm device, and the seconds of the first run.
 
-    From the end of one run to that of the next, which was handed to the device meanwhile, as the
-    training loop does it. run returns a small array that is there when all is done.
+    Timed from the end of one run to the end of the next, which is dispatched meanwhile, as in the
+    training loop. run returns a small array that is ready when all is done.
     """
     begun = time.perf_counter()
     jax.block_until_ready(run())
@@ -103,26 +96,20 @@ def time_step(
     }
 
 
-def time_parts(
-    model: base.BaseWorldModel,
-    steps: Steps,
-    state: TrainState,
-    batch: WorldModelInput,
-    *,
-    accumulate: int,
-    count: int,
+def time_stages(
+    steps: Steps, state: TrainState, batch: WorldModelInput, *, accumulate: int, count: int
 ) -> dict[str, float]:
-    """Return the milliseconds that the parts of a step take, each by itself.
+    """Return the milliseconds that the stages of a step take, each by itself.
 
     batch: one microbatch of the `accumulate` that a step works through. The state is donated.
     """
-    graph = base.split(model)[0]
     rows = jax.tree.leaves(batch)[0].sharding
     result = {}
-    for name, part in model.parts(batch).items():
-        features = tuple(jax.device_put(_noise(x), rows) for x in part.features)
-        arguments = (state.params, state.target, batch, features)
-        times, _ = clock(_bind(_compile(graph, part, arguments), arguments), count)
+    for name, stage in steps.blueprint.abstract.stages(batch).items():
+        features = tuple(jax.device_put(_noise(x), rows) for x in stage.features)
+        frozen = state.frozen, state.target
+        arguments = (state.params, frozen, batch, features)
+        times, _ = clock(_bind(_compile(steps.blueprint, stage, arguments), arguments), count)
         result[f"{name}_ms"] = accumulate * statistics.median(times)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
@@ -133,7 +120,7 @@ def time_parts(
     def update() -> jax.Array:
         nonlocal state
         state = steps.update(state, grads)
-        return jnp.copy(state.step)  # what is donated next cannot be waited for
+        return jnp.copy(state.step)  # the state itself is donated to the next run
 
     return result | {"update_ms": statistics.median(clock(update, count)[0])}
 
@@ -146,20 +133,21 @@ def _bind(function: Callable[..., Any], arguments: tuple) -> Callable[[], Any]:
     return lambda: jax.tree.leaves(function(*arguments))[0]
 
 
-def _compile(graph: nnx.GraphDef, part: Part, arguments: tuple) -> Callable[..., Any]:
-    """Jit a part forward, and backward where it is trained, into parameters and features."""
+def _compile(blueprint: Blueprint, stage: Stage, arguments: tuple) -> Callable[..., Any]:
+    """Jit a stage forward, and backward where it is trained, into parameters and features."""
 
     rows = jax.tree.leaves(arguments[2])[0].sharding  # of the batch
 
-    def forward(params: Any, target: Any, batch: WorldModelInput, features: Any) -> Any:
+    def forward(params: Any, frozen: Any, batch: WorldModelInput, features: Any) -> Any:
         with jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh):
-            return part.run(base.merge(graph, params), target, batch, features)
+            model, target = blueprint.join(params, *frozen)
+            return stage.run(model, target, batch, features)
 
-    if not part.trained:
+    if not stage.trained:
         return jax.jit(forward)
 
     def scalar(*arguments: Any) -> jax.Array:
-        # Squares: the gradient that comes back is then no constant, which XLA would make use of.
+        # Squares, because their gradient is not constant: XLA would simplify a constant one.
         means = [jnp.mean(jnp.square(x)) for x in jax.tree.leaves(forward(*arguments))]
         return jnp.sum(jnp.stack(means))
 

@@ -14,20 +14,20 @@ import ml_collections
 import numpy as np
 
 from wmjax import assemble
-from wmjax import config as configs
+from wmjax.assemble import Setup
 from wmjax.data.source import Source
 from wmjax.errors import UserError
 from wmjax.masking import Masks
-from wmjax.models import base
+from wmjax.models.base import Stage
 from wmjax.run.console import say
-from wmjax.run.metrics import Row, fetch
+from wmjax.run.metrics import fetch
 from wmjax.step import Steps, TrainState
-from wmjax.train import open_checkpoints, prepare, take_up
-from wmjax.types import WorldModelInput
+from wmjax.train import open_checkpoints, restore_or_init
+from wmjax.types import Row, WorldModelInput
 from wmjax.viz import draw
 from wmjax.viz.features import fit_basis
 from wmjax.viz.look import Look
-from wmjax.viz.validation import Pictures
+from wmjax.viz.validation import Looker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,22 +50,19 @@ def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
     if jax.default_backend() == "cpu":  # optimising takes longer than two steps then save
         jax.config.update("jax_disable_most_optimizations", True)
     keep = keeper(workdir / "demo")
-    mesh, sources, masks, steps = prepare(config, ("train",))
+    setup = assemble.prepare(config)
     title(1, "configuration", "one file of values; configs/base.py explains every key")
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    say(configs.outline(config))
-    say(f"  devices   {mesh.size} x {jax.devices()[0].device_kind}, arranged as {shape}")
+    shape = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    say(assemble.outline(config))
+    say(f"  devices   {setup.mesh.size} x {jax.devices()[0].device_kind}, arranged as {shape}")
 
-    stream = assemble.make_pipeline(config, sources["train"], masks, mesh, "train")
+    stream = assemble.make_pipeline(config, setup, "train", held_out=False)
     with contextlib.closing(stream) as batches:
         batch = next(batches)
-    show_batch(sources["train"], batch)
-    show_masks(masks)
-    state = show_model(config, workdir, steps, batch)
-    abstract = steps.abstract
-    model = configs.model_arguments(config)
-    pictures = Pictures(model, abstract.params, abstract.target, mesh, masks)
-    seen = pictures.look(state.params, state.target, batch)
+    show_batch(setup.sources["train"], batch)
+    show_masks(setup.masks)
+    state = show_model(config, workdir, setup, batch)
+    seen = Looker(setup.steps, setup.masks.grid)(state, batch)
     if not seen.finite:
         raise UserError(
             f"{workdir}: this model gives features that are not finite: it has diverged\n"
@@ -73,11 +70,13 @@ def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )
     basis = fit_basis(seen.target_BND)
     keep("batch", lambda: draw.clips(seen))
-    keep("masks", lambda: draw.masks(seen))
+    if setup.masks.sizes:
+        keep("masks", lambda: draw.masks(seen))
     keep("features", lambda: draw.components(seen, basis))
     show_loss(seen)
-    keep("error", lambda: draw.errors(seen))
-    show_step(steps, state, batch, assemble.count_flop(config, batch))
+    if seen.hidden:
+        keep("error", lambda: draw.errors(seen))
+    show_step(setup.steps, state, batch)
     say("\nnothing of this is saved; to train: the same command without --mode=demo")
     return 0
 
@@ -125,24 +124,24 @@ def show_masks(masks: Masks) -> None:
 
 
 def show_model(
-    config: ml_collections.ConfigDict, workdir: Path, steps: Steps, batch: WorldModelInput
+    config: ml_collections.ConfigDict, workdir: Path, setup: Setup, batch: WorldModelInput
 ) -> TrainState:
     """Return the newest checkpoint's state, or a fresh one."""
-    title(4, "forward pass", "encoder on the context, EMA target on all, predictor on the hidden")
+    title(4, "forward pass", "the stages of the loss, and what each gives")
     with open_checkpoints(config, workdir) as checkpoints:
         newest = checkpoints.latest()
-        state, _ = take_up(config, checkpoints, steps)
+        state, _ = restore_or_init(config, checkpoints, setup)
     say(f"  parameters as of step {newest}" if newest else "  parameters as a run begins")
     for name, part in state.params.items():
         say(f"  {name:10} {sum(leaf.size for leaf in jax.tree.leaves(part)):,} parameters")
-    model = base.abstract(**configs.model_arguments(config))
-    graph = base.split(model)[0]
-    for name, part in model.parts(batch).items():
+    blueprint = setup.steps.blueprint
+    for name, stage in blueprint.abstract.stages(batch).items():
 
-        def run(params: Any, target: Any, features: Any, part: base.Part = part) -> Any:
-            return part.run(base.merge(graph, params), target, batch, features)
+        def run(state: TrainState, features: Any, stage: Stage = stage) -> Any:
+            model, target = blueprint.join(state.params, state.frozen, state.target)
+            return stage.run(model, target, batch, features)
 
-        given = jax.eval_shape(run, state.params, state.target, part.features)
+        given = jax.eval_shape(run, state, stage.features)
         shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(given))
         say(f"  {name:10} gives {shapes}: rows, tokens, width")
     say("  compiling ...")
@@ -155,14 +154,16 @@ def show_loss(seen: Look) -> None:
         say(f"  {name:10} {np.nanmean(error_THW):.4f} for the clip in the pictures")
 
 
-def show_step(steps: Steps, state: TrainState, batch: WorldModelInput, flop: int) -> None:
+def show_step(steps: Steps, state: TrainState, batch: WorldModelInput) -> None:
     title(6, "step", "gradients, AdamW, then the EMA: target = m target + (1 - m) encoder")
+    flop = steps.blueprint.abstract.flops(batch)
+    work = f" for {flop / 1e9:.1f} GFLOP" if flop else ""
     say("  compiling ...")
     state, before, first = take_step(steps, state, batch)
     state, after, second = take_step(steps, state, batch)
     say(f"  loss {before['loss']:.4f}, and {after['loss']:.4f} after it, on the same clips")
     say(f"  learning rate {before['learning_rate']:.2e}, gradient {before['gradient_norm']:.3f}")
-    say(f"  {first:.1f} s with compiling, then {second:.2f} s for {flop / 1e9:.1f} GFLOP")
+    say(f"  {first:.1f} s with compiling, then {second:.2f} s{work}")
     if jax.default_backend() == "cpu":
         say("  training is compiled with more care: slower to begin, faster a step")
 

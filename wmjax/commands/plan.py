@@ -15,17 +15,13 @@ import re
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Sharding
 
 from wmjax import assemble, sharding
-from wmjax import config as configs
 from wmjax.commands import hlo
-from wmjax.errors import UserError, how_to_install
-from wmjax.masking import Masks
+from wmjax.errors import UserError, how_to_install, reason
 from wmjax.run import metrics
-from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+from wmjax.types import WorldModelInput
 
 GIB = 2**30
 
@@ -72,7 +68,7 @@ def find_devices(topology: str) -> list[jax.Device]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
         raise UserError(
-            f"--topology={topology}: {str(error).splitlines()[0][:200]}\n"
+            f"--topology={topology}: {reason(error)}\n"
             f"wanted v5e:16x16, v6e:16x16, ... ({how_to_install('tpu')}), cpu:N or gpu:N"
         ) from error
 
@@ -97,18 +93,14 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     devices = find_devices(topology)
     if devices[0].platform == "tpu" and config.model.attention == "auto":
         config.model.attention = "splash"
-    config.data.update(source="synthetic", root="", repo_id="", revision="", mixture="")
-    config.data.members = ml_collections.ConfigDict()
-    configs.check(config)
+    assemble.use_generated_data(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
-    steps = assemble.make_steps(config, mesh)
-    masks = Masks(config.mask.to_dict(), assemble.token_grid(config))
-    batch = abstract_batch(config, masks, sharding.batch_sharding(mesh))
+    setup = assemble.prepare(config, mesh=mesh)
+    steps, batch = setup.steps, abstract_batch(config, setup)
 
     kind = devices[0].device_kind
     chip = next((CHIPS[name] for name in CHIPS if re.search(rf"\b{name}\b", kind)), None)
-    flop = assemble.count_flop(config, batch)
+    flop = steps.blueprint.abstract.flops(batch)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(steps.abstract.params))
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"devices     {mesh.size} x {kind} ({axes})")
@@ -128,7 +120,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     except jax.errors.JaxRuntimeError as error:  # libtpu is newer than jax, and writes what is new
         raise UserError(
             f"--topology={topology}: jax {jax.__version__} cannot read what this libtpu compiled; "
-            f"wanted its own ({how_to_install('tpu')})\n{str(error).splitlines()[0][:200]}"
+            f"wanted its own ({how_to_install('tpu')})\n{reason(error)}"
         ) from None
     sent = _print_network(program.collectives())
     peak = metrics.peak_flops(devices)
@@ -144,32 +136,15 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     return 0 if fits else 1
 
 
-def abstract_batch(
-    config: ml_collections.ConfigDict, masks: Masks, rows: Sharding
-) -> WorldModelInput:
-    """Return the shapes of a batch: one view, states and actions of one number."""
-    data = config.data
-    B, T = data.batch_size, data.frames
-
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=rows)
-
-    return WorldModelInput(
-        VideoObservation(
-            array(jnp.uint8, 1, T, data.image_size, configs.width(config), 3),
-            array(jnp.bool, 1),
-            array(jnp.float32, T, 1),
-            array(jnp.bool, T, 1),
-        ),
-        VideoTarget(
-            tuple(array(jnp.int32, context) for context, _ in masks.sizes.values()),
-            tuple(array(jnp.int32, target) for _, target in masks.sizes.values()),
-        ),
-        array(jnp.float32, T, 1, 1),
-        array(jnp.bool, T, 1, 1),
-        array(jnp.int32),
-        array(jnp.int32),
-    )
+def abstract_batch(config: ml_collections.ConfigDict, setup: assemble.Setup) -> WorldModelInput:
+    """Return shapes, dtypes and shardings of a batch."""
+    rows = sharding.batch_sharding(setup.mesh)
+    clip, B = assemble.make_reader(config, setup).dtype, config.data.batch_size
+    arrays = {
+        name: jax.ShapeDtypeStruct((B, *clip[name].shape), clip[name].base, sharding=rows)
+        for name in clip.names or ()
+    }
+    return WorldModelInput.of(arrays, list(setup.masks.sizes))
 
 
 def _told(error: str) -> str:

@@ -1,4 +1,4 @@
-"""The door: `python -m wmjax.data transcode ROOT OUT`, `check ROOT` and `stats ROOT`."""
+"""Command line of the data tools: `python -m wmjax.data check`, `transcode` and `stats`."""
 
 import argparse
 import json
@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from wmjax import door
-from wmjax.data.lerobot.format import read_info, read_rows, read_tables
+from wmjax.data.lerobot.info import read_info
+from wmjax.data.lerobot.listing import list_episodes
 from wmjax.data.lerobot.recording import width_of
+from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.stats import summarize
 from wmjax.data.tools.check import Finding, check, table_of
 from wmjax.data.tools.transcode import transcode
-from wmjax.errors import UserError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -28,29 +27,41 @@ def parse(argv: list[str]) -> argparse.Namespace:
         dest="command", metavar="{transcode,check,stats}", required=True
     )
     writes = commands.add_parser(
-        "transcode", help="write it again with small videos that decode fast; resumes"
+        "transcode", help="copy it with small videos that decode fast; the same command resumes"
     )
     writes.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
-    writes.add_argument("out", metavar="OUT", type=Path, help="a new folder, or a half-done one")
-    writes.add_argument("--size", type=int, default=256, help="pixels of the shorter side (256)")
-    writes.add_argument("--gop", type=int, default=2, help="frames a key frame (2)")
-    writes.add_argument("--crf", type=int, default=20, help="H.264's: less is better, larger (20)")
-    writes.add_argument("--cameras", default="all", help="names, separated by commas (all)")
-    writes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (cores)")
+    writes.add_argument("out", metavar="OUT", type=Path, help="a new folder, or one to resume")
+    writes.add_argument(
+        "--size", type=int, default=256, help="pixels of the shorter side (default 256)"
+    )
+    writes.add_argument(
+        "--gop", type=int, default=2, help="frames from key frame to key frame (default 2)"
+    )
+    writes.add_argument(
+        "--crf", type=int, default=20, help="H.264 quality, 0 to 51: lower is better (default 20)"
+    )
+    writes.add_argument("--cameras", default="all", help="names, separated by commas (default all)")
+    writes.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)"
+    )
     checks = commands.add_parser(
-        "check", help="say what is wrong with it; exit code 1 if anything is"
+        "check", help="print everything that is wrong with it; exit code 1 if anything is"
     )
     checks.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
-    checks.add_argument("--decode", action="store_true", help="every frame, not two of each file")
-    counts = commands.add_parser("stats", help="statistics of state and action, as JSON")
+    checks.add_argument(
+        "--decode", action="store_true", help="decode every frame (default: two of each file)"
+    )
+    counts = commands.add_parser("stats", help="print statistics of state and action as JSON")
     counts.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
-    counts.add_argument("--state", default="observation.state", help="feature (observation.state)")
-    counts.add_argument("--action", default="action", help="feature (action)")
+    counts.add_argument(
+        "--state", default="observation.state", help="its feature (default observation.state)"
+    )
+    counts.add_argument("--action", default="action", help="its feature (default action)")
     return parser.parse_args(argv)
 
 
 def statistics(root: Path, state: str, action: str) -> dict[str, Any]:
-    """Summarise state and action of every episode, from the tables alone."""
+    """Summarise state and action over all episodes; reads no videos."""
     info = read_info(root.expanduser())
     root = root.expanduser().resolve()
     features = info["features"]
@@ -58,16 +69,13 @@ def statistics(root: Path, state: str, action: str) -> dict[str, Any]:
         name: width_of(root, features, flag, name)
         for flag, name in (("--state", state), ("--action", action))
     }
-    rows, _ = read_rows(root, info, (), (), optional=False, notes=[])
-    _, tables = read_tables(rows, widths)
-    for name, values in tables.items():
-        if not np.isfinite(values).all():
-            raise UserError(f"{root}: {name}: not all finite; see python -m wmjax.data check")
+    entries, _ = list_episodes(root, info, (), (), optional=False, notes=[])
+    _, tables = read_tables(entries, widths)
     return {name: summarize(values) for name, values in tables.items()}
 
 
 def as_json(tables: dict[str, dict[str, Any]]) -> str:
-    """Write each statistic of each feature on a line of its own."""
+    """Return JSON with each statistic of each feature on its own line."""
     parts = []
     for name, rows in tables.items():
         lines = (f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())
@@ -106,4 +114,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door.leave(run, "interrupted: the same command again goes on")
+    door.run_and_exit(run, "interrupted: the same command again resumes")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.source import Part, Picture, Source
+from wmjax.data.source import Dataset, Picture, Source
 
 
 class Mixture(Source):
@@ -48,18 +48,18 @@ class Mixture(Source):
         return int(self._starts[part]) + self._sources[part].draw(number, rng)
 
     @property
-    def parts(self) -> list[Part]:
+    def datasets(self) -> list[Dataset]:
         bounds = self._draw_starts.tolist()
         ranges = map(range, bounds[:-1], bounds[1:])
-        return [Part(*part) for part in zip(self._names, ranges, self._weights, strict=True)]
+        return [Dataset(*part) for part in zip(self._names, ranges, self._weights, strict=True)]
 
     def locate(self, index: int) -> tuple[int, int]:
         return _locate(self._starts, index)
 
-    def labels(self, part: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
-        episode, labels = self._sources[part].labels(0, index)
-        # A number of its own for every episode of every dataset.
-        episode = episode * len(self._sources) + part
+    def labels(self, dataset: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        episode, labels = self._sources[dataset].labels(0, index)
+        # Every episode of every dataset gets a number of its own.
+        episode = episode * len(self._sources) + dataset
         return episode, {name: labels[name] for name in self.label_sizes}
 
     def __getitem__(self, index: int) -> dict[str, Any]:

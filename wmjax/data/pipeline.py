@@ -79,27 +79,13 @@ class Pipeline:
             return clip
 
         def place(batch: dict[str, Any]) -> tuple[Any, np.ndarray, int]:
-            from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+            from wmjax.types import WorldModelInput
 
-            arrays = WorldModelInput(
-                VideoObservation(
-                    batch["video"], batch["view_mask"], batch["state"], batch["state_mask"]
-                ),
-                VideoTarget(
-                    *(
-                        tuple(batch[f"{side}_{i}"] for i in range(len(masks.sizes)))
-                        for side in ("context", "target")
-                    )
-                ),
-                batch["action"],
-                batch["action_mask"],
-                batch["dataset_id"],
-                batch["sample_id"],
-            )
+            arrays = WorldModelInput.of(batch, list(masks.sizes))
             placed = jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(sharding, x), arrays
             )
-            drawn = np.bincount(batch["dataset_id"], minlength=len(source.parts))
+            drawn = np.bincount(batch["dataset_id"], minlength=len(source.datasets))
             return placed, drawn, int(batch["skipped"].sum())
 
         stream = _order(source, seed).map_with_index(load).slice(slice(process, None, processes))
@@ -112,7 +98,7 @@ class Pipeline:
         if position:
             self._iterator.set_state({"next_index": position // processes})
         self._processes = processes
-        self._names = [part.name for part in source.parts]
+        self._names = [dataset.name for dataset in source.datasets]
         self._drawn, self._skipped = np.zeros(len(self._names), int), 0
         self._skips, self._reports_skips = skips, on_error == "skip"
 
@@ -160,13 +146,13 @@ class Pipeline:
 def _order(source: Source, seed: int) -> grain.MapDataset:
     """Stream the numbers of the draws without end: each dataset shuffled anew every pass, mixed."""
     streams = [
-        grain.MapDataset.source(part.draws).seed(seed + i).shuffle().repeat()
-        for i, part in enumerate(source.parts)
+        grain.MapDataset.source(dataset.draws).seed(seed + i).shuffle().repeat()
+        for i, dataset in enumerate(source.datasets)
     ]
     if len(streams) == 1:
         return streams[0]
     # Grain takes weights in hundredths of the least: 0.7 to 0.3 is 233 to 100.
-    mixed = grain.MapDataset.mix(streams, [part.weight for part in source.parts])
+    mixed = grain.MapDataset.mix(streams, [dataset.weight for dataset in source.datasets])
     # Mixed by a fixed pattern, in which every second clip, say, may be of one dataset: processes
     # take every n-th clip, and each is to see, and decode, of all.
     return grain.experimental.WindowShuffleMapDataset(mixed, window_size=_MIX, seed=seed)

@@ -110,12 +110,12 @@ class Reader:
     def _sample(self, position: int, number: int) -> tuple[int, dict[str, Any], list[ClipError]]:
         """Return index and sample of draw `number`, frames scaled, or of another in its place."""
         box = functools.partial(self._box, position)
-        dataset = next(part.draws for part in self._source.parts if number in part.draws)
+        draws = next(d.draws for d in self._source.datasets if number in d.draws)
         errors: list[ClipError] = []
         while True:
             rng = np.random.default_rng((self._seed, _DRAW, position, len(errors)))
             if errors:
-                number = int(rng.integers(dataset.start, dataset.stop))
+                number = int(rng.integers(draws.start, draws.stop))
             index = self._source.draw(number, rng)
             try:
                 scale = Scaler(box, self._height, self._width)

@@ -1,14 +1,14 @@
-"""The account of clips that could not be read and gave way to others: named, counted, limited."""
+"""Skipped clips (data.on_error=skip): each cause is printed once, and their share is limited."""
 
 import sys
 
 from wmjax.errors import ClipError, UserError
 
-_FEWEST = 400  # clips: a share of fewer says little
+_MIN_CLIPS = 400  # the limit is a share of at least so many clips
 
 
 class Skips:
-    """Counts the clips of one stream; max_share of them, of at least 400, may be skipped."""
+    """Counts the clips of one stream; at most max_share of them (or of 400) may be skipped."""
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -16,12 +16,12 @@ class Skips:
         self._named = self._read = self._skipped = 0
 
     def note(self, errors: list[ClipError]) -> None:
-        """Remember what could not be read. Threads may call this at once."""
+        """Record clips that could not be read. Thread-safe."""
         for error in errors:
             self._errors.setdefault(error.where, str(error))
 
     def count(self, clips: int, skipped: int) -> None:
-        """Account for clips handed out, and name on the console what is met for the first time."""
+        """Count clips delivered, and how many replace a skipped one; print new causes."""
         self._read += clips
         self._skipped += skipped
         errors = list(self._errors.values())
@@ -30,10 +30,10 @@ class Skips:
         self._named = len(errors)
 
     def check(self) -> None:
-        """Raise UserError once too many of the clips handed out were others than drawn."""
-        if self._skipped > self._max_share * max(self._read, _FEWEST):
+        """Raise UserError if too many clips were skipped."""
+        if self._skipped > self._max_share * max(self._read, _MIN_CLIPS):
             raise UserError(
                 f"data.max_skip_share={self._max_share:g}: {self._skipped} of {self._read} "
-                f"clips could not be read, in {len(self._errors)} places; the first:\n"
+                f"clips could not be read, for {len(self._errors)} causes; the first:\n"
                 f"{next(iter(self._errors))}"
             )

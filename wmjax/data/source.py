@@ -11,35 +11,34 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-class Part(NamedTuple):
-    """One dataset of a source: its name, the numbers of its draws, and its weight in the mix."""
+class Dataset(NamedTuple):
+    """One dataset of a source: its name, the numbers of its draws, and its weight in a mixture."""
 
     name: str
     draws: range
     weight: float
 
 
-Picture = Callable[[Any], Any]  # what is to become of a frame
+Picture = Callable[[Any], Any]  # crops and scales a frame
 
 
 class Source:
-    """Clips by index. A source fills in the first three; the rest fits one plain dataset.
+    """Clips by index. A subclass sets the sizes and defines __len__ and __getitem__.
 
-    A clip is a dict: frames_VT (views x frames, each an av.VideoFrame or HWC uint8 array; no
-    frames where the view is missing), state_TS, action_TPA, episode, start, and where not
-    everything was recorded state_mask_TS and action_mask_TPA, False there.
+    The other methods have defaults that fit one plain dataset. A clip is a dict: frames_VT (views x
+    frames, each an av.VideoFrame or uint8 HWC array; a missing view has no frames), state_TS and
+    action_TPA (float32), episode, start. Where not everything was recorded, state_mask_TS and
+    action_mask_TPA are False.
     """
 
-    # Sizes of every clip; P is the stride.
+    # Sizes of every clip. stride: recorded frames between two sampled ones, P of action_TPA.
     views: int
     frames: int
     stride: int
     state_size: int
     action_size: int
-    # What probes can be fitted to: numbers of each label, by its name.
-    label_sizes: Mapping[str, int] = {}
-    # What was found a little wrong, and what was assumed: a line each.
-    notes: Sequence[str] = ()
+    label_sizes: Mapping[str, int] = {}  # labels for probes: name -> count of numbers
+    notes: Sequence[str] = ()  # warnings about the data, and what was assumed: a line each
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -48,17 +47,17 @@ class Source:
         raise NotImplementedError
 
     def read(self, index: int, picture: Picture) -> dict[str, Any]:
-        """Return clip `index` with picture(frame) for each frame, called as soon as there is one.
+        """Return clip `index` with picture(frame) in place of each frame.
 
-        Views come one after another, the frames of each in order.
+        picture is called as soon as a frame is decoded: view after view, frames in order.
         """
         clip = self[index]
         frames_VT = [[picture(frame) for frame in frames] for frames in clip["frames_VT"]]
         return clip | {"frames_VT": frames_VT}
 
     def describe(self) -> str:
-        """Say in a line what was opened."""
-        raise NotImplementedError
+        """Describe in a line what was opened."""
+        return f"{type(self).__name__}: {len(self)} clips of {self.frames} frames"
 
     @property
     def draws(self) -> int:
@@ -70,18 +69,18 @@ class Source:
         return number
 
     @property
-    def parts(self) -> list[Part]:
-        """The datasets, each with its share of the draws."""
-        return [Part("", range(self.draws), 1.0)]
+    def datasets(self) -> list[Dataset]:
+        """The datasets of the source, each with its share of the draws."""
+        return [Dataset("", range(self.draws), 1.0)]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return of which part clip `index` is, and its index in that."""
+        """Return the number of the dataset that has clip `index`, and its index in that dataset."""
         return 0, index
 
-    def labels(self, part: int, index: int) -> tuple[int, Mapping[str, np.ndarray]]:
-        """Return episode and labels (TL by name, at the sampled frames) of a clip of a part."""
+    def labels(self, dataset: int, index: int) -> tuple[int, Mapping[str, np.ndarray]]:
+        """Return episode and labels (TL by name, at the sampled frames) of a dataset's clip."""
         raise NotImplementedError
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Summarise state and action of each part, where there are recorded tables."""
+        """Return a summary of state and action for each dataset (see nn/normalize.py); []: none."""
         return []

@@ -1,4 +1,4 @@
-"""Statistics of recorded numbers: plain lists, as a checkpoint keeps them. NumPy only."""
+"""Statistics of recorded numbers, as plain lists that go into a checkpoint. NumPy only."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def summarize(rows_NS: np.ndarray) -> dict[str, Any]:
-    """Return count, and mean, std (of the population), min and max of each column, in float64."""
+    """Return count, and each column's mean, population std, min and max, in float64."""
     columns = [column.astype(np.float64) for column in rows_NS.T]
     return {
         "count": len(rows_NS),

@@ -70,7 +70,7 @@ class SyntheticSource(Source):
             "start": 0,
         }
 
-    def labels(self, part: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
+    def labels(self, dataset: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
         rng, episode = self._stream(index)
         steps, _ = self._motion(rng, self._radius(rng))
         return episode, {"state": steps[:: self.stride].reshape(self.frames, -1)}

@@ -1,6 +1,6 @@
-"""Which frames make a clip: stride, split by episode, and every (episode, start).
+"""Which frames make a clip: the stride, the split by episode, and every (episode, start).
 
-Plain arithmetic on lengths: knows no file format and imports neither jax nor video code.
+Arithmetic on episode lengths. Knows no file format; imports no jax or video code.
 """
 
 import math
@@ -12,16 +12,15 @@ from wmjax.errors import UserError
 
 
 def stride_for(recording_fps: float, fps: float) -> int:
-    """Return the whole number of recorded frames between two sampled ones.
+    """Return ceil(recording_fps / fps), as V-JEPA 2-AC does: recorded frames a sampled frame.
 
-    ceil(recording_fps / fps), as V-JEPA 2-AC does: the clip is never faster than asked, so at
-    50 frames per second recorded and 4 asked the stride is 13 and the effective rate 3.85.
+    The sampled rate is at most `fps`: from 50 fps recorded and 4 asked, stride 13 gives 3.85.
     """
     if not 0 < fps <= recording_fps:
         raise UserError(
-            f"data.fps={fps:g}: wanted above 0 and at most the recording's {recording_fps:g}"
+            f"data.fps={fps:g}: wanted above 0, at most {recording_fps:g}, the recording's"
         )
-    # In floats 9.9 / 3.3 is a little above 3, and the stride would be 4.
+    # As floats, 9.9 / 3.3 is a little above 3, and the stride would be 4.
     recorded, asked = (Fraction(x).limit_denominator(1001) for x in (recording_fps, fps))
     if not asked:
         raise UserError(f"data.fps={fps:g}: wanted at least one frame in 1001 seconds")
@@ -31,12 +30,11 @@ def stride_for(recording_fps: float, fps: float) -> int:
 def split_episodes(num_episodes: int, val_share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of the training and the validation episodes, both sorted.
 
-    Validation episodes are spread evenly over the recording, without a random draw. Both parts
-    get at least one episode where there are two and val_share > 0; of one episode, none is left
-    for validation.
+    Validation episodes are spaced evenly, without randomness. With val_share > 0 and at least two
+    episodes, each part has at least one. A single episode is for training.
     """
     if not 0 <= val_share < 1:
-        raise UserError(f"data.val_share={val_share:g}: wanted from 0 up to, not including, 1")
+        raise UserError(f"data.val_share={val_share:g}: wanted at least 0, below 1")
     wanted = 0
     if val_share > 0 and num_episodes > 1:
         wanted = min(max(round(num_episodes * val_share), 1), num_episodes - 1)
@@ -48,11 +46,10 @@ def split_episodes(num_episodes: int, val_share: float) -> tuple[np.ndarray, np.
 class Windows:
     """The (episode, start) of every clip of `frames` frames, `stride` apart.
 
-    ends: 'drop' keeps the starts whose clip lies in the episode; 'repeat' every start, and the
-    clip's frames past the end are the last one again. per_episode: clips that one pass over the
-    data draws from an episode; 0, or more than there are: every one. Holds two numbers an episode,
-    never a table of all windows. `fits` tells which episodes hold a clip, `too_short` counts the
-    others.
+    ends: 'drop' keeps only clips that lie in their episode; 'repeat' keeps every start, and frames
+    past the end repeat the last one. per_episode: clips drawn from an episode in one pass; 0 draws
+    all. `fits`: which episodes hold a clip; `too_short`: how many do not. Stores two numbers an
+    episode, not a table of windows.
     """
 
     def __init__(
@@ -95,10 +92,9 @@ class Windows:
         return _locate(self._ends, index)
 
     def draw(self, number: int, rng: np.random.Generator) -> int:
-        """Return the window that draw `number` of a pass gives.
+        """Return the window of draw `number` of a pass.
 
-        The n draws of an episode come from n equal parts of its starts, so they never meet; where
-        a part is a single start nothing is left to chance.
+        The n draws of an episode come from n equal parts of its starts, so no two are the same.
         """
         position, part = _locate(self._draw_ends, number)
         first, end = (int(self._ends[position - 1]) if position else 0), int(self._ends[position])
@@ -108,6 +104,6 @@ class Windows:
 
 
 def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
-    """Return which of the runs that end at `ends` holds index, and its place in the run."""
+    """Return which of the ranges that end at `ends` holds index, and its position in it."""
     position = int(np.searchsorted(ends, index, side="right"))
     return position, int(index - (ends[position - 1] if position else 0))

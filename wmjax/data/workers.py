@@ -1,8 +1,8 @@
-"""Clips read by processes, for where threads of one would wait on each other for the interpreter.
+"""Worker processes that read clips (data.workers), for where the GIL would limit threads.
 
-Each is a fresh interpreter that loads neither jax nor grain. It is told what to read over a pipe,
-leaves the clip in memory that both share, and ends when the pipe does: however the run ends,
-nothing is left behind, for neither the memory nor the pipe has a name.
+A worker is a fresh interpreter that loads neither jax nor grain. It gets the number of a clip over
+a pipe, writes the clip to shared memory, and exits when the pipe closes. Pipe and memory have no
+name, so nothing is left behind, however the run ends.
 """
 
 import contextlib
@@ -23,42 +23,42 @@ import numpy as np
 from wmjax.data.reader import Clip, Reader
 from wmjax.errors import ClipError, UserError
 
-_LANES = 2  # clips asked of a process at once: it reads one while the other is taken from it
-_ALIGN = 64  # bytes, for arrays in shared memory
-# What the terminal, or a scheduler, sends to the run's processes all alike: it is for the first.
-_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SLOTS = 2  # clips in flight per process: it reads one while the parent copies the other
+_ALIGN = 64  # bytes, of arrays in shared memory
+# A terminal or scheduler sends these to the whole process group; only the parent handles them.
+_PARENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class _Lane(NamedTuple):
-    """One clip under way: the process that reads it, the pipe to it, and where its arrays lie."""
+class _Slot(NamedTuple):
+    """A clip in flight: the process that reads it, its pipe, and its arrays in shared memory."""
 
     process: subprocess.Popen
     pipe: Connection
-    place: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
 
 
 class Workers:
-    """Processes that read clips as `reader` does; `calls` threads keep all of them busy."""
+    """Processes that read clips as `reader` does; `calls` threads that read keep all busy."""
 
     def __init__(self, reader: Reader, count: int) -> None:
-        """Start the processes; they are ready some tenths of a second later."""
-        self.calls = _LANES * count
+        """Start the processes; they need some tenths of a second to be ready."""
+        self.calls = _SLOTS * count
         self._processes: list[subprocess.Popen] = []
-        self._free: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         with _memory() as image:
             parts = _dump(reader, image)
-            lanes = [self._start(reader.dtype, image, parts) for _ in range(count)]
-        for each in zip(*lanes, strict=True):  # one of every process, then the next
-            for lane in each:
-                self._free.put(lane)
+            slots = [self._start(reader.dtype, image, parts) for _ in range(count)]
+        for each in zip(*slots, strict=True):  # the first slot of every process, then the second
+            for slot in each:
+                self._free.put(slot)
 
-    def _start(self, dtype: np.dtype, image: BinaryIO, parts: list[tuple[int, int]]) -> list[_Lane]:
-        here, there = zip(*(Pipe() for _ in range(_LANES)), strict=True)
+    def _start(self, dtype: np.dtype, image: BinaryIO, parts: list[tuple[int, int]]) -> list[_Slot]:
+        own, worker = zip(*(Pipe() for _ in range(_SLOTS)), strict=True)  # ends of the pipes
         with _memory() as memory:
-            memory.truncate(_LANES * dtype.itemsize)
-            places = _places(memory.fileno(), dtype)
-            files = [str(file.fileno()) for file in (image, memory, *there)]
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+            memory.truncate(_SLOTS * dtype.itemsize)
+            clips = _map_clips(memory.fileno(), dtype)
+            files = [str(file.fileno()) for file in (image, memory, *worker)]
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENT_SIGNALS)
             try:
                 process = subprocess.Popen(
                     [sys.executable, "-c", f"import {__name__} as this; this.serve()", *files],
@@ -68,11 +68,11 @@ class Workers:
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for pipe in there:
+        for pipe in worker:
             pipe.close()
         self._processes.append(process)
-        here[0].send(parts)
-        return [_Lane(process, *lane) for lane in zip(here, places, strict=True)]
+        own[0].send(parts)
+        return [_Slot(process, *slot) for slot in zip(own, clips, strict=True)]
 
     @property
     def pids(self) -> list[int]:
@@ -80,28 +80,28 @@ class Workers:
 
     def read(self, position: int, number: int) -> tuple[Clip, list[ClipError]]:
         """Do what Reader.read does, in one of the processes; raise the same errors."""
-        lane = self._free.get()
+        slot = self._free.get()
         try:
-            lane.pipe.send((position, number))
-            answer = lane.pipe.recv()
+            slot.pipe.send((position, number))
+            answer = slot.pipe.recv()
             if isinstance(answer, Exception):
                 raise answer
-            return {name: array[0].copy() for name, array in lane.place.items()}, answer
+            return {name: array[0].copy() for name, array in slot.arrays.items()}, answer
         except (EOFError, ConnectionError):
-            raise self._lost(lane.process) from None
+            raise self._lost(slot.process) from None
         finally:
-            self._free.put(lane)
+            self._free.put(slot)
 
     def _lost(self, process: subprocess.Popen) -> UserError:
         code = process.wait()
         if code < 0:
-            end = f"was killed by {signal.Signals(-code).name}: out of memory? fewer need less"
+            end = f"was killed by {signal.Signals(-code).name}: out of memory? Fewer need less"
         else:
-            end = f"ended with code {code}; it may have said why, above"
-        return UserError(f"data.workers={len(self._processes)}: one of these processes {end}")
+            end = f"exited with code {code}; see its output above"
+        return UserError(f"data.workers={len(self._processes)}: a worker process {end}")
 
     def close(self) -> None:
-        """End the processes, whatever they are at."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -109,64 +109,64 @@ class Workers:
 
 
 def serve() -> None:
-    """Read clips until the pipes end: what a worker process runs."""
+    """Read clips until the pipes close; the main function of a worker process."""
     image, memory, *files = map(int, sys.argv[1:])
     pipes = [Connection(file) for file in files]
     with contextlib.suppress(EOFError, ConnectionError):
         reader = _load(image, pipes[0].recv())
-        places = dict(zip(pipes, _places(memory, reader.dtype), strict=True))
+        clips = dict(zip(pipes, _map_clips(memory, reader.dtype), strict=True))
         while True:
             for pipe in wait(pipes):
                 assert isinstance(pipe, Connection)
-                pipe.send(_read(reader, pipe.recv(), places[pipe]))
+                pipe.send(_read(reader, pipe.recv(), clips[pipe]))
 
 
 def _read(
-    reader: Reader, draw: tuple[int, int], place: dict[str, np.ndarray]
+    reader: Reader, draw: tuple[int, int], arrays: dict[str, np.ndarray]
 ) -> list[ClipError] | Exception:
-    """Read a clip into its place; return what Reader.read does besides, or raises."""
+    """Read a clip into `arrays`; return the errors of skipped clips, or what Reader.read raises."""
     try:
         clip, errors = reader.read(*draw)
         for name, value in clip.items():
-            place[name][0] = value
+            arrays[name][0] = value
         return errors
     except ClipError as error:
         return error
     except UserError as error:
-        return UserError(str(error))  # whatever its kind: not all travel
+        return UserError(str(error))  # not every subclass can be pickled
     except Exception:
-        return RuntimeError(f"in a process of data.workers:\n{traceback.format_exc()}")
+        return RuntimeError(f"in a worker process of data.workers:\n{traceback.format_exc()}")
 
 
 def _memory() -> BinaryIO:
-    """Open memory without a name, which a process that is given its descriptor can map as well."""
-    if hasattr(os, "memfd_create"):  # not bounded by /dev/shm, which is small in containers
+    """Open anonymous memory; another process can map it by its descriptor."""
+    if hasattr(os, "memfd_create"):  # not limited by /dev/shm, which is small in containers
         return open(os.memfd_create("wmjax"), "r+b")
     return tempfile.TemporaryFile()
 
 
-def _places(memory: int, dtype: np.dtype) -> list[dict[str, np.ndarray]]:
-    """Map the arrays of as many clips as the memory holds, each with an axis of 1 before it."""
+def _map_clips(memory: int, dtype: np.dtype) -> list[dict[str, np.ndarray]]:
+    """Map the arrays of all clips in the memory, by clip and name; each has a first axis of 1."""
     clips = np.frombuffer(mmap.mmap(memory, 0), dtype)
     names = dtype.names or ()
     return [{name: clips[name][i : i + 1] for name in names} for i in range(len(clips))]
 
 
 def _dump(reader: Reader, image: BinaryIO) -> list[tuple[int, int]]:
-    """Write a reader for `_load`, large arrays by themselves; return where its parts lie."""
+    """Pickle a reader to `image`, large arrays out of band; return (start, end) of each part."""
     buffers: list[pickle.PickleBuffer] = []
     text = pickle.dumps(reader, protocol=5, buffer_callback=buffers.append)
-    places = []
+    bounds = []
     for part in (memoryview(text), *(buffer.raw() for buffer in buffers)):
         start = image.seek(-(-image.tell() // _ALIGN) * _ALIGN)
         image.write(part)
-        places.append((start, image.tell()))
+        bounds.append((start, image.tell()))
     image.flush()
-    return places
+    return bounds
 
 
 def _load(image: int, parts: list[tuple[int, int]]) -> Reader:
-    """Load a reader whose large arrays stay where they are: one copy of them for all processes."""
+    """Unpickle a reader; its large arrays are views of `image`, one copy for all processes."""
     view = memoryview(mmap.mmap(image, 0, access=mmap.ACCESS_READ))
     text, *buffers = (view[start:end] for start, end in parts)
     return pickle.loads(text, buffers=buffers)

@@ -29,6 +29,7 @@ from wmjax import optim, sharding
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
+from wmjax.nn.compute import Compute
 from wmjax.types import Array
 
 RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -56,16 +57,19 @@ def fit(
     classes: int,
     rates: tuple[float, ...] = RATES,
     decays: tuple[float, ...] = DECAYS,
+    dtype: str = "float32",
     **classifier: Any,
 ) -> Probes:
     """Train a probe for every rate and decay, each step on the next batch of (BND, B).
 
     batches: features, and labels that count from 0; -1 marks a row that is only filler. All of one
-    shape, or the step compiles again. classifier: the other settings of AttentiveClassifier.
+    shape, or the step compiles again. dtype: of products, float32 or bfloat16.
+    classifier: the other settings of AttentiveClassifier.
     Raises UserError where they end early or a label is no class.
     """
     stream = iter(batches)
     first = next(stream, None)
+    classifier |= {"classes": classes, "compute": Compute(dtype=dtype)}
     if first is None:
         raise UserError(f"the probe's batches: there are none, wanted {steps}")
     placed = itertools.chain(
@@ -77,7 +81,7 @@ def fit(
 
     def create() -> AttentiveClassifier:
         rngs, width = nnx.Rngs(jax.random.key(seed)), first[0].shape[-1]
-        return AttentiveClassifier(rngs, width=width, classes=classes, **classifier)
+        return AttentiveClassifier(rngs, width=width, **classifier)
 
     graph = base.split(nnx.eval_shape(create))[0]
 

@@ -1,27 +1,38 @@
-"""Has it collapsed? Figures of target and prediction that fall when features say less and less.
+"""Has the model collapsed? Figures of targets and predictions that fall when features say less.
 
-V-JEPA 2 normalises each target token over its width, so every token has variance 1 by itself;
-what is measured here is how tokens differ from one another.
+V-JEPA 2 normalises each target token over its width, so every single token has variance 1. These
+figures measure how tokens differ from each other.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from wmjax.types import Array, WorldModelInput, WorldModelOutput
+from wmjax.evals.prediction import predicted, valid_rows
+from wmjax.types import Term, WorldModelInput, WorldModelOutput
 
-Features = Sequence[Array]  # (rows, M, D) of every mask; a row is a view of an instant
+
+class Side(NamedTuple):
+    """Targets or predictions of all terms.
+
+    features: RMD of each term. ids: of the tokens, RM; None: none. valid_R: 1 for each valid row, 0
+    for the others.
+    """
+
+    features: list[jax.Array]
+    ids: list[jax.Array | None]
+    valid_R: jax.Array
 
 
-def in_training(output: WorldModelOutput, batch: WorldModelInput) -> dict[str, jax.Array]:
-    """Return what costs a pass over the features: `health/...` float32 scalars."""
-    rows_there_R = _rows_there(batch)
+def in_training(output: WorldModelOutput) -> dict[str, jax.Array]:
+    """Return the figures that cost one pass over the features: `health/...` float32 scalars."""
     figures = {}
-    for name, features in _sides(output):
-        figures[f"health/{name}_std"] = std(features, rows_there_R)
-        figures[f"health/{name}_cosine"] = cosine(features, rows_there_R)
+    for name, side in _sides(output).items():
+        figures[f"health/{name}_std"] = std(side)
+        figures[f"health/{name}_cosine"] = cosine(side)
     return figures
 
 
@@ -29,78 +40,81 @@ def in_validation(
     output: WorldModelOutput, batch: WorldModelInput, tokens: int
 ) -> dict[str, jax.Array]:
     """Return all figures. tokens: of a whole clip."""
-    rows_there_R = _rows_there(batch)
-    figures = in_training(output, batch)
-    for name, features in _sides(output):
-        figures[f"health/{name}_rank"] = effective_rank(covariance(features, rows_there_R))
-        figures[f"health/{name}_clip_share"] = clip_share(features, batch, tokens)
+    figures = in_training(output)
+    instants = len(batch.observation.view_mask_BV)
+    for name, side in _sides(output).items():
+        figures[f"health/{name}_rank"] = effective_rank(covariance(side))
+        if all(ids is not None for ids in side.ids):
+            figures[f"health/{name}_clip_share"] = clip_share(side, instants, tokens)
     return figures
 
 
-def std(features: Features, rows_there_R: jax.Array) -> jax.Array:
-    """Deviation of tokens from the mean token, root of the mean over the width.
+def std(side: Side) -> jax.Array:
+    """Deviation of tokens from the mean token: the root of its mean square over the width.
 
-    Targets: 1 when tokens share nothing, 0 when all are one.
+    Targets: 1 where tokens share nothing, 0 where all are equal.
     """
-    mean_D, count = _mean(features, rows_there_R)
+    mean_D, count = _mean(side.features, side.valid_R)
     squares = sum(
-        jnp.einsum("rmd,r->", jnp.square(f - mean_D[None, None]), rows_there_R) for f in features
+        jnp.einsum("rmd,r->", jnp.square(f - mean_D[None, None]), side.valid_R)
+        for f in side.features
     )
     return jnp.sqrt(squares / (count * mean_D.size))
 
 
-def cosine(features: Features, rows_there_R: jax.Array) -> jax.Array:
+def cosine(side: Side) -> jax.Array:
     """Mean cosine of the angle between two different tokens of the batch."""
-    units = [f / jnp.maximum(jnp.linalg.norm(f, axis=-1, keepdims=True), 1e-12) for f in features]
-    mean_D, count = _mean(units, rows_there_R)
-    # Of the pairs in |sum|^2, each token's with itself gives 1.
+    units = [
+        f / jnp.maximum(jnp.linalg.norm(f, axis=-1, keepdims=True), 1e-12) for f in side.features
+    ]
+    mean_D, count = _mean(units, side.valid_R)
+    # |sum|^2 also contains each token's product with itself, which is 1.
     return (count * jnp.sum(jnp.square(mean_D)) - 1.0) / jnp.maximum(count - 1.0, 1.0)
 
 
-def covariance(features: Features, rows_there_R: jax.Array) -> jax.Array:
+def covariance(side: Side) -> jax.Array:
     """Covariance of the tokens of a batch, (D, D)."""
-    mean_D, count = _mean(features, rows_there_R)
-    centred = [f - mean_D[None, None] for f in features]
-    products = (jnp.einsum("rmd,rme,r->de", f, f, rows_there_R) for f in centred)
+    mean_D, count = _mean(side.features, side.valid_R)
+    centred = [f - mean_D[None, None] for f in side.features]
+    products = (jnp.einsum("rmd,rme,r->de", f, f, side.valid_R) for f in centred)
     return sum(products) / count
 
 
 def effective_rank(covariance_DD: jax.Array) -> jax.Array:
     """exp of the entropy of the singular values' shares: 1 for a line, D for a ball.
 
-    Roy and Vetterli, The effective rank, 2007, and RankMe (Garrido et al., 2023), there of the
-    features themselves, here of centred ones: a mean that all tokens share would count as a
-    direction.
+    Source: Roy and Vetterli, The effective rank, 2007; RankMe (Garrido et al., 2023). RankMe takes
+    the features themselves. Here they are centred, because a mean that all tokens share would count
+    as a direction.
     """
     eigenvalues_D = jnp.linalg.eigvalsh(covariance_DD)
-    # Below this they are rounding, of which the roots would add up.
+    # Smaller eigenvalues are rounding noise, whose square roots would add up.
     noise = jnp.finfo(jnp.float32).eps * len(covariance_DD) * eigenvalues_D[-1]
     singular_D = jnp.sqrt(jnp.where(eigenvalues_D <= noise, 0.0, eigenvalues_D))  # keeps NaN
     share_D = singular_D / jnp.maximum(jnp.sum(singular_D), 1e-30)
     return jnp.exp(jnp.sum(jax.scipy.special.entr(share_D)))
 
 
-def clip_share(features: Features, batch: WorldModelInput, tokens: int) -> jax.Array:
+def clip_share(side: Side, instants: int, tokens: int) -> jax.Array:
     """Share of the variance that is between clips, at one position of one camera.
 
-    0 when features know where they are and nothing of what is there. Positions that fewer than
-    two clips of the batch have count for nothing; 1 where there are no others, as in a microbatch
-    of one clip.
+    0: features depend on the position and not on the content. Positions that fewer than two clips
+    of the batch have are left out; 1 where all are, as in a microbatch of one clip.
+    instants: B of the batch; a side has B rows, or a row for each view of an instant.
     """
-    rows_there_R = _rows_there(batch)
-    views = batch.observation.view_mask_BV.shape[1]
-    view_R = jnp.arange(rows_there_R.size) % views
+    views = len(side.features[0]) // instants
     places, count_P = [], jnp.zeros(views * tokens)
-    total_PD = jnp.zeros((views * tokens, features[0].shape[-1]))
-    for f, ids_BM in zip(features, batch.target.target_ids_BM, strict=True):
-        place_RM = jnp.repeat(ids_BM, views, axis=0) + tokens * view_R[:, None]
-        weight_RM = jnp.broadcast_to(rows_there_R[:, None], place_RM.shape)
+    total_PD = jnp.zeros((views * tokens, side.features[0].shape[-1]))
+    for f, ids_RM in zip(side.features, side.ids, strict=True):
+        assert ids_RM is not None
+        place_RM = ids_RM + tokens * (jnp.arange(len(f)) % views)[:, None]
+        weight_RM = jnp.broadcast_to(side.valid_R[:, None], place_RM.shape)
         count_P = count_P.at[place_RM].add(weight_RM)
         total_PD = total_PD.at[place_RM].add(f * weight_RM[:, :, None])
         places.append((f, place_RM, weight_RM))
     mean_PD = total_PD / jnp.maximum(count_P, 1.0)[:, None]
     several_P = (count_P > 1.5).astype(jnp.float32)
-    # Each mean is fitted to count_P tokens, which takes one of them from the degrees of freedom.
+    # Each mean is fitted to count_P tokens, which takes one from the degrees of freedom.
     unbiased_P = several_P * count_P / jnp.maximum(count_P - 1.0, 1.0)
     mean_D = jnp.sum(total_PD * several_P[:, None], axis=0) / jnp.maximum(
         jnp.sum(count_P * several_P), 1.0
@@ -151,16 +165,29 @@ def alarms(row: Mapping[str, float]) -> list[str]:
     return said
 
 
-def _sides(output: WorldModelOutput) -> tuple[tuple[str, Features], ...]:
-    return ("target", output.target_BVMD), ("prediction", output.prediction_BVMD)
+def _sides(output: WorldModelOutput) -> dict[str, Side]:
+    """Return targets and predictions of the terms that have both; {} where none has.
+
+    Terms with another number of rows than the first are left out; equal rows are equally valid.
+    """
+    terms = predicted(output)
+    terms = [term for term in terms if len(_target(term)) == len(_target(terms[0]))]
+    if not terms:
+        return {}
+    ids = [None if term.ids_RM is None else jnp.asarray(term.ids_RM) for term in terms]
+    valid_R = valid_rows(terms[0])
+    return {
+        "target": Side([_target(term) for term in terms], ids, valid_R),
+        "prediction": Side([jnp.asarray(term.prediction_RMD) for term in terms], ids, valid_R),
+    }
 
 
-def _rows_there(batch: WorldModelInput) -> jax.Array:
-    return jnp.asarray(batch.observation.view_mask_BV).reshape(-1).astype(jnp.float32)
+def _target(term: Term) -> jax.Array:
+    return jnp.asarray(term.target_RMD)
 
 
-def _mean(features: Features, rows_there_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the mean token (D,) and how many tokens it is of; never a copy of all masks'."""
-    total_D = sum(jnp.einsum("rmd,r->d", f, rows_there_R) for f in features)
-    count = jnp.maximum(jnp.sum(rows_there_R), 1.0) * sum(f.shape[1] for f in features)
+def _mean(features: list[jax.Array], valid_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the mean token (D,) and the count of tokens, without a copy of all features."""
+    total_D = jnp.asarray(sum(jnp.einsum("rmd,r->d", f, valid_R) for f in features))
+    count = jnp.maximum(jnp.sum(valid_R), 1.0) * sum(f.shape[1] for f in features)
     return total_D / count, count

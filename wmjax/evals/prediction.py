@@ -1,52 +1,62 @@
-"""How well hidden features are predicted: by mask, by time, and against the mean token."""
-
-from collections.abc import Sequence
+"""How well features are predicted: by term of the loss, by time, and against the mean token."""
 
 import jax
 import jax.numpy as jnp
 
-from wmjax.types import WorldModelInput, WorldModelOutput
-
-Row = dict[str, float]
+from wmjax.types import Row, Term, TokenGrid, WorldModelOutput
 
 
-def in_training(output: WorldModelOutput, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Return the loss of every mask under its name."""
-    losses = map(jnp.asarray, output.losses)
-    return {f"loss/{name}": loss for name, loss in zip(names, losses, strict=True)}
+def in_training(output: WorldModelOutput) -> dict[str, jax.Array]:
+    """Return the loss of every term as loss/NAME, and the model's own scalars."""
+    losses = {f"loss/{name}": jnp.asarray(term.loss) for name, term in output.terms.items()}
+    return losses | {name: jnp.asarray(value) for name, value in output.scalars.items()}
 
 
-def in_validation(
-    output: WorldModelOutput, batch: WorldModelInput, grid: tuple[int, int, int]
-) -> dict[str, jax.Array]:
+def predicted(output: WorldModelOutput) -> list[Term]:
+    """Return the terms that predict features and have their targets, all of the first's width."""
+    terms = output.terms.values()
+    found = [t for t in terms if t.prediction_RMD is not None and t.target_RMD is not None]
+    return [t for t in found if t.target_RMD.shape[-1] == found[0].target_RMD.shape[-1]]  # type: ignore[union-attr]
+
+
+def valid_rows(term: Term) -> jax.Array:
+    """Return 1 for each valid row of a term and 0 for the others, float32."""
+    if term.valid_R is None:
+        assert term.target_RMD is not None
+        return jnp.ones(len(term.target_RMD))
+    return jnp.asarray(term.valid_R).astype(jnp.float32)
+
+
+def in_validation(output: WorldModelOutput, grid: TokenGrid) -> dict[str, jax.Array]:
     """Return L1 errors as shares of the mean, so that batches may be averaged; see `finish`.
 
-    l1: of the prediction; l1_mean_token: of the mean of the mask's target tokens in this batch as
+    l1: of the prediction. l1_mean_token: of the mean of the term's target tokens in this batch as
     the prediction of each of them. error_at/T, share_at/T: the part of l1 and the share of the
-    tokens in tubelet T.
+    tokens in tubelet T, of terms with token ids. Empty for a model without predicted features.
     """
     times, cells = grid[0], grid[1] * grid[2]
-    views = batch.observation.view_mask_BV.shape[1]
-    there_R = jnp.asarray(batch.observation.view_mask_BV).reshape(-1).astype(jnp.float32)
-    rows = jnp.maximum(jnp.sum(there_R), 1.0)
-    masks = len(output.losses)
+    terms = predicted(output)
     l1 = mean_token = jnp.zeros(())
     error_T = share_T = jnp.zeros(times)
-    for z_RMD, h_RMD, ids_BM in zip(
-        output.prediction_BVMD, output.target_BVMD, batch.target.target_ids_BM, strict=True
-    ):
-        # What a token of this mask counts for; masks count alike, as in the loss.
-        weight = 1.0 / (rows * ids_BM.shape[1] * masks)
-        mean_D = jnp.einsum("rmd,r->d", h_RMD, there_R) / (rows * ids_BM.shape[1])
-        error_RM = jnp.mean(jnp.abs(z_RMD - h_RMD), axis=-1) * there_R[:, None] * weight
-        constant_RM = jnp.mean(jnp.abs(mean_D[None, None] - h_RMD), axis=-1) * there_R[:, None]
-        time_RM = jnp.repeat(ids_BM // cells, views, axis=0)
+    for term in terms:
+        z_RMD, h_RMD = jnp.asarray(term.prediction_RMD), jnp.asarray(term.target_RMD)
+        valid_R = valid_rows(term)
+        rows = jnp.maximum(jnp.sum(valid_R), 1.0)
+        # The weight of a token. Terms have equal weights, as the masks in the loss of V-JEPA.
+        weight = 1.0 / (rows * h_RMD.shape[1] * len(terms))
+        mean_D = jnp.einsum("rmd,r->d", h_RMD, valid_R) / (rows * h_RMD.shape[1])
+        error_RM = jnp.mean(jnp.abs(z_RMD - h_RMD), axis=-1) * valid_R[:, None] * weight
+        constant_RM = jnp.mean(jnp.abs(mean_D[None, None] - h_RMD), axis=-1) * valid_R[:, None]
         l1 += jnp.sum(error_RM)
         mean_token += jnp.sum(constant_RM) * weight
-        error_T = error_T.at[time_RM].add(error_RM)
-        share_T = share_T.at[time_RM].add(
-            jnp.broadcast_to(there_R[:, None], time_RM.shape) * weight
-        )
+        if term.ids_RM is not None:
+            time_RM = jnp.asarray(term.ids_RM) // cells
+            error_T = error_T.at[time_RM].add(error_RM)
+            share_T = share_T.at[time_RM].add(
+                jnp.broadcast_to(valid_R[:, None], time_RM.shape) * weight
+            )
+    if not terms:
+        return {}
     figures = {"l1": l1, "l1_mean_token": mean_token}
     for t in range(times):
         figures |= {f"error_at/{t}": error_T[t], f"share_at/{t}": share_T[t]}
@@ -54,10 +64,10 @@ def in_validation(
 
 
 def finish(row: Row) -> Row:
-    """Turn averaged sums into what is read: by_time/T (mean L1 there), relative.
+    """Turn averaged sums into figures to read: by_time/T (mean L1 in tubelet T) and relative.
 
-    relative: L1 of the prediction over that of the mean token; 1 is a model that has learned
-    nothing; none where all targets are one. A tubelet that no target lies in has no by_time.
+    relative: L1 of the prediction over that of the mean token. 1: the model has learned nothing.
+    Absent where all targets are equal. A tubelet without targets has no by_time.
     """
     sums = {k: v for k, v in row.items() if k.startswith(("error_at/", "share_at/"))}
     kept = {k: v for k, v in row.items() if k not in sums}
@@ -65,6 +75,6 @@ def finish(row: Row) -> Row:
         kind, time = name.split("/")
         if kind == "share_at" and share > 0:
             kept[f"by_time/{time}"] = sums[f"error_at/{time}"] / share
-    if row["l1_mean_token"] != 0:
+    if row.get("l1_mean_token"):
         kept["relative"] = row["l1"] / row["l1_mean_token"]
     return kept

@@ -1,23 +1,24 @@
-"""What can be read off the features by a line: ridge regression of known labels, held out.
+"""The linear probe: ridge regression of known labels from frozen features, on held-out clips.
 
-Frozen target features stand beside those of random weights and raw pixels, all by one rule: a
-sample is a tubelet of a clip, its numbers are centred, and the ridge is the one that tells the
-episodes of the training split best, each by a line fitted to the others. The figure is R2 on the
-validation split. An angle that jumps by a full turn is read off as its point on the circle.
+Features of the model, of random weights and raw pixels are compared by one rule. A sample is a
+tubelet of a clip, and its numbers are centred. The ridge is chosen on the training split: each
+episode is predicted by a line fitted to the other episodes. The figure is R2 on the validation
+split. An angle that jumps by a full turn is fitted as its point on the circle.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from wmjax import sharding
-from wmjax.models import base
-from wmjax.types import Array, WorldModelInput
+from wmjax.evals import Context, Report, Unavailable
+from wmjax.models.base import Params, WorldModel
+from wmjax.step import TrainState
+from wmjax.types import Array, TokenGrid, WorldModelInput
 
 CELLS = 4  # the coarse grid's rows and columns: features are averaged over each of its cells
 RIDGES = 10.0 ** np.arange(-5, 6)  # in units of the mean eigenvalue of the samples' products
@@ -25,44 +26,33 @@ FEW = 5  # episodes; with fewer it is clips that are told by the others
 TURNS = (2 * np.pi, 360.0)  # what an angle jumps by
 TEST_SHARE = 0.5  # held-out clips, as a share of the training ones
 
-# Of a clip, by dataset id and sample id: its episode, and what was recorded at its frames, TL by
-# name.
-Labels = Callable[[int, int], tuple[int, Mapping[str, np.ndarray]]]
+Weights = tuple[Params, Params, Params]  # trained, frozen, target
 Scores = dict[str, dict[str, Any]]  # label -> r2, the mean over its numbers; more: see `score`
 
 
 class Probe:
-    """The probe of one run: always the same clips; call it on the parameters of a target."""
+    """The probe of one run, always on the same clips."""
 
-    def __init__(
-        self,
-        model: dict[str, Any],
-        target: Any,
-        mesh: Mesh,
-        *,
-        seed: int,
-        clips: int,
-        open_clips: Callable[[str], Any],
-        labels: Mapping[str, Labels],
-    ) -> None:
-        """Compile nothing yet.
-
-        model: as step.build takes it; seed: of the random weights, those that the run began with.
-        target: abstract parameters of the target with their shardings. clips: of the training
-        split. open_clips(split) gives WorldModelInput batches from the split's first on, to be
-        closed; labels[split] is asked by dataset id and sample id.
-        """
-        shapes = base.abstract(**model)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    def __init__(self, context: Context) -> None:
+        """Compile nothing yet."""
+        sources, settings = context.sources, context.config["eval"]
+        if not all(source.label_sizes for source in sources.values()):
+            raise Unavailable("no label of eval.labels is in all of the data, in one size")
+        self.every = settings["probe_every"]
+        steps, seed = context.steps, context.config["seed"]  # random weights: as the run began
+        blueprint, mesh, state = steps.blueprint, steps.mesh, steps.abstract
+        weights = state.params, state.frozen, state.target
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, weights)
         everywhere = sharding.replicated(mesh)
 
         def random() -> Any:
-            built = base.create(rngs=nnx.Rngs(jax.random.key(seed)), **model)
-            return shapes.target_params(base.split(built)[1])
+            model = blueprint.create(nnx.Rngs(jax.random.key(seed)))
+            return blueprint.divide(*blueprint.variables(model))
 
-        def read(target: Any, batch: WorldModelInput) -> tuple[Array, Array, Array]:
+        def read(weights: Weights, batch: WorldModelInput) -> tuple[Array, Array, Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                features = pooled(shapes, target, batch)
+                model, target = blueprint.join(*weights)
+                features = pooled(model, target, batch, blueprint.grid)
             ids = jnp.stack([batch.dataset_ids_B, batch.sample_ids_B], axis=1)
             return features, scaled(batch, features.shape), ids
 
@@ -72,19 +62,25 @@ class Probe:
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=everywhere,
         )
+        clips = settings["probe_clips"]
         self._clips = {"train": clips, "validation": max(1, round(TEST_SHARE * clips))}
-        self._open, self._labels = open_clips, labels
+        self._open = context.open_batches
+        self._labels = {split: source.labels for split, source in sources.items()}
         self._baselines: dict[str, Scores] = {}
 
-    def __call__(self, target: Any) -> dict[str, Scores]:
+    def __call__(self, step: int, state: TrainState) -> Report:
+        scores = self.scores(state)
+        return Report(row(scores), table(scores), entry={"probe": scores})
+
+    def scores(self, state: TrainState) -> dict[str, Scores]:
         """Return the table: {"trained", "random", "pixels"} -> label -> scores."""
         features: dict[str, dict[str, np.ndarray]] = {"trained": {}, "random": {}, "pixels": {}}
-        targets = {"trained": target}
+        models: dict[str, Weights] = {"trained": (state.params, state.frozen, state.target)}
         if not self._baselines:  # they do not change: computed once
-            targets["random"] = self._random()
+            models["random"] = self._random()
         truth = {}
         for split in self._clips:
-            for name, weights in targets.items():
+            for name, weights in models.items():
                 features[name][split], pixels, ids = self.read(weights, split)
             features["pixels"][split] = pixels
             truth[split] = self._truth(split, ids, features["trained"][split].shape[1])
@@ -92,14 +88,14 @@ class Probe:
             self._baselines = {n: fit_all(features[n], truth) for n in ("random", "pixels")}
         return {"trained": fit_all(features["trained"], truth), **self._baselines}
 
-    def read(self, target: Any, split: str) -> tuple[np.ndarray, ...]:
+    def read(self, weights: Weights, split: str) -> tuple[np.ndarray, ...]:
         """Return features, pixels (each clips x tubelets x numbers), dataset and sample ids."""
         parts: list[tuple[np.ndarray, ...]] = []
         clips = self._clips[split]
         batches: Iterator[WorldModelInput] = self._open(split)
         try:
             while sum(len(part[-1]) for part in parts) < clips:
-                parts.append(jax.device_get(self._read(target, next(batches))))
+                parts.append(jax.device_get(self._read(weights, next(batches))))
         finally:
             batches.close()  # type: ignore[attr-defined]
         return tuple(np.concatenate(columns)[:clips] for columns in zip(*parts, strict=True))
@@ -117,15 +113,14 @@ class Probe:
         }
 
 
-def pooled(shapes: Any, target: Any, batch: WorldModelInput) -> jax.Array:
+def pooled(model: WorldModel, target: Params, batch: WorldModelInput, grid: TokenGrid) -> jax.Array:
     """Return target features averaged over a coarse grid: (B, tubelets, V * cells * D), float32."""
     B, V, *clip = batch.observation.video_BVTHWC.shape
-    time, rows, columns = shapes.input_spec(*clip[:3]).grid
     video = jnp.asarray(batch.observation.video_BVTHWC).reshape(B * V, *clip)
-    x = shapes.target_features(target, video).reshape(B, V, time, rows, columns, -1)
+    x = model.target_features(target, video).reshape(B, V, *grid, -1)
     x = x * batch.observation.view_mask_BV[:, :, None, None, None, None].astype(jnp.float32)
-    x = jnp.einsum("bvtrcd,ir,jc->btvijd", x, _average(rows), _average(columns))
-    return x.reshape(B, time, -1)
+    x = jnp.einsum("bvtrcd,ir,jc->btvijd", x, _average(grid[1]), _average(grid[2]))
+    return x.reshape(B, grid[0], -1)
 
 
 def scaled(batch: WorldModelInput, like: tuple[int, ...]) -> jax.Array:

@@ -1,11 +1,10 @@
-"""Which tokens the encoder sees and which it predicts: fixed budgets, so that a run compiles once.
+"""Masks: which tokens the encoder sees and which are predicted. Budgets are fixed: one compilation.
 
-A strategy is a function (grid, budget, rng, **options) -> (context_ids_K, target_ids_M), int32,
-sorted, unique and disjoint; a further one is a function and one entry in STRATEGIES. NumPy only:
-jax, models and data are not imported here.
+A strategy is a function (grid, budget, rng, *, option=default, ...) -> (context_ids_K,
+target_ids_M), both int32, sorted, unique and disjoint. A strategy of a package of your own is named
+as package.module:function. NumPy only: jax, models and data are not imported here.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -13,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.errors import UserError
-from wmjax.masking.blocks import block, multi_block
+from wmjax.errors import UserError, suggest
 from wmjax.masking.budget import Budget, DoesNotFit, Grid
-from wmjax.masking.parts import random, spatial, temporal
+from wmjax.plugins import resolve
 
 __all__ = ["STRATEGIES", "Budget", "DoesNotFit", "Grid", "Masks"]
 
 Strategy = Callable[..., tuple[np.ndarray, np.ndarray]]
-STRATEGIES: dict[str, Strategy] = {
-    "multi_block": multi_block,
-    "block": block,
-    "random": random,
-    "spatial": spatial,
-    "temporal": temporal,
+# strategy -> the function; any other is named as package.module:name
+STRATEGIES = {
+    "multi_block": "wmjax.masking.blocks:multi_block",
+    "block": "wmjax.masking.blocks:block",
+    "random": "wmjax.masking.parts:random",
+    "spatial": "wmjax.masking.parts:spatial",
+    "temporal": "wmjax.masking.parts:temporal",
 }
 
 _TRIAL_DRAWS = 500
@@ -38,12 +37,10 @@ class Masks:
 
     specs: name -> {strategy, context, target, and the strategy's options}; context and target
     are shares of the spatial cells, and hold for every tubelet:
-    tokens = round(share * cells) * tubelets.
+    tokens = round(share * cells) * tubelets. {}: no masks, and nothing is drawn.
     """
 
     def __init__(self, specs: Mapping[str, Mapping[str, Any]], grid: Grid):
-        if not specs:
-            raise UserError("mask is empty: wanted at least one group with a strategy")
         self.grid = grid
         self._masks = {name: _prepare(name, spec, grid) for name, spec in specs.items()}
 
@@ -66,12 +63,7 @@ def _prepare(
     """Turn one spec into (strategy, budget, options), or say what is wrong with it."""
     options = dict(spec)
     chosen = options.pop("strategy", None)
-    if chosen not in STRATEGIES:
-        raise UserError(
-            f"mask.{name}.strategy={chosen!r}: unknown{_nearest(chosen, STRATEGIES)}; "
-            f"there are: {', '.join(STRATEGIES)}"
-        )
-    strategy = STRATEGIES[chosen]
+    strategy = resolve(f"mask.{name}.strategy", chosen, STRATEGIES)
     context = _tokens(name, "context", options.pop("context", None), grid)
     target = _tokens(name, "target", options.pop("target", None), grid)
     parameters = inspect.signature(strategy).parameters.values()
@@ -79,7 +71,7 @@ def _prepare(
     for option in options:
         if option not in known:
             raise UserError(
-                f"mask.{name}.{option}: unknown option{_nearest(option, known)}; {chosen} takes: "
+                f"mask.{name}.{option}: unknown option{suggest(option, known)}; {chosen} takes: "
                 f"context, target, {', '.join(known)}"
             )
     _try_out(name, strategy, Budget(context, target, max_draws=1), grid, options)
@@ -102,6 +94,28 @@ def _tokens(name: str, role: str, share: Any, grid: Grid) -> int:
     return cells * tubelets
 
 
+def _check_ids(name: str, drawn: Any, budget: Budget, grid: Grid) -> None:
+    """Refuse ids of a strategy from outside that are not what the budget says."""
+    context, target = map(np.asarray, drawn)
+    if (len(context), len(target)) != (budget.context, budget.target):
+        raise UserError(
+            f"mask.{name}.strategy: gave {len(context)} context and {len(target)} target ids; "
+            f"wanted {budget.context} and {budget.target}"
+        )
+    both = np.concatenate([context, target])
+    for role, ids in (("context", context), ("target", target)):
+        if ids.dtype != np.int32 or np.any(np.diff(ids) <= 0):
+            raise UserError(
+                f"mask.{name}.strategy: its {role} ids are {ids.dtype} and not all rising; "
+                "wanted int32, sorted and unique"
+            )
+    if len(np.unique(both)) < len(both) or both.min() < 0 or both.max() >= math.prod(grid):
+        raise UserError(
+            f"mask.{name}.strategy: ids from {both.min()} to {both.max()}, {len(np.unique(both))} "
+            f"different ones; wanted {len(both)} different ones below {math.prod(grid)}"
+        )
+
+
 def _try_out(
     name: str, strategy: Strategy, budget: Budget, grid: Grid, options: dict[str, Any]
 ) -> None:
@@ -110,12 +124,13 @@ def _try_out(
     fits, misfits = 0, []
     for _ in range(_TRIAL_DRAWS):
         try:
-            strategy(grid, budget, rng, **options)
+            drawn = strategy(grid, budget, rng, **options)
         except DoesNotFit as misfit:
             misfits.append((misfit.context, misfit.target))
             continue
         except UserError as error:  # a strategy knows its options, not the name of the mask
             raise UserError(f"mask.{name}.{error}") from None
+        _check_ids(name, drawn, budget, grid)
         fits += 1
         if fits == _TRIAL_FITS:
             return
@@ -126,9 +141,3 @@ def _try_out(
         f"The other draws offer {context:.0f} context and {target:.0f} target tokens (median): "
         f"lower the shares or change the options of {strategy.__name__}."
     )
-
-
-def _nearest(found: Any, known: Any) -> str:
-    """Suggest the known name that `found` may have meant."""
-    near = difflib.get_close_matches(str(found), known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""

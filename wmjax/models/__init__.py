@@ -1,4 +1,7 @@
-"""World models. A file here with a `create(rngs, **cfg)` is a model that `model.name` can name.
+"""World models: the contract (base) and the families that fulfil it.
 
-This room knows no mesh, no config object and no data: plain keyword arguments and arrays.
+This room knows no mesh, no configuration object and no data: plain values and arrays.
 """
+
+# model.name -> the class; any other model is named as package.module:Name
+FAMILIES = {"vjepa2": "wmjax.models.vjepa2:VJEPA2"}

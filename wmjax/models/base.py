@@ -1,69 +1,57 @@
-"""What every world model fulfils, so that the train step never branches on a model's name.
+"""The contract that every world model fulfils: the train step never asks for a model's name.
 
-A model is a file `models/NAME.py` with `create(rngs, **cfg) -> BaseWorldModel`, where cfg is the
-`model` group of a config without its name. No mesh, no config object, no data in this room.
+A family is a subclass of WorldModel. `model.name` names it, in wmjax or in a package of its own.
+The step holds parameters as plain nested dicts, because `jax.jit` dispatches these several times
+faster than NNX states. A Blueprint builds the model and divides its variables:
 
-The step holds parameters as a plain nested dict, because `jax.jit` dispatches plain dicts several
-times faster than NNX states:
-
-    graphdef, shapes, axes = split(abstract(name, **cfg))
-    init = lambda key: split(create(name, nnx.Rngs(key), **cfg))[1]     # jit with out_shardings
-    loss = lambda params: merge(graphdef, params).loss(target_params, batch, key)
+    blueprint = Blueprint.of({"name": "vjepa2", "size": "tiny"}, InputSpec(16, 256, 256))
+    trained, frozen, target = blueprint.divide(*blueprint.variables(blueprint.create(nnx.Rngs(0))))
+    model, target = blueprint.join(trained, frozen, target)
+    output = model.loss(target, batch, key)
 """
 
 import dataclasses
-import importlib
-import pkgutil
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-import wmjax.models
-from wmjax.errors import UserError
-from wmjax.types import WorldModelInput, WorldModelOutput
+from wmjax.errors import UserError, suggest
+from wmjax.models import FAMILIES
+from wmjax.nn.compute import CHOICES, Compute
+from wmjax.plugins import ANY, resolve
+from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
 
-Params = dict[str, Any]  # nested dicts of arrays
+Params = dict[str, Any]  # nested dicts of arrays, or of anything else for each parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
-    """The sizes that data and masking need: clips in frames and pixels, and their token grid."""
+    """Sizes of the clips that a model is built for, fixed for a run.
+
+    frames, height, width: of a clip. views: cameras of an instant. stride: recorded frames between
+    two sampled ones, so also actions. state_size, action_size: numbers of a state, of an action.
+    """
 
     frames: int
     height: int
     width: int
-    tubelet: int
-    patch: int
-
-    def __post_init__(self) -> None:
-        for what, size, by in (
-            ("frames", self.frames, self.tubelet),
-            ("height", self.height, self.patch),
-            ("width", self.width, self.patch),
-        ):
-            if size <= 0 or size % by:
-                unit = "tubelet" if what == "frames" else "patch"
-                raise UserError(f"{what} of the clips={size}: wanted a multiple of {unit}={by}")
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Cells along time, rows and columns."""
-        return self.frames // self.tubelet, self.height // self.patch, self.width // self.patch
-
-    @property
-    def tokens(self) -> int:
-        time, rows, columns = self.grid
-        return time * rows * columns
+    views: int = 1
+    stride: int = 1
+    state_size: int = 0
+    action_size: int = 0
 
 
-class Part(NamedTuple):
-    """A part of the loss that can be run alone, to see what of a step's time it takes.
+class Stage(NamedTuple):
+    """A stage of the loss that runs alone, so that benchmarks can time it.
 
     run(model, target, batch, features) returns a tree of float arrays. features: shapes, rows
-    first, of what the parts before it would hand it. trained: a step also runs it backward, into
-    the parameters and the features.
+    first, of the arrays that the stages before it would give. trained: a step also runs the stage
+    backward, into the parameters and the features.
     """
 
     run: Callable[[Any, Params, WorldModelInput, Any], Any]
@@ -71,72 +59,301 @@ class Part(NamedTuple):
     trained: bool = True
 
 
-class BaseWorldModel(nnx.Module):
-    """The contract. Every parameter is an `nnx.Param` with metadata `axes`, a name a dimension."""
+@dataclasses.dataclass(frozen=True)
+class NoSettings:
+    """Settings of a family that has none."""
 
-    def loss(
-        self, target: Params, batch: WorldModelInput, key: jax.Array
-    ) -> tuple[jax.Array, WorldModelOutput]:
-        """Return the float32 scalar to minimise, and what is measured in training and validation.
 
-        target: parameters of the structure that `target_params` gives; no gradient reaches them.
-        key: for models that draw something in training.
+class WorldModel(nnx.Module):
+    """The contract. A family defines create, loss, features and token_grid; the rest has defaults.
+
+    Settings: a frozen dataclass of the family's keys in the `model` group, with defaults; its
+    __post_init__ checks the values. uses_masks: False: the reader draws none for this family.
+    A parameter is an `nnx.Param`. Metadata `axes`, a logical name for each dimension, say how it is
+    sharded (see sharding.py) and which dimension is the depth ("layers"); without axes it is
+    replicated. Any other `nnx.Variable` is never trained.
+    """
+
+    Settings: ClassVar[type] = NoSettings
+    uses_masks: ClassVar[bool] = True
+
+    @classmethod
+    def create(
+        cls,
+        settings: Any,
+        compute: Compute,
+        spec: InputSpec,
+        statistics: Sequence[Mapping[str, Any]],
+        rngs: nnx.Rngs,
+    ) -> "WorldModel":
+        """Build the model.
+
+        settings: an instance of Settings. statistics: of state and action, a dict for each dataset
+        of the run (see nn/normalize.py); empty where the data has none.
         """
-        raise NotImplementedError
+        raise UserError(f"model.name: {cls.__qualname__} does not define create")
+
+    @classmethod
+    def token_grid(cls, settings: Any, frames: int, height: int, width: int) -> TokenGrid:
+        """Return the tokens of such a clip along time, rows and columns; UserError if none fit."""
+        raise UserError(f"model.name: {cls.__qualname__} does not define token_grid")
+
+    @classmethod
+    def outline(cls, settings: Any) -> str:
+        """Describe the settings in a line for the console."""
+        fields = dataclasses.fields(settings)
+        return ", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields)
+
+    def trained(self, path: str) -> bool:
+        """Say whether a parameter is trained; path: as in "encoder/blocks/mlp/fc1/kernel".
+
+        What is not trained gets no gradient, moments or weight decay, and is stored once.
+        """
+        return True
+
+    def followed(self, params: Params) -> Params:
+        """Return the part of the parameters that an EMA target follows; {}: there is none."""
+        return {}
+
+    def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
+        """Return the loss to minimise, float32, with its named terms.
+
+        target: the EMA of what `followed` returns; no gradient reaches it. key: PRNG key of the
+        step, for models that draw something.
+        """
+        raise UserError(f"model.name: {type(self).__qualname__} does not define loss")
+
+    def features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
+        """Return float32 features of all tokens, BND, by the EMA target where there is one.
+
+        `wmjax.load(...).encode` returns these. Tokens are ordered by time, row, column.
+        """
+        raise UserError(f"model.name: {type(self).__qualname__} does not define features")
 
     def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
-        """Return float32 features BND of all tokens, as the EMA target has them in the loss."""
-        raise NotImplementedError
-
-    def input_spec(self, frames: int, height: int, width: int) -> InputSpec:
-        """Return the token grid of such clips; UserError where they do not divide."""
-        raise NotImplementedError
-
-    def target_params(self, params: Params) -> Params:
-        """Pick the part of the trained parameters that the EMA target follows."""
-        raise NotImplementedError
+        """Return the features in the space of the loss, which probes and pictures show."""
+        return self.features(target, video_BTHWC)
 
     def flops(self, batch: WorldModelInput) -> int:
-        """Count the floating-point operations a train step needs on a batch of these shapes.
+        """Count the floating-point operations of a train step on a batch; 0: not counted, no MFU.
 
-        Products only, a multiply-add being two; nothing is counted that remat does again.
+        Counts products only, a multiply-add as two, and nothing that remat repeats.
         """
-        raise NotImplementedError
+        return 0
 
-    def parts(self, batch: WorldModelInput) -> dict[str, Part]:
-        """Name the parts that the loss on a batch of these shapes consists of, for benchmarks."""
-        raise NotImplementedError
-
-
-def create(name: str, rngs: nnx.Rngs, **cfg: Any) -> BaseWorldModel:
-    """Build the model in `models/NAME.py`."""
-    files = [m.name for m in pkgutil.iter_modules(wmjax.models.__path__) if m.name != "base"]
-    module = importlib.import_module(f"wmjax.models.{name}") if name in files else None
-    if not hasattr(module, "create"):
-        modules = ((f, importlib.import_module(f"wmjax.models.{f}")) for f in files)
-        known = ", ".join(f for f, m in modules if hasattr(m, "create"))
-        raise UserError(f"model.name={name!r}: unknown model; there are: {known}")
-    return module.create(rngs, **cfg)  # type: ignore[union-attr]
+    def stages(self, batch: WorldModelInput) -> dict[str, Stage]:
+        """Name the stages of the loss on such a batch, for benchmarks; {}: it is timed as one."""
+        return {}
 
 
-def abstract(name: str, **cfg: Any) -> BaseWorldModel:
-    """Build the model without its numbers: every parameter a shape and a dtype."""
-    return nnx.eval_shape(lambda: create(name, nnx.Rngs(0), **cfg))
+def family_named(name: str, trust: Sequence[str] = ANY) -> type[WorldModel]:
+    """Return the model family that model.name names."""
+    found = resolve("model.name", name, FAMILIES, trust)
+    if not (isinstance(found, type) and issubclass(found, WorldModel)):
+        raise UserError(f"model.name={name!r}: wanted a subclass of wmjax.models.base.WorldModel")
+    for method in ("create", "token_grid", "loss", "features"):
+        if getattr(found, method).__qualname__ == f"WorldModel.{method}":
+            raise UserError(f"model.name={name!r}: {found.__qualname__} does not define {method}")
+    return found
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params, dict[str, Any]]:
-    """Take a model apart: static graph, parameters, and each parameter's logical axes.
+def settings_of(group: Mapping[str, Any], trust: Sequence[str] = ANY) -> Any:
+    """Return the settings of the family that a `model` group names, checked.
 
-    The axes have the structure of the parameters with a tuple of names (None: never sharded) for
-    every leaf, so map over them with `is_leaf=lambda x: isinstance(x, tuple)`.
+    Raises UserError for a key that neither the family nor Compute has.
     """
-    graphdef, state = nnx.split(model, nnx.Param)
-    axes = jax.tree.map(
-        lambda p: p.get_metadata()["axes"], state, is_leaf=lambda p: isinstance(p, nnx.Variable)
+    cls = family_named(group["name"], trust).Settings
+    known = [field.name for field in dataclasses.fields(cls)]
+    own = {k: v for k, v in group.items() if k not in ("name", "pretrained", *CHOICES)}
+    for key in own:
+        if key not in known:
+            raise UserError(
+                f"model.{key}: no such key of model.name={group['name']!r}{suggest(key, known)}; "
+                f"it has: {', '.join(known) or 'none'}"
+            )
+    return cls(**own)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blueprint:
+    """All that a model is built from, and how a train state divides its variables.
+
+    freeze: glob patterns of parameters that are frozen besides those that the family freezes, such
+    as "encoder/**"; * matches within a name, ** across names.
+
+    A train state keeps three trees. trained: parameters that the optimiser changes. frozen: all
+    other variables. target: the EMA of those trained parameters that the family's `followed` picks;
+    a frozen parameter is its own target.
+    """
+
+    family: type[WorldModel]
+    settings: Any
+    compute: Compute
+    spec: InputSpec
+    statistics: Sequence[Mapping[str, Any]] = ()
+    freeze: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        group: Mapping[str, Any],
+        spec: InputSpec,
+        statistics: Sequence[Mapping[str, Any]] = (),
+        freeze: tuple[str, ...] = (),
+        trust: Sequence[str] = ANY,
+    ) -> "Blueprint":
+        """Read the `model` group of a configuration, as a plain dict."""
+        found = family_named(group["name"], trust)
+        return cls(found, settings_of(group, trust), Compute.of(group), spec, statistics, freeze)
+
+    def create(self, rngs: nnx.Rngs) -> WorldModel:
+        return self.family.create(self.settings, self.compute, self.spec, self.statistics, rngs)
+
+    @property
+    def grid(self) -> TokenGrid:
+        """Tokens of the clips of the run along time, rows and columns."""
+        return self.token_grid(self.spec.frames, self.spec.height, self.spec.width)
+
+    def token_grid(self, frames: int, height: int, width: int) -> TokenGrid:
+        """Return the tokens of any clip along time, rows and columns."""
+        return self.family.token_grid(self.settings, frames, height, width)
+
+    @cached_property
+    def abstract(self) -> WorldModel:
+        """The model with a shape and a dtype in place of every array."""
+        return nnx.eval_shape(lambda: self.create(nnx.Rngs(0)))
+
+    @cached_property
+    def graph(self) -> nnx.GraphDef:
+        return split(self.abstract)[0]
+
+    @cached_property
+    def shapes(self) -> Params:
+        """Shape and dtype of every variable."""
+        return split(self.abstract)[1]
+
+    @cached_property
+    def axes(self) -> Params:
+        """Logical axes of every variable, a tuple of names."""
+        return split(self.abstract)[2]
+
+    @cached_property
+    def mask(self) -> Params:
+        """Say of every variable whether it is trained."""
+        kinds = flatten_dict(_kinds(self.abstract), sep="/")
+        for name, kind in kinds.items():
+            if issubclass(kind, nnx.RngState):
+                raise UserError(
+                    f"model.name: {self.family.__qualname__} holds PRNG state in {name}; "
+                    "wanted draws from the key that loss gets"
+                )
+        frozen = [name for pattern in self.freeze for name in self._matches(pattern, kinds)]
+        mask = {
+            name: issubclass(kind, nnx.Param) and name not in frozen and self.abstract.trained(name)
+            for name, kind in kinds.items()
+        }
+        if not any(mask.values()):
+            raise UserError(
+                f"optim.freeze={','.join(self.freeze)!r}: all {len(mask)} variables of "
+                f"{self.family.__qualname__} are frozen; nothing is left to train"
+            )
+        return unflatten_dict(mask, sep="/")
+
+    def _matches(self, pattern: str, names: Iterable[str]) -> list[str]:
+        regex = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
+        matches = [name for name in names if re.fullmatch(regex, name)]
+        if not matches:
+            parts = dict.fromkeys(f"{name.partition('/')[0]}/**" for name in names)
+            raise UserError(
+                f"optim.freeze={pattern!r}: matches no parameter of {self.family.__qualname__}"
+                f"{suggest(pattern, list(parts))}; its parts: {', '.join(parts)}"
+            )
+        return matches
+
+    def variables(self, model: WorldModel) -> tuple[Params, Params]:
+        """Return all variables of a model, and a target equal to those that `followed` picks."""
+        params = split(model)[1]
+        return params, self.abstract.followed(params)
+
+    def divide(self, params: Params, target: Params) -> tuple[Params, Params, Params]:
+        """Return (trained, frozen, target) of all variables and all that an EMA follows.
+
+        Where a frozen parameter and its target differ, the target is what is kept.
+        """
+        trained, _ = partition(params, self.mask)
+        _, frozen = partition(self.overlay(params, target), self.mask)
+        return trained, frozen, partition(target, self.abstract.followed(self.mask))[0]
+
+    def join(self, trained: Params, frozen: Params, target: Params) -> tuple[Any, Params]:
+        """Return the model and its whole target, the inverse of `divide`."""
+        params = combine(trained, frozen)
+        followed = self.abstract.followed(params)
+        _, fixed = partition(followed, self.abstract.followed(self.mask))
+        return merge(self.graph, params), combine(target, fixed)
+
+    def overlay(self, params: Params, target: Params) -> Params:
+        """Return the parameters with the target in place of those that it follows."""
+        names = flatten_dict(self.mask, sep="/")
+        followed = self.abstract.followed(unflatten_dict({n: n for n in names}, sep="/"))
+        values = flatten_dict(target, sep="/")
+        ema = {name: values[at] for at, name in flatten_dict(followed, sep="/").items()}
+        return unflatten_dict(flatten_dict(params, sep="/") | ema, sep="/")
+
+
+def partition(tree: Params, mask: Params) -> tuple[Params, Params]:
+    """Return the leaves whose mask is True, and the others, without empty branches."""
+    leaves, chosen = flatten_dict(tree, sep="/"), flatten_dict(mask, sep="/")
+    parts = ({k: v for k, v in leaves.items() if chosen[k] is which} for which in (True, False))
+    true, false = (unflatten_dict(part, sep="/") for part in parts)
+    return true, false
+
+
+def combine(*trees: Params) -> Params:
+    """Return the leaves of all trees; where several have one, the last tree's."""
+    return unflatten_dict(
+        {k: v for tree in trees for k, v in flatten_dict(tree, sep="/").items()}, sep="/"
     )
-    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params, Params]:
+    """Take a module apart: static graph, arrays of all variables, and their logical axes.
+
+    The axes have the structure of the arrays with a tuple of names (None: not sharded) for every
+    leaf, so map over them with `is_leaf=lambda x: isinstance(x, tuple)`.
+    """
+    graphdef, state = nnx.split(model)
+
+    def names(variable: nnx.Variable) -> tuple[str | None, ...]:
+        rank = len(jax.tree.leaves(variable)[0].shape)
+        return variable.get_metadata().get("axes", (None,) * rank)
+
+    axes = jax.tree.map(names, state, is_leaf=_is_variable)
+    return graphdef, _text_keys(nnx.to_pure_dict(state)), _text_keys(nnx.to_pure_dict(axes))
 
 
 def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
-    """Put a model together again from its graph and a nested dict of parameters."""
-    return nnx.merge(graphdef, nnx.State(params))
+    """Put a module together from its graph and a nested dict of arrays."""
+    return nnx.merge(graphdef, nnx.State(_number_keys(params)))
+
+
+def _kinds(model: nnx.Module) -> Params:
+    """Return the class of every variable."""
+    kinds = jax.tree.map(type, nnx.split(model)[1], is_leaf=_is_variable)
+    return _text_keys(nnx.to_pure_dict(kinds))
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _text_keys(tree: Any) -> Any:
+    """Return a nested dict with text in place of the numbers that NNX gives the items of lists."""
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): _text_keys(value) for key, value in tree.items()}
+
+
+def _number_keys(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdigit() else k: _number_keys(v) for k, v in tree.items()}

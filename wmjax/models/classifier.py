@@ -1,8 +1,10 @@
-"""The attentive probe: features of all tokens -> one learned query's view of them -> classes.
+"""The attentive probe: features of all tokens -> one learned query attends to them -> classes.
 
 Architecture and initialisation of facebookresearch/vjepa2 (src/models/attentive_pooler.py), which
 transformers has as VJEPA2AttentivePooler and the head of VJEPA2ForVideoClassification.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.nn.attention import xla_attention
+from wmjax.nn.compute import Compute
 from wmjax.nn.layers import MLP, Block, Linear, run
 from wmjax.nn.norm import LayerNorm
 
@@ -20,23 +23,26 @@ EPS = 1e-5  # of the layer norms where the probes were trained; transformers run
 class CrossBlock(nnx.Module):
     """One query attends to all tokens: keys and values are normed, the query is not.
 
-    What the heads gather is added to the query as it is: there is no output projection.
+    The heads' outputs are added to the query directly: there is no output projection.
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, *, width: int, heads: int, depth: int, eps: float, dtype: jnp.dtype
+        self, rngs: nnx.Rngs, *, width: int, heads: int, depth: int, eps: float, compute: Compute
     ):
+        dtype = compute.product_dtype
         self.norm1 = LayerNorm((width,), ("embed",), eps)
         self.q = Linear(rngs, (width, width), ("embed", "heads"), dtype)
         self.kv = Linear(rngs, (width, 2 * width), ("embed", "heads"), dtype)
         self.norm2 = LayerNorm((width,), ("embed",), eps)
-        self.mlp = MLP(rngs, None, width, MLP_RATIO * width, "embed", dtype)
-        kernel = self.mlp.fc2.kernel  # scaled as in the last block below, not as in one further up
+        self.mlp = MLP(rngs, None, width, MLP_RATIO * width, "embed", compute)
+        kernel = (
+            self.mlp.fc2.kernel
+        )  # scaled like the last block of the stack, not by its own depth
         kernel[...] = kernel[...] / (2 * max(depth, 1)) ** 0.5
         self.heads = heads
 
     def __call__(self, query_11D: jax.Array, x_BND: jax.Array) -> jax.Array:
-        """Return what the query sees in each row, (B, 1, D)."""
+        """Return what the query gathers from each row, (B, 1, D)."""
         B, N, D = x_BND.shape
         key_value = self.kv(self.norm1(x_BND)).reshape(B, N, 2, self.heads, D // self.heads)
         query = self.q(query_11D).reshape(1, 1, self.heads, D // self.heads)
@@ -57,8 +63,7 @@ class AttentivePooler(nnx.Module):
         heads: int,
         depth: int,
         eps: float,
-        dtype: jnp.dtype,
-        attention: str,
+        compute: Compute,
     ):
         self.query = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (1, 1, width), jnp.float32),
@@ -71,18 +76,19 @@ class AttentivePooler(nnx.Module):
             heads=heads,
             hidden=MLP_RATIO * width,
             embed="embed",
-            dtype=dtype,
-            attention=attention,
+            # Recomputed backward, as in the reference: twenty probes are trained side by side.
+            compute=dataclasses.replace(compute, scan=True, remat="full", norm="xla"),
             eps=eps,
         )
-        self.cross = CrossBlock(rngs, width=width, heads=heads, depth=depth, eps=eps, dtype=dtype)
-        self.dtype = dtype
+        self.cross = CrossBlock(
+            rngs, width=width, heads=heads, depth=depth, eps=eps, compute=compute
+        )
+        self.dtype = compute.product_dtype
 
     def __call__(self, features_BND: jax.Array) -> jax.Array:
         """Return one vector a row, (B, 1, D), in the compute dtype."""
         x_BND = features_BND.astype(self.dtype)
-        # Recomputed backward, as in the reference: twenty probes are trained side by side.
-        x_BND = run(self.blocks, x_BND, None, scan=True, remat="full")
+        x_BND = run(self.blocks, x_BND, None)
         return self.cross(self.query[...], x_BND)
 
 
@@ -94,10 +100,9 @@ class AttentiveClassifier(nnx.Module):
         width: int,
         heads: int,
         classes: int,
-        dtype: jnp.dtype,
+        compute: Compute,
         depth: int = 3,
         eps: float = EPS,
-        attention: str = "auto",
     ):
         """Build a probe of features `width` wide; depth: self-attention blocks below the query."""
         if width % heads:
@@ -108,10 +113,9 @@ class AttentiveClassifier(nnx.Module):
             heads=heads,
             depth=depth,
             eps=eps,
-            dtype=dtype,
-            attention=attention,
+            compute=compute,
         )
-        self.head = Linear(rngs, (width, classes), ("embed", None), dtype)
+        self.head = Linear(rngs, (width, classes), ("embed", None), compute.product_dtype)
 
     def __call__(self, features_BND: jax.Array) -> jax.Array:
         """Return float32 logits, (B, classes), of features as an encoder gives them."""

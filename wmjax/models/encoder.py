@@ -1,4 +1,4 @@
-"""The video transformer: patches of the tokens that are kept -> features of those tokens."""
+"""The video encoder: patches of the tokens that are seen -> features of these tokens."""
 
 from typing import Any
 
@@ -8,12 +8,13 @@ import numpy as np
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models.base import InputSpec
 from wmjax.nn import rope
+from wmjax.nn.compute import Compute
 from wmjax.nn.kernels.devices import Lengths
-from wmjax.nn.layers import Block, check_remat, run
+from wmjax.nn.layers import Block, Layout, run
 from wmjax.nn.norm import LayerNorm
 from wmjax.nn.positions import Positions
+from wmjax.types import TokenGrid
 
 SIZES = {  # width, depth, heads, mlp_ratio; from large on as released with V-JEPA 2 and 2.1
     "tiny": (192, 12, 3, 4.0),
@@ -30,7 +31,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class PatchEmbed(nnx.Module):
-    """A 3-D convolution whose stride is its kernel, done as one product over flat patches.
+    """A 3-D convolution with stride = kernel size, computed as one product over flat patches.
 
     kernel: (tubelet, patch, patch, RGB, width), a Conv3d weight transposed by (2, 3, 4, 1, 0).
     """
@@ -45,11 +46,11 @@ class PatchEmbed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, video_BTHWC: jax.Array, ids_BN: jax.Array | None) -> jax.Array:
-        """Embed the patches with these ids, all of them for None."""
+        """Embed the patches with these ids; None: all patches."""
         (t, p, _, _, width), (B, T, H, W, C) = self.kernel.shape, video_BTHWC.shape
         x = video_BTHWC.reshape(B, T // t, t, H // p, p, W // p, p, C)
         patches_BNP = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, -1, t * p * p * C)
-        if ids_BN is not None:  # before the product, and while a pixel is still one byte
+        if ids_BN is not None:  # before the product, while a pixel is one byte
             patches_BNP = jnp.take_along_axis(patches_BNP, ids_BN[:, :, None], axis=1)
         if patches_BNP.dtype == jnp.uint8:
             mean, std = (
@@ -74,17 +75,11 @@ class Encoder(nnx.Module):
         tubelet: int,
         rope_kind: str,
         position_grid: int,
-        dtype: jnp.dtype,
-        remat: str,
-        scan: bool,
-        attention: str,
-        gelu: str,
-        norm: str,
+        compute: Compute,
     ):
-        """position_grid: side of a learned table of positions in place of rope_kind; 0: none."""
+        """position_grid: side of a learned table of positions, used in place of RoPE; 0: none."""
         rope.check(rope_kind, width, heads)
-        check_remat(remat)
-        self.patch_embed = PatchEmbed(rngs, tubelet, patch, width, dtype)
+        self.patch_embed = PatchEmbed(rngs, tubelet, patch, width, compute.product_dtype)
         self.blocks = Block(
             rngs,
             depth=depth,
@@ -92,43 +87,61 @@ class Encoder(nnx.Module):
             heads=heads,
             hidden=hidden,
             embed="embed",
-            dtype=dtype,
-            attention=attention,
-            gelu=gelu,
-            norm=norm,
+            compute=compute,
         )
         self.norm = LayerNorm((width,), ("embed",))
         self.positions = Positions(rngs, position_grid, width) if position_grid else None
         self.width, self.heads, self.rope_kind = width, heads, rope_kind
-        self.remat, self.scan = remat, scan
 
-    def input_spec(self, frames: int, height: int, width: int) -> InputSpec:
+    def token_grid(self, frames: int, height: int, width: int) -> TokenGrid:
         tubelet, patch = self.patch_embed.kernel.shape[:2]
-        return InputSpec(frames, height, width, tubelet, patch)
+        return token_grid(frames, height, width, tubelet=tubelet, patch=patch)
 
     def __call__(
         self, video_BTHWC: jax.Array, ids_BN: jax.Array | None = None, lengths: Lengths = ()
     ) -> jax.Array:
-        """Return float32 features of the tokens with these ids, of all in order for None.
+        """Return float32 features of the tokens with these ids; None: of all tokens in order.
 
         video_BTHWC: uint8, normalised here; floats are taken as normalised already.
-        lengths: of the sequences that ids_BN holds, which are encoded each by itself.
+        lengths: of the sequences that ids_BN consists of; each is encoded by itself.
         """
-        grid = self.input_spec(*video_BTHWC.shape[1:4]).grid
+        grid = self.token_grid(*video_BTHWC.shape[1:4])
         x_BND = self.patch_embed(video_BTHWC, ids_BN)
         ids = rope.all_ids(grid) if ids_BN is None else ids_BN
+        where = rope.coordinates(ids, grid)
         table = None
         if self.positions is not None:
             x_BND = x_BND + self.positions(ids, grid).astype(x_BND.dtype)
         else:
             if self.rope_kind == "sincos":
-                x_BND = x_BND + rope.sincos(ids, grid, self.width).astype(x_BND.dtype)
-            table = rope.table(ids, grid, self.width // self.heads, self.rope_kind)
-        return self.norm(run(self.blocks, x_BND, table, self.scan, self.remat, lengths))
+                x_BND = x_BND + rope.sincos(where, self.width).astype(x_BND.dtype)
+            table = rope.table(where, self.width // self.heads, self.rope_kind)
+        return self.norm(run(self.blocks, x_BND, table, Layout(lengths)))
 
 
-def resolve_size(size: str, width: int, depth: int, heads: int, mlp_ratio: float) -> dict[str, Any]:
-    """Return width, depth, heads and hidden of a named size; what is not 0 is taken instead."""
+def token_grid(frames: int, height: int, width: int, *, tubelet: int, patch: int) -> TokenGrid:
+    """Return tubelets, rows and columns of a clip; UserError where they do not divide it."""
+    for what, key, size, unit_key, unit in (
+        ("frames", "data.frames", frames, "model.tubelet", tubelet),
+        ("height", "data.image_size", height, "model.patch", patch),
+        ("width", "data.image_width", width, "model.patch", patch),
+    ):
+        if size <= 0 or size % unit:
+            raise UserError(
+                f"{what} of the clips, {key}={size}: wanted a multiple of {unit_key}={unit}; "
+                f"nearest: {max(1, round(size / unit)) * unit}"
+            )
+    return frames // tubelet, height // patch, width // patch
+
+
+def resolve_size(
+    size: str,
+    width: int | None,
+    depth: int | None,
+    heads: int | None,
+    mlp_ratio: float | None,
+) -> dict[str, Any]:
+    """Return width, depth, heads and hidden of a named size; a given value replaces it."""
     if size not in SIZES:
         raise UserError(f"model.size={size!r}: unknown size; there are: {', '.join(SIZES)}")
     sizes = SIZES[size]

@@ -1,107 +1,134 @@
-"""V-JEPA 2: predict the features of hidden tokens that an EMA of the encoder sees in full.
+"""V-JEPA 2: predict the features of hidden tokens that an EMA of the encoder computes in full view.
 
-Architecture and loss of facebookresearch/vjepa2 (src/models, app/vjepa/train.py). Differences: the
-context encoder and the predictor take the grid from the input, so frames need not be square; RoPE
-tables are float32; one mask token serves every mask (see Predictor).
+Architecture and loss follow facebookresearch/vjepa2 (src/models, app/vjepa/train.py). Differences:
+encoder and predictor take the grid from the input, so frames need not be square; RoPE tables are
+float32; one mask token serves every mask (see Predictor).
 """
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wmjax.errors import UserError
-from wmjax.models.base import BaseWorldModel, InputSpec, Params, Part, merge
-from wmjax.models.encoder import Encoder, resolve_size
+from wmjax.errors import UserError, check_choice
+from wmjax.models.base import InputSpec, Params, Stage, WorldModel, merge
+from wmjax.models.encoder import SIZES, Encoder, resolve_size, token_grid
 from wmjax.models.predictor import Predictor
 from wmjax.nn import layers, norm, rope
-from wmjax.types import WorldModelInput, WorldModelOutput
+from wmjax.nn.compute import Compute
+from wmjax.types import Term, TokenGrid, WorldModelInput, WorldModelOutput
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-Masks = list[tuple[jax.Array, jax.Array]]  # context and target ids of each
+MaskIds = list[tuple[jax.Array, jax.Array]]  # context and target ids of each mask
 TARGET_EPS = 1e-5  # of the layer norm on the targets, unlike the model's own
 
 
-def create(
-    rngs: nnx.Rngs,
-    *,
-    size: str = "large",
-    width: int = 0,
-    depth: int = 0,
-    heads: int = 0,
-    mlp_ratio: float = 0.0,
-    patch: int = 16,
-    tubelet: int = 2,
-    rope: str = "tiled",
-    position_grid: int = 0,
-    predictor_width: int = 384,
-    predictor_depth: int = 12,
-    predictor_heads: int = 12,
-    num_mask_tokens: int = 10,
-    mask_index: int = 1,
-    loss_exp: float = 1.0,
-    dtype: str = "bfloat16",
-    remat: str = "none",
-    scan: bool = True,
-    attention: str = "auto",
-    gelu: str = "auto",
-    norm: str = "auto",
-) -> "VJEPA2":
-    """Build the model; width, depth, heads and mlp_ratio of 0 are as the size says.
+@dataclasses.dataclass(frozen=True)
+class VJEPA2Settings:
+    """Keys of the `model` group that belong to V-JEPA 2.
 
-    position_grid: side of the encoder's learned table of positions, for weights of an image model;
-    rope is then the predictor's alone.
+    size: tiny, small, base, large, huge, giant or gigantic. width, depth, heads, mlp_ratio: of the
+    encoder, in place of the size's; 0 or None: as the size says. patch: pixels of a patch, both
+    ways. tubelet: frames of a patch. rope: tiled (V-JEPA 2), interleaved (2.1) or sincos.
+    position_grid: side of the encoder's learned table of positions, which weights of an image model
+    bring; rope is then the predictor's alone. loss_exp: mean |prediction - target|^loss_exp /
+    loss_exp.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"model.dtype={dtype!r}: wanted one of {', '.join(DTYPES)}")
-    common: dict[str, Any] = {
-        "rope_kind": rope,
-        "dtype": jnp.dtype(DTYPES[dtype]),
-        "remat": remat,
-        "scan": scan,
-        "attention": attention,
-        "gelu": gelu,
-        "norm": norm,
-    }
-    encoder_size = resolve_size(size, width, depth, heads, mlp_ratio)
-    return VJEPA2(
-        encoder=Encoder(
-            rngs,
-            **encoder_size,
-            patch=patch,
-            tubelet=tubelet,
-            position_grid=position_grid,
-            **common,
-        ),
-        predictor=Predictor(
-            rngs,
-            encoder_width=encoder_size["width"],
-            width=predictor_width,
-            depth=predictor_depth,
-            heads=predictor_heads,
-            num_mask_tokens=num_mask_tokens,
-            mask_index=mask_index,
-            **common,
-        ),
-        loss_exp=loss_exp,
-    )
+
+    size: str = "large"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    patch: int = 16
+    tubelet: int = 2
+    rope: str = "tiled"
+    position_grid: int = 0
+    predictor_width: int = 384
+    predictor_depth: int = 12
+    predictor_heads: int = 12
+    num_mask_tokens: int = 10
+    mask_index: int = 1
+    loss_exp: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("model.size", self.size, list(SIZES))
+        check_choice("model.rope", self.rope, rope.KINDS)
+        for key in ("patch", "tubelet", "predictor_width", "predictor_depth", "predictor_heads"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}={getattr(self, key)}: wanted 1 or more")
+
+    @property
+    def encoder(self) -> dict[str, int]:
+        """Width, depth, heads and hidden width of the encoder."""
+        return resolve_size(self.size, self.width, self.depth, self.heads, self.mlp_ratio)
 
 
-class VJEPA2(BaseWorldModel):
+class VJEPA2(WorldModel):
+    Settings = VJEPA2Settings
+
+    @classmethod
+    def create(
+        cls,
+        settings: VJEPA2Settings,
+        compute: Compute,
+        spec: InputSpec,
+        statistics: Sequence[Mapping[str, Any]],
+        rngs: nnx.Rngs,
+    ) -> "VJEPA2":
+        del spec, statistics  # sizes come from the input; states and actions are not read
+        sizes = settings.encoder
+        return cls(
+            encoder=Encoder(
+                rngs,
+                **sizes,
+                patch=settings.patch,
+                tubelet=settings.tubelet,
+                rope_kind=settings.rope,
+                position_grid=settings.position_grid,
+                compute=compute,
+            ),
+            predictor=Predictor(
+                rngs,
+                encoder_width=sizes["width"],
+                width=settings.predictor_width,
+                depth=settings.predictor_depth,
+                heads=settings.predictor_heads,
+                rope_kind=settings.rope,
+                num_mask_tokens=settings.num_mask_tokens,
+                mask_index=settings.mask_index,
+                compute=compute,
+            ),
+            loss_exp=settings.loss_exp,
+        )
+
     def __init__(self, encoder: Encoder, predictor: Predictor, loss_exp: float):
         self.encoder = encoder
         self.predictor = predictor
         self.loss_exp = loss_exp
 
-    def input_spec(self, frames: int, height: int, width: int) -> InputSpec:
-        return self.encoder.input_spec(frames, height, width)
+    @classmethod
+    def token_grid(
+        cls, settings: VJEPA2Settings, frames: int, height: int, width: int
+    ) -> TokenGrid:
+        return token_grid(frames, height, width, tubelet=settings.tubelet, patch=settings.patch)
 
-    def target_params(self, params: Params) -> Params:
+    @classmethod
+    def outline(cls, settings: VJEPA2Settings) -> str:
+        sizes = settings.encoder
+        return (
+            f"encoder {settings.size}, {sizes['width']} wide, {sizes['depth']} deep; predictor "
+            f"{settings.predictor_width} wide, {settings.predictor_depth} deep; patches of "
+            f"{settings.tubelet} x {settings.patch} x {settings.patch}"
+        )
+
+    def followed(self, params: Params) -> Params:
         return params["encoder"]
 
     def encode(self, video_BTHWC: jax.Array, ids_BN: jax.Array | None = None) -> jax.Array:
-        """Return float32 features of the tokens with these ids, of all in order for None."""
+        """Return float32 features of the tokens with these ids; None: of all tokens in order."""
         return self.encoder(video_BTHWC, ids_BN)
 
     def predict(
@@ -109,45 +136,39 @@ class VJEPA2(BaseWorldModel):
         context_BKD: jax.Array,
         context_ids_BK: jax.Array,
         target_ids_BM: jax.Array,
-        grid: rope.Grid,
+        grid: TokenGrid,
     ) -> jax.Array:
         """Return float32 features predicted for the target tokens from encoded context."""
         (prediction_BMD,) = self.predictor(context_BKD, [(context_ids_BK, target_ids_BM)], grid)
         return prediction_BMD.astype(jnp.float32)
 
+    def features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
+        return merge(nnx.graphdef(self.encoder), target)(video_BTHWC)
+
     def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
-        target_encoder = merge(nnx.graphdef(self.encoder), target)
-        features_BND = norm.layer_norm(target_encoder(video_BTHWC), TARGET_EPS)
+        features_BND = norm.layer_norm(self.features(target, video_BTHWC), TARGET_EPS)
         return jax.lax.stop_gradient(features_BND)
 
-    def loss(
-        self, target: Params, batch: WorldModelInput, key: jax.Array
-    ) -> tuple[jax.Array, WorldModelOutput]:
+    def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
         del key  # nothing is drawn
-        output = self(target, batch)
-        return jnp.asarray(output.loss), output
-
-    def __call__(self, target: Params, batch: WorldModelInput) -> WorldModelOutput:
-        """Predict every mask's targets. target: the EMA encoder's parameters."""
         video = _rows(batch)
-        rows_there = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
-        grid = self.input_spec(*video.shape[1:4]).grid
+        valid_R = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
+        grid = self.encoder.token_grid(*video.shape[1:4])
         full_BND = self.target_features(target, video)
 
-        masks = _masks(batch)
+        masks = _mask_ids(batch)
         predicted = self.predictor(self.encode_contexts(video, masks), masks, grid)
-        losses, predictions, wanted = [], [], []
-        for z_BMD, (_, target_ids) in zip(predicted, masks, strict=True):
+        terms = {}
+        for name, z_BMD, (_, ids_BM) in zip(batch.target.names, predicted, masks, strict=True):
             z_BMD = z_BMD.astype(jnp.float32)
-            h_BMD = jnp.take_along_axis(full_BND, target_ids[:, :, None], axis=1)
+            h_BMD = jnp.take_along_axis(full_BND, ids_BM[:, :, None], axis=1)
             error_B = jnp.mean(jnp.abs(z_BMD - h_BMD) ** self.loss_exp, axis=(1, 2))
-            losses.append(_mean_there(error_B, rows_there) / self.loss_exp)
-            predictions.append(z_BMD)
-            wanted.append(h_BMD)
-        loss = jnp.mean(jnp.stack(losses))
-        return WorldModelOutput(loss, tuple(losses), tuple(predictions), tuple(wanted))
+            loss = _mean_of_valid(error_B, valid_R) / self.loss_exp
+            terms[name] = Term(loss, z_BMD, h_BMD, ids_BM, valid_R)
+        mean = jnp.mean(jnp.stack([jnp.asarray(term.loss) for term in terms.values()]))
+        return WorldModelOutput(mean, terms)
 
-    def encode_contexts(self, video_BTHWC: jax.Array, masks: Masks) -> jax.Array:
+    def encode_contexts(self, video_BTHWC: jax.Array, masks: MaskIds) -> jax.Array:
         """Return the features of all masks' contexts, one after another, in one pass."""
         context_ids = [ids for ids, _ in masks]
         lengths = tuple(ids.shape[1] for ids in context_ids)
@@ -158,7 +179,8 @@ class VJEPA2(BaseWorldModel):
         encoder, predictor = self.encoder, self.predictor
         patch = encoder.patch_embed.kernel.size
         embed = predictor.embed.kernel.size
-        tokens = self.input_spec(*clip).tokens
+        time, rows, columns = encoder.token_grid(*clip)
+        tokens = time * rows * columns
         total = layers.flops(encoder.blocks, tokens) + 2 * tokens * patch
         for context_ids, target_ids in zip(
             batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True
@@ -166,30 +188,30 @@ class VJEPA2(BaseWorldModel):
             K, M = context_ids.shape[1], target_ids.shape[1]
             context = layers.flops(encoder.blocks, K) + 2 * K * patch
             prediction = layers.flops(predictor.blocks, K + M, M) + 2 * (K + M) * embed
-            total += 3 * (context + prediction)  # a backward pass is two forward ones
+            total += 3 * (context + prediction)  # a backward pass costs two forward passes
         return B * V * total
 
-    def parts(self, batch: WorldModelInput) -> dict[str, Part]:
+    def stages(self, batch: WorldModelInput) -> dict[str, Stage]:
         B, V, *clip, _ = batch.observation.video_BVTHWC.shape
-        grid = self.input_spec(*clip).grid
+        grid = self.encoder.token_grid(*clip)
 
         def target(model: VJEPA2, target: Params, batch: WorldModelInput, _: Any) -> Any:
             return model.target_features(target, _rows(batch))
 
         def context(model: VJEPA2, _: Params, batch: WorldModelInput, __: Any) -> Any:
-            return (model.encode_contexts(_rows(batch), _masks(batch)),)
+            return (model.encode_contexts(_rows(batch), _mask_ids(batch)),)
 
         def predictor(model: VJEPA2, _: Params, batch: WorldModelInput, features: Any) -> Any:
-            return model.predictor(features[0], _masks(batch), grid)
+            return model.predictor(features[0], _mask_ids(batch), grid)
 
         encoded = jax.ShapeDtypeStruct(
             (B * V, sum(ids.shape[1] for ids in batch.target.context_ids_BK), self.encoder.width),
             jnp.float32,
         )
         return {
-            "target": Part(target, trained=False),
-            "context": Part(context),
-            "predictor": Part(predictor, (encoded,)),
+            "target": Stage(target, trained=False),
+            "context": Stage(context),
+            "predictor": Stage(predictor, (encoded,)),
         }
 
 
@@ -199,14 +221,14 @@ def _rows(batch: WorldModelInput) -> jax.Array:
     return video.reshape(-1, *video.shape[2:])
 
 
-def _masks(batch: WorldModelInput) -> Masks:
-    """Return context and target ids of every mask, by row: an instant's views share its masks."""
+def _mask_ids(batch: WorldModelInput) -> MaskIds:
+    """Return context and target ids of every mask by row: the views of an instant share them."""
     V = batch.observation.video_BVTHWC.shape[1]
     pairs = zip(batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True)
     return [(jnp.repeat(k, V, axis=0), jnp.repeat(m, V, axis=0)) for k, m in pairs]
 
 
-def _mean_there(value_B: jax.Array, rows_there_B: jax.Array) -> jax.Array:
-    """Average over the rows whose view is there."""
-    weight_B = rows_there_B.astype(jnp.float32)
+def _mean_of_valid(value_B: jax.Array, valid_B: jax.Array) -> jax.Array:
+    """Average over the rows whose view is valid."""
+    weight_B = valid_B.astype(jnp.float32)
     return jnp.sum(value_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1.0)

@@ -1,4 +1,4 @@
-"""Softmax attention from everywhere to everywhere, by what the device at hand does fastest."""
+"""Softmax attention, full or frame-causal, by the fastest implementation of the device."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,25 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmjax.errors import UserError
-from wmjax.nn.kernels.devices import Lengths, device_name, modern_gpu, triton_is_there
+from wmjax.nn.kernels.devices import Lengths, device_name, has_triton, modern_gpu
 
-# Tokens up to which our kernels beat cuDNN's with heads of 64, on an H100: faster at 504 and 128, a
-# fifth slower at 2,048. With heads of 32 they are faster at 1,500 too.
+# The longest sequence for which our kernels are preferred to cuDNN's with heads of 64. Measured on
+# an H100: faster at 504 and 128 tokens, a fifth slower at 2,048. With heads of 32 they are faster
+# at 1,500 tokens too.
 SHORT = 512
 
 
 def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
-    """Cut the second axis into parts of these lengths, which add up to it."""
+    """Split the second axis into parts of these lengths, which add up to its size."""
     return jnp.split(x_BN, np.cumsum(lengths)[:-1], axis=1)
 
 
 def choose_attention(
     wanted: str, dtype: jnp.dtype, head_dim: int
 ) -> Literal["xla", "cudnn", "triton", "fastest", "splash"]:
-    """Return the implementation that will run; UserError for one that cannot.
+    """Return the implementation that will run; UserError for one that cannot run here.
 
-    fastest: cudnn or triton, as `attend` finds by the sequences. splash is taken at its word: it
-    may be compiled for TPUs where there are none.
+    fastest: `attend` chooses cudnn or triton by the length of the sequences. splash is accepted on
+    any device, because a plan compiles for TPUs without having one.
     """
     if wanted == "splash" or (wanted == "auto" and jax.default_backend() == "tpu"):
         return "splash"
@@ -34,15 +35,13 @@ def choose_attention(
         return "xla"
     gpu = modern_gpu() and dtype in (jnp.bfloat16, jnp.float16)
     cudnn = gpu and head_dim % 8 == 0 and head_dim <= 128
-    triton = gpu and head_dim in (16, 32, 64) and triton_is_there()
+    triton = gpu and head_dim in (16, 32, 64) and has_triton()
     if wanted == "auto":
         return "fastest" if triton else "cudnn" if cudnn else "xla"
     if wanted == "cudnn":
         fits, widths = cudnn, "a multiple of 8 up to 128"
-    elif wanted == "triton":
-        fits, widths = triton, "16, 32 or 64, and a jax that has Pallas for Triton"
     else:
-        raise UserError(f"model.attention={wanted!r}: wanted auto, xla, cudnn, triton or splash")
+        fits, widths = triton, "16, 32 or 64, and a jax that has Pallas for Triton"
     if not fits:
         raise UserError(
             f"model.attention={wanted!r} on {device_name()}, {dtype}, head width {head_dim}, "
@@ -56,9 +55,9 @@ def choose_attention(
 def _scores(query_BNHd: jax.Array, key_BNHd: jax.Array) -> jax.Array:
     """Return float32 products of queries and keys.
 
-    The gradient goes back through products in the inputs' dtype, as in fused attention. JAX's own
-    rule (and with it jax.nn.dot_product_attention) mixes float32 with bfloat16 there, which is
-    slower and refused under strict dtype promotion.
+    The backward pass computes products in the dtype of the inputs, as fused attention does. JAX's
+    own rule (also in jax.nn.dot_product_attention) mixes float32 with bfloat16 there, which is
+    slower and an error under strict dtype promotion.
     """
     return jnp.einsum("bqhd,bkhd->bhqk", query_BNHd, key_BNHd, preferred_element_type=jnp.float32)
 
@@ -78,7 +77,7 @@ _scores.defvjp(lambda query, key: (_scores(query, key), (query, key)), _scores_b
 
 
 def xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array) -> jax.Array:
-    """Attend from everywhere to everywhere, softmax in float32."""
+    """Attend from all queries to all keys, with the softmax in float32."""
     weight_BHNN = jax.nn.softmax(_scores(query_BNHd, key_BNHd) * query_BNHd.shape[-1] ** -0.5)
     return jnp.einsum("bhqk,bkhd->bqhd", weight_BHNN.astype(value_BNHd.dtype), value_BNHd)
 
@@ -103,9 +102,9 @@ def attend(
     lengths: Lengths,
     implementation: str,
 ) -> jax.Array:
-    """Attend within each sequence by one of the implementations that choose_attention returns.
+    """Attend within each sequence, by an implementation that choose_attention returned.
 
-    lengths: of the sequences along N; tails: of their queries, along M.
+    lengths: tokens of each sequence along N. tails: queries of each sequence along M.
     """
     if implementation == "fastest":
         short = max(lengths) <= SHORT or query_BMHd.shape[-1] < 64
@@ -118,3 +117,22 @@ def attend(
     keys, values = (split(x, lengths) for x in (key_BNHd, value_BNHd))
     apart = zip(split(query_BMHd, tails), keys, values, strict=True)
     return jnp.concatenate([one[implementation](*arrays) for arrays in apart], axis=1)
+
+
+def attend_to_past(
+    query_BNHd: jax.Array,
+    key_BNHd: jax.Array,
+    value_BNHd: jax.Array,
+    frame: int,
+    implementation: str,
+) -> jax.Array:
+    """Attend frame-causally: from each frame of `frame` tokens to itself and the frames before it.
+
+    One call a frame over the keys up to its end: there is no mask, quadratic or other, in memory.
+    """
+    outputs = []
+    for start in range(0, query_BNHd.shape[1], frame):
+        end = start + frame
+        own = query_BNHd[:, start:end], key_BNHd[:, :end], value_BNHd[:, :end]
+        outputs.append(attend(*own, (frame,), (end,), implementation))
+    return jnp.concatenate(outputs, axis=1)

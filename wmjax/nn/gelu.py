@@ -1,6 +1,6 @@
-"""GELU, exact or by a polynomial that is as good in bfloat16 and costs a GPU half as much.
+"""GELU, exact or by a polynomial that is as accurate in bfloat16 and takes half the time on a GPU.
 
-There the error function takes twice as long as reading and writing what it is of.
+On a GPU erf alone takes twice the time of the memory traffic of its operand.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-# Odd polynomials, the sum of c[k] x^(2k+1) up to |x| = 4.2, where they are 1/2: the normal
-# distribution less 1/2, and the derivative of GELU less 1/2. Least-squares fits under that
-# condition, reweighted until the largest errors were about equal.
+# Odd polynomials, sums of c[k] x^(2k+1) for |x| <= 4.2, with the value 1/2 at 4.2. NORMAL is the
+# normal distribution minus 1/2, SLOPE the derivative of GELU minus 1/2. Both are least-squares fits
+# under that condition, reweighted until the largest errors were about equal.
 REACH = 4.2
 NORMAL = (
     *(3.988425e-01, -6.624105e-02, 9.755378e-03, -1.091567e-03, 9.081109e-05),
@@ -32,7 +32,7 @@ def _half_and(x: jax.Array, coefficients: Sequence[float]) -> jax.Array:
 
 @jax.custom_vjp
 def gelu_polynomial(x: jax.Array) -> jax.Array:
-    """GELU to within 1e-4, with a derivative to within 3e-4; bfloat16 rounds 1 to within 2e-3."""
+    """GELU within 1e-4, its derivative within 3e-4; bfloat16 rounds 1 within 2e-3."""
     wide = x.astype(jnp.float32)
     return (wide * _half_and(wide, NORMAL)).astype(x.dtype)
 
@@ -46,7 +46,7 @@ gelu_polynomial.defvjp(lambda x: (gelu_polynomial(x), x), _gelu_backward)
 
 
 def gelu(x: jax.Array, kind: str = "auto") -> jax.Array:
-    """GELU, `exact` or `polynomial`; auto: by the polynomial in bfloat16, exact in float32."""
+    """GELU. kind: exact, polynomial, or auto: polynomial in bfloat16, exact in float32."""
     if kind == "polynomial" or (kind == "auto" and x.dtype == jnp.bfloat16):
         return gelu_polynomial(x)
     return jax.nn.gelu(x, approximate=False)

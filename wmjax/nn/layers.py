@@ -1,28 +1,30 @@
 """Transformer parts: linear, attention, MLP, pre-norm block, and the run over depth.
 
-Parameters are float32 and products run in the compute dtype; a LayerNorm computes and gives
-float32, and the Linear after it casts down. A stack is one Block whose parameters carry a leading
-depth axis, the same in checkpoints whether it is scanned or unrolled.
+Parameters are float32 and products run in the compute dtype. A LayerNorm computes and returns
+float32, and the Linear after it casts down. A stack is one Block whose parameters have a leading
+depth axis. Checkpoints have this layout whether the stack is scanned or unrolled.
 
-Logical axes at the parameters, for the sharding table to place:
+Logical axes of the parameters, which the sharding table maps to the mesh:
     layers                  depth of a stack
     embed, predictor_embed  width of the residual stream of encoder and predictor
     heads                   heads times head dimension: outputs of qkv, inputs of proj
     mlp                     hidden width of the MLP
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wmjax.errors import UserError
 from wmjax.nn import rope
-from wmjax.nn.attention import attend, choose_attention, split
+from wmjax.nn.attention import attend, attend_to_past, choose_attention, split
+from wmjax.nn.compute import Compute
 from wmjax.nn.gelu import gelu
 from wmjax.nn.kernels.devices import Lengths
-from wmjax.nn.norm import EPS, Branch, LayerNorm, choose_norm, total
+from wmjax.nn.norm import EPS, LayerNorm, Pending, choose_norm, total
 
 # What the backward pass recomputes; "dots" keeps the outputs of the products with parameters.
 REMAT = {
@@ -32,12 +34,30 @@ REMAT = {
 }
 
 
-def split_rows(x: jax.Array) -> jax.Array:
-    """Say that the first axis is split over the whole ambient mesh and nothing else is.
+class Layout(NamedTuple):
+    """How the tokens of a row are grouped, static under jit.
 
-    Left to itself, XLA would take the splitting of the parameters over to the width of the
-    activations, and exchange those in every product: many times what the parameters come to.
-    Without an ambient mesh, x as it is.
+    lengths: of the sequences that lie one after another along N. Each attends to itself alone.
+    Empty: one sequence. tails: tokens at the end of each sequence whose outputs are wanted; the
+    last block leaves the others out. Empty: all.
+    frame: tokens of a frame, for frame-causal attention: a token attends to its own frame and to
+    the frames before it. 0: every token attends to every other.
+    """
+
+    lengths: Lengths = ()
+    tails: Lengths = ()
+    frame: int = 0
+
+
+WHOLE = Layout()
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Shard the first axis over the whole ambient mesh, and no other axis.
+
+    Without this, XLA propagates the sharding of the parameters to the width of the activations and
+    exchanges these in every product, which costs many times what the parameters cost. Without an
+    ambient mesh, x is returned as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -46,7 +66,7 @@ def split_rows(x: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x W + b; the shape of W may lead with a depth, which is gone when it is called."""
+    """y = x W + b. The shape of W may start with a depth axis; `run` removes it before the call."""
 
     def __init__(
         self,
@@ -58,7 +78,7 @@ class Linear(nnx.Module):
     ):
         # The reference truncates at an absolute 2.0, a hundred standard deviations: a normal.
         kernel = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
-        if depth_scaled:  # blocks further up start with smaller branches
+        if depth_scaled:  # later blocks start with smaller branches
             layer = jnp.arange(1, shape[0] + 1, dtype=jnp.float32)[:, None, None]
             kernel = kernel / jnp.sqrt(2 * layer)
         self.kernel = nnx.Param(kernel, axes=axes)
@@ -66,55 +86,47 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x_BNI: jax.Array) -> jax.Array:
-        return total(self.branch(x_BNI))
+        return total(self.pending(x_BNI))
 
-    def branch(self, x_BNI: jax.Array) -> Branch:
-        """Return x W and b apart."""
+    def pending(self, x_BNI: jax.Array) -> Pending:
+        """Return x W and b, not yet added."""
         return x_BNI.astype(self.dtype) @ self.kernel.astype(self.dtype), self.bias[...]
 
 
-def ends(x_BN: jax.Array, lengths: Lengths, tails: Lengths) -> jax.Array:
-    """Return as many tokens as the tails say from the end of each sequence."""
+def last_tokens(x_BN: jax.Array, lengths: Lengths, tails: Lengths) -> jax.Array:
+    """Return the last `tails[i]` tokens of sequence i, one sequence after another."""
     parts = zip(split(x_BN, lengths), tails, strict=True)
     return jnp.concatenate([part[:, -tail:] for part, tail in parts], axis=1)
 
 
 class Attention(nnx.Module):
     def __init__(
-        self,
-        rngs: nnx.Rngs,
-        depth: int,
-        width: int,
-        heads: int,
-        embed: str,
-        dtype: jnp.dtype,
-        attention: str,
+        self, rngs: nnx.Rngs, depth: int, width: int, heads: int, embed: str, compute: Compute
     ):
+        dtype = compute.product_dtype
         self.qkv = Linear(rngs, (depth, width, 3 * width), ("layers", embed, "heads"), dtype)
         self.proj = Linear(rngs, (depth, width, width), ("layers", "heads", embed), dtype, True)
         self.heads = heads
-        self.implementation = choose_attention(attention, dtype, width // heads)
+        self.implementation = choose_attention(compute.attention, dtype, width // heads)
 
-    def __call__(
-        self,
-        x_BND: jax.Array,
-        table: rope.Table | None,
-        lengths: Lengths = (),
-        tails: Lengths = (),
-    ) -> Branch:
+    def __call__(self, x_BND: jax.Array, table: rope.Table | None, layout: Layout) -> Pending:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
         query, key = rope.rotate(query, table), rope.rotate(key, table)
-        lengths = lengths or (N,)
-        if tails:
-            query = ends(query, lengths, tails)
-        y_BMHd = attend(query, key, value, tails or lengths, lengths, self.implementation)
-        return self.proj.branch(y_BMHd.reshape(B, -1, D))
+        if layout.frame:
+            y_BMHd = attend_to_past(query, key, value, layout.frame, self.implementation)
+        else:
+            lengths = layout.lengths or (N,)
+            if layout.tails:
+                query = last_tokens(query, lengths, layout.tails)
+            tails = layout.tails or lengths
+            y_BMHd = attend(query, key, value, tails, lengths, self.implementation)
+        return self.proj.pending(y_BMHd.reshape(B, -1, D))
 
 
 class MLP(nnx.Module):
-    """depth: of the stack that it belongs to; None for one that is in none."""
+    """depth: of the stack that it belongs to; None: it belongs to none."""
 
     def __init__(
         self,
@@ -123,26 +135,25 @@ class MLP(nnx.Module):
         width: int,
         hidden: int,
         embed: str,
-        dtype: jnp.dtype,
-        gelu: str = "auto",
+        compute: Compute,
     ):
+        dtype = compute.product_dtype
         stack, axes = ((), ()) if depth is None else ((depth,), ("layers",))
         self.fc1 = Linear(rngs, (*stack, width, hidden), (*axes, embed, "mlp"), dtype)
         self.fc2 = Linear(
             rngs, (*stack, hidden, width), (*axes, "mlp", embed), dtype, depth is not None
         )
-
-        self.gelu = gelu
+        self.gelu = compute.gelu
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        return total(self.branch(x_BND))
+        return total(self.pending(x_BND))
 
-    def branch(self, x_BND: jax.Array) -> Branch:
-        return self.fc2.branch(gelu(self.fc1(x_BND), self.gelu))
+    def pending(self, x_BND: jax.Array) -> Pending:
+        return self.fc2.pending(gelu(self.fc1(x_BND), self.gelu))
 
 
 class Block(nnx.Module):
-    """`depth` pre-norm blocks in one, each parameter stacked; `run` calls it layer by layer."""
+    """`depth` pre-norm blocks in one: each parameter is stacked. `run` calls it layer by layer."""
 
     def __init__(
         self,
@@ -153,105 +164,115 @@ class Block(nnx.Module):
         heads: int,
         hidden: int,
         embed: str,
-        dtype: jnp.dtype,
-        attention: str,
-        gelu: str = "auto",
-        norm: str = "xla",
+        compute: Compute,
         eps: float = EPS,
     ):
         self.norm1 = LayerNorm((depth, width), ("layers", embed), eps)
-        self.attention = Attention(rngs, depth, width, heads, embed, dtype, attention)
+        self.attention = Attention(rngs, depth, width, heads, embed, compute)
         self.norm2 = LayerNorm((depth, width), ("layers", embed), eps)
-        self.mlp = MLP(rngs, depth, width, hidden, embed, dtype, gelu)
-        self.fused_norm = choose_norm(norm, dtype) == "fused"
+        self.mlp = MLP(rngs, depth, width, hidden, embed, compute)
+        self.fused_norm = choose_norm(compute.norm, compute.product_dtype) == "fused"
+        self.compute = compute
 
     def __call__(
-        self,
-        x_BND: jax.Array,
-        table: rope.Table | None,
-        lengths: Lengths = (),
-        tails: Lengths = (),
+        self, x_BND: jax.Array, table: rope.Table | None, layout: Layout = WHOLE
     ) -> jax.Array:
-        """Return the new x; tails: only of as many tokens at the end of each sequence."""
-        x_BND, branch = self.branch(x_BND, None, table, lengths, tails)
-        return x_BND + total(branch)
+        """Return the new residual stream; with tails, of these tokens only."""
+        x_BND, pending = self.residual(x_BND, None, table, layout)
+        return x_BND + total(pending)
 
-    def branch(
-        self,
-        x_BND: jax.Array,
-        branch: Branch | None,
-        table: rope.Table | None,
-        lengths: Lengths = (),
-        tails: Lengths = (),
-    ) -> tuple[jax.Array, Branch]:
-        """Return the residual stream and what is still to be added to it, as `branch` is to x."""
-        if branch is None:
+    def residual(
+        self, x_BND: jax.Array, pending: Pending | None, table: rope.Table | None, layout: Layout
+    ) -> tuple[jax.Array, Pending]:
+        """Return the residual stream and the pending update of the MLP.
+
+        pending: the update of the block before, which this block's first norm adds.
+        """
+        if pending is None:
             y_BND = self.norm1(x_BND)
         else:
-            x_BND, y_BND = self.norm1.after(x_BND, branch, self.fused_norm)
-        branch = self.attention(y_BND, table, lengths, tails)
-        if tails:
-            x_BND = ends(x_BND, lengths, tails)
-        x_BND, y_BND = self.norm2.after(x_BND, branch, self.fused_norm)
-        return x_BND, self.mlp.branch(y_BND)
+            x_BND, y_BND = self.norm1.after(x_BND, pending, self.fused_norm)
+        pending = self.attention(y_BND, table, layout)
+        if layout.tails:
+            x_BND = last_tokens(x_BND, layout.lengths, layout.tails)
+        x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
+        return x_BND, self.mlp.pending(y_BND)
 
 
 def run(
+    blocks: Block, x_BND: jax.Array, table: rope.Table | None, layout: Layout = WHOLE
+) -> jax.Array:
+    """Run a stack over its depth: scan one compiled block, or unroll all of them."""
+    (x_BND,) = run_with_taps(blocks, x_BND, table, (_depth(blocks),), layout)
+    return x_BND
+
+
+def run_with_taps(
     blocks: Block,
     x_BND: jax.Array,
     table: rope.Table | None,
-    scan: bool,
-    remat: str,
-    lengths: Lengths = (),
-    tails: Lengths = (),
-) -> jax.Array:
-    """Run a stack over its depth: one compiled block scanned, or all of them unrolled.
+    taps: Sequence[int],
+    layout: Layout = WHOLE,
+) -> list[jax.Array]:
+    """Run a stack and return the residual stream after each of some layers.
 
-    tails: of each sequence, how many tokens at its end are wanted; the last block leaves the others
-    out.
+    taps: numbers of these layers, counted from 1, rising. The stack ends with the last of them.
     """
     graphdef, params = nnx.split(blocks)
+    compute, whole = blocks.compute, layout._replace(tails=())
 
-    def one(tails: Lengths) -> Callable[[jax.Array, nnx.State], jax.Array]:
+    def one(layout: Layout) -> Callable[[jax.Array, nnx.State], jax.Array]:
         def block(x_BND: jax.Array, params: nnx.State) -> jax.Array:
-            return split_rows(nnx.merge(graphdef, params)(split_rows(x_BND), table, lengths, tails))
+            return split_rows(nnx.merge(graphdef, params)(split_rows(x_BND), table, layout))
 
-        if remat == "none":
+        if compute.remat == "none":
             return block
-        # Inside a scan nothing can be merged with the first pass anyway, and the guard costs.
-        return jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scan)
+        # Inside a scan nothing can be merged with the forward pass, and the guard against it costs.
+        return jax.checkpoint(block, policy=REMAT[compute.remat], prevent_cse=not compute.scan)
 
-    block, last = one(()), one(tails)
+    block, last = one(whole), one(layout)
     leaves, structure = jax.tree.flatten(params)
-    depth = len(leaves[0])
-    if scan:
-        scanned = jax.tree.map(lambda leaf: leaf[: depth - bool(tails)], params)
-        x_BND, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x_BND, scanned)
-        return last(x_BND, jax.tree.map(lambda leaf: leaf[-1], params)) if tails else x_BND
-    # One split a parameter: its gradient is one concatenation, not a sum over padded slices.
-    slices = [[s[0] for s in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
+    spans = list(pairwise((0, *taps)))
+    outputs = []
+    if compute.scan:
+        for start, end in spans:
+            apart = bool(layout.tails) and end == taps[-1]  # its last block has another layout
+            scanned = _layers(params, slice(start, end - apart))
+            x_BND, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x_BND, scanned)
+            if apart:
+                x_BND = last(x_BND, _layers(params, end - 1))
+            outputs.append(x_BND)
+        return outputs
+    # One split of each parameter: its gradient is one concatenation, not a sum of padded slices.
+    slices = [[s[0] for s in jax.lax.split(leaf, (1,) * len(leaf))] for leaf in leaves]
     layers = [jax.tree.unflatten(structure, layer) for layer in zip(*slices, strict=True)]
-    if remat != "none":
-        for layer in layers[:-1]:
-            x_BND = block(x_BND, layer)
-        return last(x_BND, layers[-1])
-    branch = None  # of each block goes into the next one's norm
-    for layer in layers:
-        x_BND, branch = nnx.merge(graphdef, layer).branch(
-            split_rows(x_BND), branch, table, lengths, tails if layer is layers[-1] else ()
-        )
-    return split_rows(x_BND if branch is None else x_BND + total(branch))
+    pending = None
+    for start, end in spans:
+        for number, layer in enumerate(layers[start:end], start + 1):
+            final = number == taps[-1]
+            if compute.remat != "none":
+                x_BND = (last if final else block)(x_BND, layer)
+                continue
+            # Each block's update stays pending until the next one's norm, which adds it.
+            x_BND, pending = nnx.merge(graphdef, layer).residual(
+                split_rows(x_BND), pending, table, layout if final else whole
+            )
+        outputs.append(split_rows(x_BND if pending is None else x_BND + total(pending)))
+    return outputs
 
 
-def check_remat(remat: str) -> None:
-    if remat not in REMAT:
-        raise UserError(f"model.remat={remat!r}: wanted one of {', '.join(REMAT)}")
+def _layers(params: nnx.State, index: int | slice) -> nnx.State:
+    return jax.tree.map(lambda leaf: leaf[index], params)
+
+
+def _depth(blocks: Block) -> int:
+    return blocks.mlp.fc1.kernel.shape[0]
 
 
 def flops(blocks: Block, tokens: int, tail: int | None = None) -> int:
     """Count the operations of the products in one forward pass over one sequence.
 
-    tail: of the tokens, those that the last block is to give.
+    tail: tokens whose outputs the last block returns; None: all.
     """
     depth, width, hidden = blocks.mlp.fc1.kernel.shape
 

@@ -1,4 +1,4 @@
-"""Layer norm, and the sum of the residual stream that comes before it."""
+"""Layer norm, and the residual sum before it."""
 
 from typing import Literal
 
@@ -7,16 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.nn.kernels.devices import device_name, modern_gpu, triton_is_there
+from wmjax.nn.kernels.devices import device_name, has_triton, modern_gpu
 
 EPS = 1e-6  # of every layer norm inside encoders and predictors
 
-# What is still to be added to the residual stream: a product, and the bias that belongs to it.
-Branch = tuple[jax.Array, jax.Array]
+# A pending update of the residual stream: a product and its bias. They are kept apart so that one
+# kernel adds both to the stream.
+Pending = tuple[jax.Array, jax.Array]
 
 
-def total(branch: Branch) -> jax.Array:
-    product, bias = branch
+def total(pending: Pending) -> jax.Array:
+    product, bias = pending
     return product + bias.astype(product.dtype)[None, None]
 
 
@@ -36,26 +37,24 @@ class LayerNorm(nnx.Module):
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         return layer_norm(x_BND, self.eps) * self.scale[None, None] + self.bias[None, None]
 
-    def after(self, x_BND: jax.Array, branch: Branch, fused: bool) -> tuple[jax.Array, jax.Array]:
-        """Return the sum of x and the branch, and that normalised: if fused, in x's dtype."""
+    def after(self, x_BND: jax.Array, pending: Pending, fused: bool) -> tuple[jax.Array, jax.Array]:
+        """Return x plus the pending update, and the norm of the sum; fused: both in x's dtype."""
         if fused:
             from wmjax.nn.kernels.norm_gpu import add_norm  # Pallas takes a while to import
 
             vectors = self.scale[...], self.bias[...]
-            return add_norm(x_BND, *branch, *vectors, self.eps, x_BND.dtype)
-        x_BND = x_BND + total(branch)
+            return add_norm(x_BND, *pending, *vectors, self.eps, x_BND.dtype)
+        x_BND = x_BND + total(pending)
         return x_BND, self(x_BND)
 
 
 def choose_norm(wanted: str, dtype: jnp.dtype) -> Literal["xla", "fused"]:
-    """Return how a sum and the norm after it will be done; UserError for what cannot."""
-    fits = modern_gpu() and dtype == jnp.bfloat16 and triton_is_there()
+    """Return how a sum and the norm after it are computed; UserError where that cannot run."""
+    fits = modern_gpu() and dtype == jnp.bfloat16 and has_triton()
     if wanted == "auto":
         return "fused" if fits else "xla"
     if wanted == "xla":
         return "xla"
-    if wanted != "fused":
-        raise UserError(f"model.norm={wanted!r}: wanted auto, xla or fused")
     if not fits:
         raise UserError(
             f"model.norm='fused' on {device_name()}, {dtype}, jax {jax.__version__}: "

@@ -1,4 +1,4 @@
-"""Learned positions, as image transformers have them, for encoders that begin as one."""
+"""Learned position embeddings, for encoders that start from an image transformer."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,13 @@ import numpy as np
 from flax import nnx
 
 from wmjax.nn import rope
+from wmjax.types import TokenGrid
 
 
 def bicubic(new: int, old: int) -> np.ndarray:
     """Return the (new, old) matrix of a bicubic resize in one direction, float64.
 
-    As torch's interpolate has it (align_corners and antialias off): a = -0.75, edges repeated.
+    Equals torch's interpolate with align_corners and antialias off: a = -0.75, edges repeated.
     """
     a = -0.75
     source = (np.arange(new) + 0.5) * (old / new) - 0.5
@@ -27,11 +28,11 @@ def bicubic(new: int, old: int) -> np.ndarray:
 
 
 class Positions(nnx.Module):
-    """What is added to a token for where and when it is.
+    """Embeddings of a token's place in space and time, which are added to the token.
 
-    space: (grid, grid, width), resized to the rows and columns of the clip at hand as image models
-    do. time: (width,), how much of a fixed sin-cos of the tubelet's number each channel gets. It
-    starts at 0: an image model sees the frames of a clip at first as it saw images.
+    space: (grid, grid, width), resized to the rows and columns of the clip as image models do.
+    time: (width,), the weight of a fixed sin-cos embedding of the tubelet's number in each channel.
+    It starts at 0, so the model at first sees the frames of a clip as it saw images.
     """
 
     def __init__(self, rngs: nnx.Rngs, grid: int, width: int):
@@ -39,7 +40,7 @@ class Positions(nnx.Module):
         self.space = nnx.Param(space, axes=(None, None, "embed"))
         self.time = nnx.Param(jnp.zeros(width), axes=("embed",))
 
-    def __call__(self, ids_BN: jax.Array, grid: rope.Grid) -> jax.Array:
+    def __call__(self, ids_BN: jax.Array, grid: TokenGrid) -> jax.Array:
         """Return float32 embeddings, (B, N, width)."""
         _, rows, columns = grid
         by_row, by_column = (

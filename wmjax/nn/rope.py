@@ -1,8 +1,8 @@
-"""Where a token is in the clip: 3-D rotary tables and fixed sin-cos embeddings, from token ids.
+"""Position encodings of tokens in (time, row, column): 3-D rotary tables and fixed sin-cos.
 
-Made once a call, in float32, and shared by all layers: built in bfloat16 the frequencies would be
-off by up to 1.6 %. Positions count from 0 along (time, row, column) of the grid of the input at
-hand, so any size and shape of frame works, in the encoder and in the predictor alike.
+A table is built once a call, in float32, and all layers share it: in bfloat16 the frequencies would
+be wrong by up to 1.6 %. Coordinates count from 0 in the token grid of the input, so frames of any
+size and shape work.
 """
 
 import jax
@@ -10,31 +10,56 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmjax.errors import UserError
+from wmjax.types import TokenGrid
 
-Grid = tuple[int, int, int]
+Coordinates = tuple[jax.Array, jax.Array, jax.Array]  # time, row, column of each token: float32, BN
 Table = tuple[jax.Array, jax.Array]  # cosines; sines, negative for the first of a pair
 
 KINDS = ("tiled", "interleaved", "sincos")
 
 
-def all_ids(grid: Grid) -> jax.Array:
+def all_ids(grid: TokenGrid) -> jax.Array:
     """Return the ids of every token, for a batch of one."""
     return jnp.arange(grid[0] * grid[1] * grid[2], dtype=jnp.int32)[None]
 
 
-def table(ids_BN: jax.Array, grid: Grid, head_dim: int, kind: str) -> Table | None:
-    """Return the cosines and sines to rotate heads by, (B, N, 1, head_dim); None for sincos.
+def coordinates(ids_BN: jax.Array, grid: TokenGrid) -> Coordinates:
+    """Return time, row and column of the cells with these ids."""
+    _, rows, columns = grid
+    time_BN, row_BN, column_BN = (
+        ids_BN // (rows * columns),
+        ids_BN // columns % rows,
+        ids_BN % columns,
+    )
+    return (
+        time_BN.astype(jnp.float32),
+        row_BN.astype(jnp.float32),
+        column_BN.astype(jnp.float32),
+    )
 
-    A third of the head, cut to an even number, turns with each axis; the tail stays (angle 0).
-    tiled: the two members of a rotated pair get different angles, as the weights released with
-    V-JEPA 2 expect, at the price of being no rotation: norms and shifts are not preserved.
-    interleaved: one angle a pair, as in V-JEPA 2.1.
+
+def at_time(time_BN: jax.Array) -> Coordinates:
+    """Return coordinates of tokens that have a time only, such as actions and states.
+
+    Row and column are 0, so the parts of a head that encode them are not rotated.
+    """
+    time_BN = time_BN.astype(jnp.float32)
+    return time_BN, jnp.zeros_like(time_BN), jnp.zeros_like(time_BN)
+
+
+def table(coordinates: Coordinates, head_dim: int, kind: str) -> Table | None:
+    """Return the cosines and sines that rotate heads, (B, N, 1, head_dim); None for sincos.
+
+    Each axis rotates a third of the head, rounded down to an even number; the rest stays as it is.
+    tiled: the two members of a pair get different angles, as the weights released with V-JEPA 2
+    expect. This is no true rotation: it preserves neither norms nor relative positions.
+    interleaved: both members of a pair get one angle, as in V-JEPA 2.1.
     """
     if kind == "sincos":
         return None
     size = 2 * (head_dim // 6)
     angles = []
-    for position_BN in _positions(ids_BN, grid):
+    for position_BN in coordinates:
         angle_BNF = position_BN[:, :, None] * _frequencies(size // 2)
         if kind == "tiled":
             angles.append(jnp.concatenate([angle_BNF, angle_BNF], axis=-1))
@@ -46,35 +71,38 @@ def table(ids_BN: jax.Array, grid: Grid, head_dim: int, kind: str) -> Table | No
 
 
 def rotate(x_BNHd: jax.Array, rope: Table | None) -> jax.Array:
-    """Rotate neighbouring pairs of the last axis in float32; give back the dtype that came."""
+    """Rotate neighbouring pairs of the last axis in float32; keep the dtype of x."""
     if rope is None:
         return x_BNHd
     cos, sin = rope
     x = x_BNHd.astype(jnp.float32)
-    # Members of a pair change places, and the table has the sign: one pass of neighbours on a GPU,
-    # where putting (-x1, x0) together would be several of scattered ones.
+    # Swap the members of each pair; the table holds the sign. On a GPU this is one pass over
+    # neighbours, where building (-x1, x0) takes several scattered passes.
     swapped = jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
     return (x * cos + swapped * sin).astype(x_BNHd.dtype)
 
 
-def sincos(ids_BN: jax.Array, grid: Grid, width: int) -> jax.Array:
+def sincos(coordinates: Coordinates, width: int) -> jax.Array:
     """Return fixed embeddings (B, N, width): half for time, a quarter each for row and column.
 
-    Sines then cosines within each part (V-JEPA 1 and 2 without RoPE, `uniform_power` off).
+    Each part holds its sines, then its cosines (V-JEPA 1 and 2 without RoPE, `uniform_power` off).
     """
     sizes = (width // 2, width // 4, width // 4)
-    axes = zip(_positions(ids_BN, grid), sizes, strict=True)
+    axes = zip(coordinates, sizes, strict=True)
     return jnp.concatenate([sincos_along(position, size) for position, size in axes], axis=-1)
 
 
 def sincos_along(position_BN: jax.Array, size: int) -> jax.Array:
-    """Return the embedding (B, N, size) of positions on one axis: sines, then cosines."""
+    """Return the embedding (B, N, size) of coordinates on one axis: sines, then cosines."""
     angle_BNF = position_BN[:, :, None] * _frequencies(size // 2)
     return jnp.concatenate([jnp.sin(angle_BNF), jnp.cos(angle_BNF)], axis=-1)
 
 
 def check(kind: str, width: int, heads: int, prefix: str = "model.") -> None:
-    """Refuse widths that heads or the position encoding cannot divide; prefix: of their keys."""
+    """Raise UserError for a width that heads or the position encoding do not divide.
+
+    prefix: start of the names of these keys, in the error.
+    """
     if kind not in KINDS:
         raise UserError(f"model.rope={kind!r}: unknown kind; there are: {', '.join(KINDS)}")
     if width % heads or (width // heads) % 2:
@@ -88,9 +116,3 @@ def check(kind: str, width: int, heads: int, prefix: str = "model.") -> None:
 def _frequencies(count: int) -> jax.Array:
     """Return 10000^(-i/count), shaped (1, 1, count)."""
     return jnp.asarray(10000.0 ** -(np.arange(count) / count), jnp.float32)[None, None]
-
-
-def _positions(ids_BN: jax.Array, grid: Grid) -> tuple[jax.Array, ...]:
-    _, rows, columns = grid
-    parts = (ids_BN // (rows * columns), ids_BN // columns % rows, ids_BN % columns)
-    return tuple(p.astype(jnp.float32) for p in parts)

@@ -1,10 +1,12 @@
-"""Checkpoints: the train state, the position in the data and the configuration, saved together.
+"""Checkpoints: train state, position in the data and configuration, saved together.
 
-Orbax writes them asynchronously into workdir/checkpoints/STEP, a folder that appears when all of it
-is there, a manifest of its files included. What is no longer as the manifest has it is not read.
+Orbax writes each one asynchronously into a temporary folder in workdir/checkpoints. When all files
+and a manifest of their hashes are written, Orbax renames that folder to STEP. A checkpoint whose
+files do not match its manifest is damaged and never loaded.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -17,19 +19,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, reason
 from wmjax.run import coordination, manifest
-from wmjax.run.console import reason, say
+from wmjax.run.console import say
 from wmjax.step import TrainState
 
-_PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a folder while Orbax writes it
-_DELETED = ".deleted"
-_DAMAGED = ".damaged"
-_PATIENCE_S = 24 * 3600  # of a save: what is stuck, the watchdog ends
+_PARTIAL = ocp.utils.TMP_DIR_SUFFIX  # part of a folder's name until its save is complete
+_DELETED = ".deleted"  # suffix of a folder while it is deleted
+_DAMAGED = ".damaged"  # suffix of a damaged checkpoint that a later save replaces
+_SAVE_TIMEOUT_S = 24 * 3600  # longer than any save; the watchdog ends a process that is stuck
 
 
 class _FailedElsewhere(Exception):
-    """A save failed in another process of the run."""
+    """The save failed in another process of the run."""
 
 
 class Restored(NamedTuple):
@@ -39,10 +41,11 @@ class Restored(NamedTuple):
 
 
 def newest(folder: Path, *, verify: bool = True, advice: str = "") -> int | None:
-    """Return the newest checkpoint that is whole; those after it are named with what is wrong.
+    """Return the step of the newest intact checkpoint; None where there is no checkpoint.
 
-    verify: hash every file, or else take the newest as it is. All processes call this at once, and
-    the first one looks. Raises UserError, with advice, where there are some and none is whole.
+    verify: True hashes every file and warns about each newer, damaged checkpoint; False returns the
+    newest without checking it. A collective: all processes call it, process 0 reads the files.
+    Raises UserError, ending in `advice`, when every checkpoint is damaged.
     """
     found = -1
     if jax.process_index() == 0:
@@ -55,41 +58,46 @@ def newest(folder: Path, *, verify: bool = True, advice: str = "") -> int | None
             faults.append(f"{folder / str(step)} is damaged: {fault}")
         if found >= 0:
             for fault in faults:
-                say(f"warning: {fault}; step {found}, before it, is taken")
+                say(f"warning: {fault}; using step {found} instead")
         elif faults:
             found = -2
             say("\n".join(faults))
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == -2:
-        raise UserError(f"{folder}: no checkpoint in it is whole{advice}")
+        raise UserError(f"{folder}: every checkpoint in it is damaged{advice}")
     return None if found < 0 else found
 
 
 class Checkpoints:
-    """The checkpoints of one run; use it as a context manager, so that a save in flight ends."""
+    """The checkpoints of one run; a context manager, which waits for the save in progress."""
 
-    def __init__(self, folder: Path, *, keep: int, verify: bool = True) -> None:
-        """Open or create `folder`; only the newest `keep` checkpoints are kept.
+    def __init__(
+        self, folder: Path, *, keep: int, keep_period: int = 0, verify: bool = True
+    ) -> None:
+        """Open or create `folder`.
 
-        verify: before one is read, its files are held against their manifest.
+        keep: the newest N checkpoints are kept. keep_period: checkpoints of steps that it divides
+        are kept as well, for ever; 0: none. verify: check the newest checkpoint's files against
+        their manifest, and fall back to an older one where they differ.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
             probe.touch()
-            probe.unlink(missing_ok=True)  # another process of the run may have been faster
+            probe.unlink(missing_ok=True)  # another process of the run may have removed it
         except OSError as error:
             raise UserError(f"--workdir: cannot write {folder}: {error.strerror}") from error
-        for name in ("absl", "asyncio"):  # a save that fails is said in a line, not by each write
+        for name in ("absl", "asyncio"):  # they log each failed write; `_fail` prints one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._folder, self._keep = folder.absolute(), keep
+        self._folder, self._keep, self._keep_period = folder.absolute(), keep, keep_period
         advice = (
-            "; to begin anew: another --workdir\n"
-            "to read the newest all the same: --config.checkpoint.verify=False"
+            "; to start over: another --workdir\n"
+            "to load the newest without checking it: --config.checkpoint.verify=False"
         )
         self._newest = newest(folder, verify=verify, advice=advice)
         self._saving: int | None = None
-        self._saves = self._met = 0  # saves begun; how often the processes met in the last of them
+        self._saves = 0  # saves started
+        self._barriers = 0  # barriers passed in the current save
         self._failure = ""
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -98,9 +106,9 @@ class Checkpoints:
                 meta=ocp.JsonCheckpointHandler(),
             ),
             async_options=ocp.options.AsyncOptions(
-                timeout_secs=_PATIENCE_S,
-                barrier_sync_fn=self._meet,
-                post_finalization_callback=self._seal,
+                timeout_secs=_SAVE_TIMEOUT_S,
+                barrier_sync_fn=self._barrier,
+                post_finalization_callback=self._write_manifest,
                 create_directories_asynchronously=False,
             ),
         )
@@ -114,50 +122,50 @@ class Checkpoints:
         if self._failure and kind is None:
             kept = "none" if self._newest is None else f"step {self._newest}"
             raise UserError(
-                f"{self._failure}\nthe newest checkpoint: {kept}; "
-                "once it can be written, the same command goes on from there"
+                f"{self._failure}\nnewest checkpoint: {kept}; "
+                "fix the cause, then resume from it with the same command"
             )
 
     def latest(self) -> int | None:
-        """Return the newest checkpoint that is whole."""
+        """Return the step of the newest intact checkpoint; None where there is none."""
         return self._newest
 
     def save(
         self, step: int, state: TrainState, data: dict[str, Any], meta: dict[str, Any]
     ) -> None:
-        """Start saving `step`; returns once the arrays are copied off the devices.
+        """Start saving `step`; return once the arrays are copied off the devices.
 
-        What fails is said, and tried again by the next call, of whatever step.
+        A failed save prints a warning, and training goes on: the next save tries again.
         """
         self.wait()
         if step == self._newest:
             return
-        self._saving, self._met = step, 0
+        self._saving, self._barriers = step, 0
         self._saves += 1
         try:
             self._clear()
             self._orbax.save(
                 self._folder / str(step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    state=ocp.args.StandardSave(state.saved()),
                     data=ocp.args.JsonSave(data),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
-        except Exception as error:  # which, depends on the storage
+        except Exception as error:  # the type depends on the storage
             self._fail(error)
-            if jax.process_count() > 1:  # the others are within the save, and would wait for ever
+            if jax.process_count() > 1:  # the others would wait for this process inside the save
                 raise UserError(self._failure) from error
 
     def wait(self) -> None:
-        """Wait for the save in flight."""
+        """Wait for the save in progress."""
         if self._saving is None:
             return
         try:
             self._orbax.wait_until_finished()
         except Exception as error:
             if jax.process_count() > 1 and not isinstance(error, _FailedElsewhere):
-                self._tell(error)
+                self._tell_others(error)
             self._fail(error)
             return
         self._newest, self._saving, self._failure = self._saving, None, ""
@@ -165,69 +173,59 @@ class Checkpoints:
             self._prune(self._keep)
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
-        """Restore `step` onto the shardings of `abstract`, bit for bit.
-
-        Raises UserError naming the first parameter whose shape is another one: Orbax itself would
-        say only that trees differ, and would cast another dtype without a word.
-        """
+        """Restore `step`, bit for bit, onto the shardings of `abstract`."""
         folder = self._folder / str(step)
-        saved = ocp.StandardCheckpointHandler().metadata(folder / "state")
-        if difference := _difference(saved, abstract):
-            raise UserError(
-                f"{folder}: a checkpoint of another model. {difference}\n"
-                f"restore the configuration in {self._folder.parent / 'config.json'}, "
-                f"or start afresh with another --workdir"
-            )
-        restored = self._orbax.restore(
-            folder,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
-                data=ocp.args.JsonRestore(),
-                meta=ocp.args.JsonRestore(),
-            ),
+        advice = (
+            f"\nuse the configuration in {self._folder.parent / 'config.json'}, "
+            "or start over with another --workdir"
         )
-        return Restored(restored.state, restored.data, restored.meta)
+        state = _restore_state(folder, abstract, str(folder), advice)
+        return Restored(state, _restore_json(folder / "data"), _restore_json(folder / "meta"))
 
     def _fail(self, error: Exception) -> None:
         step, self._saving = self._saving, None
         self._failure = f"{self._folder / str(step)}: not written: {reason(error)}"
         say(f"warning: {self._failure}; the next save tries again")
 
-    def _tell(self, error: Exception) -> None:
-        """Tell the other processes, and meet them where they wait for this one."""
+    def _tell_others(self, error: Exception) -> None:
+        """Publish that the save failed here, then join the barrier where the others wait."""
         failed = f"process {jax.process_index()}: {reason(error)}"
         coordination.tell(f"save/{self._saves}", failed)
         with contextlib.suppress(_FailedElsewhere, jax.errors.JaxRuntimeError):
-            self._meet(timeout_ms=1000 * _PATIENCE_S)
+            self._barrier(timeout_ms=1000 * _SAVE_TIMEOUT_S)
 
-    def _meet(self, *, timeout_ms: int, **_: object) -> None:
-        """Wait for the other processes within a save, as Orbax wants it; raise where one failed.
+    def _barrier(self, *, timeout_ms: int, **_: object) -> None:
+        """Wait for the other processes; raise _FailedElsewhere when the save failed in one.
 
-        Orbax's own barrier would keep them waiting for that one.
+        Orbax calls this instead of its own barrier. Its own would wait for the process that failed.
         """
-        self._met += 1
-        coordination.meet(f"save/{self._saves}/{self._met}", timeout_ms / 1000)
+        self._barriers += 1
+        coordination.meet(f"save/{self._saves}/{self._barriers}", timeout_ms / 1000)
         if failed := coordination.told(f"save/{self._saves}"):
             raise _FailedElsewhere(failed)
 
-    def _seal(self) -> None:
-        """Write the manifest; Orbax calls this in its thread, before the folder gets its name."""
+    def _write_manifest(self) -> None:
+        """Write the manifest; Orbax calls this in its thread just before it renames the folder."""
         (partial,) = self._folder.glob(f"{self._saving}{_PARTIAL}*")
         manifest.write(partial)
         self._prune(max(self._keep - 1, 1))
 
     def _prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints and those that keep_period keeps."""
         with contextlib.suppress(OSError):
             for step in _steps(self._folder)[:-keep]:
+                if self._keep_period and step % self._keep_period == 0:
+                    continue
+                # Renamed first: a kill while files are deleted leaves no checkpoint with gaps.
                 gone = self._folder / f"{step}{_DELETED}"
                 os.replace(self._folder / str(step), gone)
                 shutil.rmtree(gone)
 
     def _clear(self) -> None:
-        """Remove what saves left that were cut short, and rename checkpoints that are damaged."""
+        """Delete the leftovers of interrupted saves and rename damaged checkpoints."""
         if jax.process_index():
             return
-        with contextlib.suppress(OSError):  # what is in the way then, Orbax will say
+        with contextlib.suppress(OSError):  # the save itself reports what is wrong
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.iterdir():
                 if _PARTIAL in path.name or path.suffix == _DELETED:
@@ -244,22 +242,21 @@ def _steps(folder: Path) -> list[int]:
 
 
 class Saved:
-    """The newest checkpoint of a run, whatever its model: `step`, `meta`, and its arrays.
+    """The newest intact checkpoint of a run, read without knowing its model.
 
-    shapes, dtypes: by path, as in "params.encoder.norm.scale".
+    step, meta: as saved. shapes, dtypes: of each array, by name ("params.encoder.norm.scale").
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; wanted the checkpoints of a run")
+            raise UserError(f"{folder}: no such folder; wanted a run's checkpoints")
         step = newest(folder)
         if step is None:
             raise UserError(f"{folder}: no checkpoint in it")
         self.step = step
         self._folder = folder.absolute() / str(step)
-        self._handler = ocp.PyTreeCheckpointHandler()
-        self.meta = ocp.JsonCheckpointHandler().restore(self._folder / "meta")
-        self._tree = tree = self._handler.metadata(self._folder / "state").tree
+        self.meta = _restore_json(self._folder / "meta")
+        tree = _saved_tree(self._folder)
         self._leaves = {
             _name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
@@ -267,14 +264,11 @@ class Saved:
         self.dtypes = {name: str(leaf.dtype) for name, (_, leaf) in self._leaves.items()}
 
     def restore(self, abstract: TrainState, what: str) -> TrainState:
-        """Restore the whole state onto the shardings of `abstract`; `what` names it in errors."""
-        if difference := _difference(self._tree, abstract):
-            raise UserError(f"{what}: a checkpoint of another model. {difference}")
-        args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self._restore(ocp.args.PyTreeRestore(abstract, restore_args=args))
+        """Restore the whole state onto the shardings of `abstract`; `what` begins errors."""
+        return _restore_state(self._folder, abstract, what)
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Return some arrays in host memory."""
+        """Return the named arrays in host memory."""
         wanted: dict[str, Any] = {}
         for name in names:
             path, leaf = self._leaves[name]
@@ -283,21 +277,42 @@ class Saved:
                 node = node.setdefault(key.key, {})
             node[path[-1].key] = leaf
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        state = self._restore(
-            ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
-        )
+        args = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
+        state = ocp.PyTreeCheckpointHandler().restore(self._folder / "state", args=args)
         return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
-    def _restore(self, args: ocp.args.PyTreeRestore) -> Any:
-        return self._handler.restore(self._folder / "state", args=args)
+
+def _restore_state(folder: Path, abstract: TrainState, what: str, advice: str = "") -> TrainState:
+    """Restore a checkpoint's state onto the shardings of `abstract`.
+
+    Raises UserError naming the first array whose shape or dtype differs. Orbax itself would say
+    only that the trees differ, and would cast another dtype silently.
+    """
+    trees = abstract.saved()
+    if difference := _difference(_saved_tree(folder), trees):
+        raise UserError(f"{what}: a checkpoint of another model. {difference}{advice}")
+    args = ocp.args.PyTreeRestore(
+        trees, restore_args=ocp.checkpoint_utils.construct_restore_args(trees)
+    )
+    restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
+    return dataclasses.replace(abstract, **restored)
+
+
+def _restore_json(folder: Path) -> dict[str, Any]:
+    return ocp.JsonCheckpointHandler().restore(folder)
+
+
+def _saved_tree(folder: Path) -> Any:
+    """Return the saved state as a tree of array metadata: shapes and dtypes."""
+    return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
 
 
 def _difference(saved: Any, wanted: Any) -> str:
-    """Name the first array that is of another shape or dtype, or not there; '' where none is."""
-    there, ours = _shapes(saved), _shapes(wanted)
-    for name in [*ours, *there]:
-        if there.get(name) != ours.get(name):
-            return f"{name}: {there.get(name, 'absent')} there, {ours.get(name, 'absent')} wanted"
+    """Describe the first array that is missing or has another shape or dtype; '' where none."""
+    found, ours = _shapes(saved), _shapes(wanted)
+    for name in sorted([*ours, *found], key=lambda name: not name.startswith("params")):
+        if found.get(name) != ours.get(name):
+            return f"{name}: found {found.get(name, 'none')}, wanted {ours.get(name, 'none')}"
     return ""
 
 

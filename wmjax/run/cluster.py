@@ -1,4 +1,4 @@
-"""The start of a run that is several processes: found by JAX itself, or told by three flags."""
+"""Start of a run of several processes: JAX detects the cluster, or three flags describe it."""
 
 import argparse
 import contextlib
@@ -12,40 +12,41 @@ from collections.abc import Iterator
 from typing import Any
 
 from wmjax.errors import UserError
+from wmjax.run import private
 
-PATIENCE_S = 20  # for a coordinator that does not answer; a program may still be starting there
-IMAGES_S = 300  # for containers, which start as their images arrive; of process 0, for the others
+PATIENCE_S = 20  # wait for the coordinator: its program may still be starting
+IMAGES_S = 300  # the same in containers, which first pull images; also process 0 for the others
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "several processes",
-        "Not needed on TPU pods and under Slurm, Kubernetes and Open MPI, where JAX finds them.",
+        "Not needed on TPU pods, Slurm, Kubernetes and Open MPI: JAX detects these.",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument(
-        "--processes", metavar="N", type=int, help="how many; 1: alone, whatever JAX finds"
+        "--processes", metavar="N", type=int, help="how many; 1: run alone, also inside a cluster"
     )
-    group.add_argument("--process", metavar="I", type=int, help="which of them, from 0, this is")
+    group.add_argument("--process", metavar="I", type=int, help="index of this process, from 0")
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the processes of the run; without flags, those of the cluster that JAX finds, if any.
+    """Join the other processes of the run, if there are any; call it before any use of a device.
 
-    Must come before the first use of a device. Raises UserError where that cannot be: once the
-    connection is begun, jax ends a process that does not get through with a fatal log.
+    Without flags it joins the cluster that JAX detects. Raises UserError when process 0 cannot be
+    reached. That is checked first because jax would end the process with a fatal log instead.
     """
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # run.signals handles them
+    jax.config.update("jax_enable_preemption_service", False)  # run.signals handles signals
     if coordinator is None and process is None and processes in (None, 1):
         if processes is None:
-            _join_what_is_found()
+            _join_detected_cluster()
         return
     if coordinator is None or processes is None or process is None:
         raise UserError(
             f"--coordinator={coordinator} --processes={processes} --process={process}: "
-            "wanted all three, or none where JAX finds the cluster"
+            "wanted all three, or none where JAX detects the cluster"
         )
     if not 0 <= process < processes:
         raise UserError(f"--process={process}: wanted 0 to {processes - 1}, as --processes says")
@@ -53,8 +54,8 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     if not (colon and port.isdigit() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator={coordinator}: wanted HOST:PORT")
     patience = IMAGES_S if "KUBERNETES_SERVICE_HOST" in os.environ else PATIENCE_S
-    with _saying_that_it_lasts(f"--coordinator={coordinator}", patience):
-        _meet("--coordinator=", coordinator, processes, process, patience)
+    with _notice_of_a_long_wait(f"--coordinator={coordinator}", patience):
+        _find_coordinator("--coordinator=", coordinator, processes, process, patience)
     _initialize(
         coordinator_address=coordinator,
         num_processes=processes,
@@ -64,40 +65,39 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
 
 
 def speaks() -> bool:
-    """Say whether this process is the one that prints; starts no device where it is alone."""
+    """Return whether this process prints; does not start the devices of a single process."""
     import jax
 
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def _join_what_is_found() -> None:
-    from jax._src.clusters import ClusterEnv  # what initialize() will find has no public name
-
-    kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+def _join_detected_cluster() -> None:
     try:
-        found = next((kind for kind in kinds if kind.is_env_present()), None)
+        found = private.detected_cluster()
         address = os.environ.get("JAX_COORDINATOR_ADDRESS")
         if found is None and address:
-            raise UserError(f"JAX_COORDINATOR_ADDRESS={address}, but JAX finds no cluster here")
+            raise UserError(f"JAX_COORDINATOR_ADDRESS={address}, but JAX detects no cluster here")
         if found is None:
             return
         patience = PATIENCE_S if found.name in ("slurm", "ompi") else IMAGES_S
-        with _saying_that_it_lasts(found.name, patience):
+        with _notice_of_a_long_wait(found.name, patience):
             coordinator = address or found.get_coordinator_address(
                 timeout_secs=patience,
                 override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
             )
             processes, process = found.get_process_count(), found.get_process_id()
-            _meet(f"{found.name}, process 0 at ", coordinator, processes, process, patience)
-    except Exception as error:  # each kind of cluster has its own
-        raise UserError(f"{error}\nto run by itself, whatever JAX finds: --processes=1") from error
+            _find_coordinator(
+                f"{found.name}, process 0 at ", coordinator, processes, process, patience
+            )
+    except Exception as error:  # the kinds depend on the cluster
+        raise UserError(f"{error}\nto run this process alone: --processes=1") from error
     _initialize()
 
 
 def _initialize(**flags: Any) -> None:
     import jax
 
-    # jax waits outside Python, which would not hear of Ctrl-C before the others have come.
+    # jax waits in C++. Python would handle Ctrl-C only after all processes have arrived.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(initialization_timeout=IMAGES_S, **flags)
@@ -106,8 +106,9 @@ def _initialize(**flags: Any) -> None:
 
 
 @contextlib.contextmanager
-def _saying_that_it_lasts(name: str, patience: int) -> Iterator[None]:
-    text = f"{name}: no answer of process 0 within {PATIENCE_S} s; waiting for up to {patience} s"
+def _notice_of_a_long_wait(name: str, patience: int) -> Iterator[None]:
+    """Print a line once PATIENCE_S have passed, where the wait may last longer."""
+    text = f"{name}: no answer from process 0 within {PATIENCE_S} s; waiting for up to {patience} s"
     late = threading.Timer(PATIENCE_S, print, [text], {"file": sys.stderr, "flush": True})
     if patience > PATIENCE_S:
         late.start()
@@ -117,8 +118,10 @@ def _saying_that_it_lasts(name: str, patience: int) -> Iterator[None]:
         late.cancel()
 
 
-def _meet(origin: str, coordinator: str, processes: int, process: int, patience: int) -> None:
-    """Return once process 0, which this may be, can be reached."""
+def _find_coordinator(
+    origin: str, coordinator: str, processes: int, process: int, patience: int
+) -> None:
+    """Wait until process 0 can be reached; in process 0, check that its port is free."""
     host, _, port = coordinator.rpartition(":")
     if process:
         _wait_for(origin, host.strip("[]"), int(port), patience)
@@ -137,7 +140,7 @@ def _meet(origin: str, coordinator: str, processes: int, process: int, patience:
 
 
 def _wait_for(origin: str, host: str, port: int, patience: int) -> None:
-    """Return once something listens there."""
+    """Wait until something listens on this port."""
     deadline = time.monotonic() + patience
     while True:
         try:

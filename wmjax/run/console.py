@@ -1,4 +1,4 @@
-"""What a run says: lines on the console, of the first process only."""
+"""Console output of a run, printed by process 0 only."""
 
 import contextlib
 import sys
@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    """Print from the first process only, above the progress bar if there is one.
+    """Print a line from process 0, above the progress bar if there is one.
 
-    A console that is gone, or a full disk behind it, stops nothing.
+    A closed console or a full disk behind it does not stop the run.
     """
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
@@ -18,13 +18,8 @@ def say(text: str) -> None:
             sys.stdout.flush()
 
 
-def reason(error: BaseException) -> str:
-    """Return what an error says, in a line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0][:200]
-
-
 def clock(seconds: float) -> str:
+    """Format seconds as M:SS or H:MM:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,50 +1,52 @@
-"""What the processes of a run tell each other beside arrays, by the service that jax started.
+"""Messages and barriers between the processes of a run, through jax's coordination service.
 
-The one room that uses jax's client of that service, for which there is no public name.
+They use no device, so they also work from threads and while a device is busy or stuck.
 """
 
 import contextlib
+from typing import Any
 
 import jax
-from jax._src import distributed
+
+from wmjax.run import private
 
 
 def alone() -> bool:
-    """Say whether the run is this process only."""
-    return distributed.global_state.client is None or jax.process_count() == 1
+    """Return whether the run is a single process."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def tell(key: str, value: str) -> None:
-    """Leave a value for the other processes."""
+    """Publish a value for the other processes; overwrites an earlier one."""
     _client().key_value_set(f"wmjax/{key}", value, allow_overwrite=True)
 
 
 def told(key: str) -> str | None:
-    """Return what a process left; None where it did not, or the service does not answer."""
+    """Return a published value; None where there is none or the service does not answer."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         return _client().key_value_try_get(f"wmjax/{key}")
     return None
 
 
 def wait_told(key: str, seconds: float) -> str:
-    """Return what a process leaves within some seconds; raise JaxRuntimeError where none does."""
+    """Wait for a value and return it; raise JaxRuntimeError after so many seconds."""
     return _client().blocking_key_value_get(f"wmjax/{key}", round(1e3 * seconds))
 
 
 def meet(name: str, seconds: float) -> None:
-    """Wait until all processes meet; raise JaxRuntimeError where some do not within the time."""
+    """Wait until all processes reach this barrier; raise JaxRuntimeError after so many seconds."""
     _client().wait_at_barrier(f"wmjax/{name}", round(1e3 * seconds))
 
 
-def roll_call(name: str, value: str, seconds: float) -> list[str | None]:
-    """Return the values that all processes give within some seconds, in order; None: no answer."""
+def gather_values(name: str, value: str, seconds: float) -> list[str | None]:
+    """Return one value of each process, in order; None for a process that does not answer."""
     tell(f"{name}/{jax.process_index()}", value)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # some are missing: which, is asked below
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the next line finds who is missing
         meet(name, seconds)
     return [told(f"{name}/{process}") for process in range(jax.process_count())]
 
 
-def _client() -> "distributed._jax.DistributedRuntimeClient":
-    client = distributed.global_state.client
+def _client() -> Any:
+    client = private.coordination_client()
     assert client is not None
     return client

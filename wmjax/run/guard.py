@@ -1,4 +1,4 @@
-"""An eye on the steps as they are done: updates left out are named, losses that jump reported."""
+"""Checks finished steps: names the clips of skipped updates, warns of loss spikes."""
 
 import statistics
 from collections import deque
@@ -10,44 +10,31 @@ from jax.experimental import multihost_utils
 
 from wmjax.errors import UserError
 from wmjax.run.console import say
-from wmjax.step import Metrics
 from wmjax.types import WorldModelInput
 
-WINDOW = 200  # losses that the next one is held against
-FEWEST = 50
-SPREADS = 10.0  # above the median, in units of the usual distance from it: a spike
+WINDOW = 200  # losses that the next one is compared with
+FEWEST = 50  # losses before anything is called a spike
+SPREADS = 10.0  # distance above the median, in median absolute deviations, that makes a spike
 
 
 class Guard:
-    """Looks at each step once it is done, one step late, so that the device is never waited for.
-
-    limit: updates left out in a row that end the run. note(step, entry) keeps an entry for later.
-    """
+    """limit: consecutive skipped updates that end the run. note(step, entry) writes to a file."""
 
     def __init__(self, limit: int, note: Callable[[int, dict[str, Any]], None]) -> None:
         self._limit, self._note = limit, note
-        self._pending: tuple[int, Metrics, WorldModelInput] | None = None
         self._in_a_row, self._spiking = 0, False
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
-    def add(self, step: int, metrics: Metrics, batch: WorldModelInput) -> None:
-        """Take a step that was dispatched; wait for the one before and look at it."""
-        self.settle()
-        self._pending = (step, metrics, batch)
-
-    def settle(self) -> None:
-        """Wait for the last step that was added and look at it."""
-        if self._pending is None:
-            return
-        (step, metrics, batch), self._pending = self._pending, None
+    def look(self, step: int, metrics: Any, batch: WorldModelInput) -> None:
+        """Wait for a step and check it."""
         loss, skipped = jax.device_get((metrics["loss"].total, metrics["skipped_updates"].total))
         if skipped:
-            self._left_out(step, batch)
+            self._skipped(step, batch)
         else:
             self._in_a_row = 0
             self._compare(step, float(loss))
 
-    def _left_out(self, step: int, batch: WorldModelInput) -> None:
+    def _skipped(self, step: int, batch: WorldModelInput) -> None:
         ids = (batch.dataset_ids_B, batch.sample_ids_B)
         datasets, samples = (multihost_utils.process_allgather(x, tiled=True).tolist() for x in ids)
         clips = ", ".join(f"{d}:{s}" for d, s in zip(datasets, samples, strict=True))

@@ -1,29 +1,28 @@
-"""What the files of a folder held when they were written: their sizes and SHA-256, beside them."""
+"""The manifest of a checkpoint: size and SHA-256 of each file, to detect damage later."""
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from wmjax.run import files
+
 NAME = "manifest.json"
-_THREADS = 8  # hashing leaves the interpreter to others
+_THREADS = 8  # hashing releases the GIL
 
 
 def write(folder: Path) -> None:
-    """Write the manifest of all files in the folders inside `folder`; it appears when whole."""
+    """Write `folder`'s manifest, of all files in its subfolders."""
     names = sorted(
         str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file()
     )
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = dict(zip(names, pool.map(_entry, (folder / name for name in names)), strict=True))
-    part = folder / f"{NAME}.part"
-    part.write_text(json.dumps(entries, indent=0))
-    os.replace(part, folder / NAME)
+    files.write_whole(folder / NAME, json.dumps(entries, indent=0))
 
 
 def fault(folder: Path) -> str:
-    """Say in a few words what is no longer as the manifest has it; '' where nothing is."""
+    """Describe the first file that does not match the manifest; '' where all match."""
     if not (folder / NAME).is_file():
         return f"no {NAME}"
     try:
@@ -36,12 +35,12 @@ def fault(folder: Path) -> str:
         found = pool.map(_entry, (folder / name for name in entries))
         for (name, wanted), entry in zip(entries.items(), found, strict=True):
             if entry != wanted:
-                return f"{name} {_compared(entry, wanted)}"
+                return f"{name} {_mismatch(entry, wanted)}"
     return ""
 
 
 def _entry(path: Path) -> list:
-    """Return size and SHA-256 of a file; nothing where it cannot be read."""
+    """Return [size, SHA-256] of a file; [] where it cannot be read."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -50,9 +49,9 @@ def _entry(path: Path) -> list:
         return []
 
 
-def _compared(found: list, wanted: object) -> str:
+def _mismatch(found: list, wanted: object) -> str:
     if not found:
-        return "is not there"
+        return "is missing or cannot be read"
     if isinstance(wanted, list) and wanted[:1] != found[:1]:
-        return f"has {found[0]} bytes, {wanted[0] if wanted else 'none'} wanted"
-    return "holds something else than was written"
+        return f"has {found[0]} bytes, wanted {wanted[0] if wanted else 'none'}"
+    return "has other content than was written"

@@ -1,7 +1,7 @@
-"""How a run is stopped from outside: by a signal to any process, at a point all of them agree on.
+"""Stop a run by a signal to any of its processes; all processes stop after the same batch.
 
-What processes do together comes in batches: train steps, validation, probes. They stop between
-two batches, the same two everywhere, and no later than the batch that one of them has begun.
+Processes work in step, batch by batch: training, validation, probes. After a signal they agree on
+the furthest batch that one of them has begun, finish it, and stop.
 """
 
 import contextlib
@@ -22,33 +22,33 @@ from wmjax.data.pipeline import Pipeline
 from wmjax.run import coordination
 from wmjax.types import WorldModelInput
 
-# What schedulers send first; SIGUSR1 is what Slurm's --signal=USR1@SECONDS is set to by habit.
+# Schedulers send these before they kill a job; SIGUSR1 is from Slurm's --signal=USR1@SECONDS.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 0.2
-ANSWER_S = 600.0  # for a process that is to say how far it is
-TWICE_S = 0.5  # within which a launcher may pass on the Ctrl-C that the terminal sent already
-CLOSE_S = 5.0  # for threads that read clips; one may hang
+ANSWER_S = 600.0  # time for every process to publish its last batch
+TWICE_S = 0.5  # a launcher may forward, within this time, a Ctrl-C that the terminal sent already
+CLOSE_S = 5.0  # time for the reader threads to end; one may hang
 
 
 class Stopped(Exception):
-    """The run is to stop: the next batch is not begun, in no process."""
+    """The run stops: no process begins the next batch."""
 
 
 class StopSignal:
-    """Turns a signal into a request to stop between two batches; a context manager.
+    """Catches signals and stops the run between two batches; a context manager.
 
-    received: number of the signal, 0 where there was none. A Ctrl-C more than TWICE_S after it
-    leaves at once.
-    left_behind: threads that read clips are left, and do not end.
+    received: the signal's number, 0 before there is one. A Ctrl-C that follows more than TWICE_S
+    later ends the process immediately, without a save.
+    left_behind: True when reader threads did not end in time and are still running.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.left_behind = False
-        self._begun = 0  # batches
-        self._last: int | None = None  # batch that is still to be done, once that is known
+        self._begun = 0  # number of batches begun
+        self._last: int | None = None  # the last batch to run, once the processes agree
         self._asked, self._lock = False, threading.Lock()
-        self._noted = math.inf  # when this process had its first signal
+        self._first_at = math.inf  # time of this process's first signal
         self._closed = threading.Event()
         self._alone = coordination.alone()
 
@@ -57,20 +57,20 @@ class StopSignal:
         return signal.Signals(self.received).name
 
     def __enter__(self) -> "StopSignal":
-        self._old = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._old = {number: signal.signal(number, self._handle) for number in SIGNALS}
         if not self._alone:
             threading.Thread(target=self._agree, name="stop", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        if not self._alone:  # a process that is a batch behind may ask yet
+        if not self._alone:  # a process that is one batch behind may still need this number
             coordination.tell(f"stop/{jax.process_index()}", str(self._begun))
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def begin(self) -> None:
-        """Count a batch as begun, or raise Stopped."""
+        """Count a batch as begun; raise Stopped instead if it is after the last one."""
         with self._lock:
             if not self._asked:
                 self._begun += 1
@@ -81,21 +81,22 @@ class StopSignal:
         self._begun += 1
 
     def check(self) -> None:
-        """Raise Stopped if no further batch is to be begun."""
+        """Raise Stopped if the last batch has begun."""
         if self._last is not None and self._begun >= self._last:
             raise Stopped
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and now > self._noted + TWICE_S:  # whatever others were sent
-            leave(128 + number, "interrupted: nothing was saved since the newest checkpoint")
-        self._noted = min(self._noted, now)
+        # Only this process's own first signal counts, not one that another process received.
+        if number == signal.SIGINT and now > self._first_at + TWICE_S:
+            exit_now(128 + number, "interrupted: nothing was saved since the newest checkpoint")
+        self._first_at = min(self._first_at, now)
         self.received = self.received or number
         if self._alone:
             self._asked, self._last = True, self._begun
 
     def _agree(self) -> None:
-        """Wait for a signal here or elsewhere, then agree on the furthest batch that is begun."""
+        """Wait for a signal to any process, then agree on the last batch; a daemon thread."""
         while not self._closed.wait(POLL_S):
             if self.received:
                 coordination.tell("stop", str(self.received))
@@ -112,15 +113,18 @@ class StopSignal:
                     for process in range(jax.process_count())
                 )
             except jax.errors.JaxRuntimeError:
-                leave(128 + self.received, "a process does not answer: nothing more was saved")
+                exit_now(
+                    128 + self.received,
+                    "a process does not answer: nothing was saved since the newest checkpoint",
+                )
             return
 
 
 class Batches:
-    """The batches of a pipeline, each begun by all processes or by none.
+    """The batches of a pipeline; each is begun by all processes or by none.
 
-    Waiting for one ends, by Stopped, when the run is to stop. position: in the data, after the
-    batches that were begun. progress is called at each of them.
+    __next__ raises Stopped when the run stops, also while it waits for a batch. position: where the
+    data goes on after the batches begun so far. progress: called at each batch.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class Batches:
         return batch
 
     def close(self) -> None:
+        """Close the pipeline; sets stop.left_behind when that takes longer than CLOSE_S."""
         closing = threading.Thread(target=self._pipeline.close, daemon=True)
         closing.start()
         closing.join(CLOSE_S)
@@ -152,7 +157,7 @@ class Batches:
 
 
 def _in_thread(function: Callable[[], Any]) -> Future:
-    """Call it in a thread that no exit waits for: a pipeline that is closed may never wake it."""
+    """Call a function in a daemon thread, so that a read that never returns blocks no exit."""
     future: Future = Future()
 
     def run() -> None:
@@ -165,12 +170,12 @@ def _in_thread(function: Callable[[], Any]) -> Future:
     return future
 
 
-def leave(code: int, text: str = "") -> NoReturn:
-    """End the process now, whatever its threads are at."""
+def exit_now(code: int, text: str = "") -> NoReturn:
+    """End the process immediately; other threads are not waited for."""
     if text:
         print(text, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        # It may be gone, or what a signal interrupted was printing.
+        # The stream may be closed, or the signal interrupted a print to it.
         with contextlib.suppress(OSError, RuntimeError):
             stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""A watchdog: ends a process in which nothing moves on, and says where it and the others stand."""
+"""A watchdog: ends a process that makes no progress, and prints where each process stands."""
 
 import contextlib
 import faulthandler
@@ -9,16 +9,16 @@ import time
 import jax
 
 from wmjax.run import coordination
-from wmjax.run.signals import leave
+from wmjax.run.signals import exit_now
 
-EXIT_CODE = 75  # of sysexits.h: a failure that may not be there at the next try
-ANSWER_S = 10.0  # for the other processes to say where they are
-COMPILE_S = 3600.0  # more, at the first time of what compiles
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: another attempt may succeed
+ANSWER_S = 10.0  # time for the other processes to publish where they stand
+COMPILE_S = 3600.0  # added to the limit the first time that a phase compiles
 _COMPILES = ("start", "compile", "validation")
 
 
 class Watchdog:
-    """Ends the process when `limit` seconds (0: never) pass without a beat; a context manager."""
+    """Ends the process after `limit` seconds without a beat (0: never); a context manager."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -36,14 +36,14 @@ class Watchdog:
         self._closed.set()
 
     def enter(self, phase: str) -> None:
-        """Note what is done from now on."""
+        """Begin a phase, such as "data" or "checkpoint"; it appears in the report."""
         first = phase in _COMPILES and phase not in self._seen
         self._seen.add(phase)
         self._phase, self._patience = phase, self._limit + (COMPILE_S if first else 0.0)
         self._due = time.monotonic() + self._patience
 
     def beat(self) -> None:
-        """Note that a batch was begun."""
+        """Report progress: a batch was begun."""
         self._batches += 1
         self._due = time.monotonic() + self._patience
 
@@ -56,24 +56,24 @@ class Watchdog:
         at = f"{self._phase}, after {self._batches} batches"
         index, count = jax.process_index(), jax.process_count()
         print(
-            f"error: nothing moved on for {self._patience:g} s (train.stuck_after) "
-            f"in process {index} of {count}: {at}; what its threads are at:",
+            f"error: no progress for {self._patience:g} s (train.stuck_after) "
+            f"in process {index} of {count}: {at}; stack of every thread:",
             file=sys.stderr,
             flush=True,
         )
-        with contextlib.suppress(Exception):  # standard error without a file
+        with contextlib.suppress(Exception):  # standard error may have no file descriptor
             faulthandler.dump_traceback(sys.stderr)
-        if not coordination.alone():  # in a thread: the service may be what is stuck
+        if not coordination.alone():  # in a thread, because the service itself may be stuck
             asking = threading.Thread(target=_ask_others, args=(at,), daemon=True)
             asking.start()
             asking.join(ANSWER_S + 10.0)
             if asking.is_alive():
-                print("process 0, which coordinates, does not answer", file=sys.stderr)
-            if index == 0:  # with it goes the service, and jax ends whoever still asks
+                print("process 0, the coordinator, does not answer", file=sys.stderr)
+            if index == 0:  # its exit ends the service, and jax then kills processes that still ask
                 time.sleep(ANSWER_S / 2)
-        leave(EXIT_CODE)
+        exit_now(EXIT_CODE)
 
 
 def _ask_others(at: str) -> None:
-    for process, answer in enumerate(coordination.roll_call("stuck", at, ANSWER_S)):
+    for process, answer in enumerate(coordination.gather_values("stuck", at, ANSWER_S)):
         print(f"process {process}: {answer or 'does not answer'}", file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ml_collections
-from tqdm import tqdm
 
 from wmjax import config as configs
 from wmjax import door
@@ -19,6 +18,7 @@ from wmjax.viz import curves, page
 from wmjax.viz.page import Section
 
 if TYPE_CHECKING:  # jax is loaded once the flags are read
+    from wmjax.inference import Model
     from wmjax.viz.look import Look
 
 _FPS = 4.0  # of the videos, whatever the recording's: slow enough to compare six pictures
@@ -44,6 +44,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--clips", type=int, default=16, metavar="N", help="that are looked at (16); one is shown"
     )
+    parser.add_argument(
+        "--trust",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="import the model that the run's configuration names from this package",
+    )
     flags, overrides = door.parse(parser, argv)
     if flags.clips < 2:
         raise UserError(f"--clips={flags.clips}: wanted 2 or more, to compare them")
@@ -51,16 +58,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def configuration(
-    of_model: dict, dataset: str | None, overrides: list[str]
+    model: "Model", dataset: str | None, overrides: list[str]
 ) -> ml_collections.ConfigDict:
     """Return the run's configuration, or base with what the weights say, on the chosen data."""
-    config = configs.get_config("base")
-    if "data" in of_model:
-        config.update(of_model)
-        config.mask = ml_collections.ConfigDict(of_model["mask"])  # not merged with base's
+    if "data" in model.config:
+        config = configs.from_plain(model.config)
     else:
-        config.model.update({k: v for k, v in of_model["model"].items() if k in config.model})
-        clip = of_model["clip"]
+        config = configs.get_config("base")
+        own = model.config["model"]
+        config.model.update({k: v for k, v in own.items() if k in config.model})
+        clip = model.config["clip"]
         config.data.update(
             frames=clip.get("frames", 16), image_size=clip.get("size", 256), source="synthetic"
         )
@@ -72,32 +79,32 @@ def configuration(
 
 
 def see(
-    name: str, dataset: str | None, overrides: list[str], clips: int
+    name: str, dataset: str | None, overrides: list[str], clips: int, trust: tuple[str, ...]
 ) -> tuple["Look", list[tuple[str, str]]]:
     """Load the model and look at clips; return that and facts to tell."""
     from wmjax import assemble
+    from wmjax.data.settings import size
     from wmjax.inference import load
-    from wmjax.masking import Masks
     from wmjax.viz.look import look, read_clips
 
-    model = load(name)
-    config = configuration(model.config, dataset, overrides)
-    configs.check(config)
+    model = load(name, trust=trust)
+    config = configuration(model, dataset, overrides)
+    assemble.check(config)
     source = assemble.make_source(config, "validation")
     for note in source.notes:
         print(f"warning: {note}")
     print(f"held-out data: {source.describe()}", flush=True)
-    size = config.data.image_size, configs.width(config)
-    masks = Masks(config.mask.to_dict(), model.input_spec(config.data.frames, *size).grid)
+    masks = assemble.make_masks(config)
     read = read_clips(
         source,
         masks,
-        size=size,
+        size=size(config.data),
         count=clips,
         seed=config.seed,
         skip=config.data.on_error == "skip",
     )
-    seen = look(model, tqdm(read, "encoding", unit="clip", leave=False, disable=None), masks)
+    print(f"encoding {len(read)} clips ...", flush=True)
+    seen = look(model, read, masks)
     if not seen.finite:
         raise UserError(f"{name}: gives features that are not finite: it has diverged")
     facts = [
@@ -117,9 +124,10 @@ def write_pictures(seen: "Look", out: Path) -> list[Section]:
 
     basis = features.fit_basis(seen.target_BND)
     predicts = any(hidden.prediction_MD is not None for hidden in seen.hidden.values())
+    masked = any(len(hidden.context_ids_K) for hidden in seen.hidden.values())
     token = frames.busiest(seen.video_BTHWC[0], seen.grid)
     figures = {
-        "masks": draw.masks(seen),
+        **({"masks": draw.masks(seen)} if masked else {}),
         "features": draw.components(seen, basis),
         "similarity": draw.similarity(seen, token),
         "retrieval": draw.retrieval(seen),
@@ -184,14 +192,14 @@ def run(argv: list[str]) -> int:
     runs = {name: curves.read(Path(name)) for name in ([first] if is_run else []) + others}
     print(f"loading {first}; pictures go to {out}", flush=True)
     door.keep_compiled()
-    seen, facts = see(first, flags.dataset, overrides, flags.clips)
+    seen, facts = see(first, flags.dataset, overrides, flags.clips, tuple(flags.trust))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
     sections = write_pictures(seen, out)
     if all(hidden.prediction_MD is None for hidden in seen.hidden.values()):
-        print("no predictor in these weights: no prediction and no error is drawn")
+        print("no predictions in these weights: no prediction and no error is drawn")
     if any(runs.values()):
         draw.save(draw.reports(runs), out / "curves.png")
         text = f"From {curves.METRICS}, over the steps of {', '.join(runs)}."
@@ -206,4 +214,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door.leave(run, "interrupted")
+    door.run_and_exit(run, "interrupted")

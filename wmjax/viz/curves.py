@@ -1,19 +1,20 @@
-"""The reports of runs as series: metrics.jsonl read, and which of its numbers belong together."""
+"""Reads metrics.jsonl as series, and says which of them share a panel."""
 
-import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from wmjax.errors import UserError
+from wmjax.run.files import read_json_lines
 
 METRICS = "metrics.jsonl"
-# Title of a panel -> what it shows: how a line is named, its key in a report.
+# Title of a panel -> {name of a line: its key in metrics.jsonl}.
 PANELS: Mapping[str, Mapping[str, str]] = {
     "loss": {"training": "loss", "validation": "validation/loss"},
-    "error over the mean token's (1: nothing learned)": {"validation": "validation/relative"},
+    "error relative to the mean-token error (1: nothing learned)": {
+        "validation": "validation/relative"
+    },
     "mean cosine between tokens (1: collapsed)": {
         "target": "health/target_cosine",
         "prediction": "health/prediction_cosine",
@@ -26,11 +27,11 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "target": "validation/health/target_rank",
         "prediction": "validation/health/prediction_rank",
     },
-    "share of the variance that is between clips": {
+    "share of variance between clips": {
         "target": "validation/health/target_clip_share",
         "prediction": "validation/health/prediction_clip_share",
     },
-    "norm of the gradients": {"training": "gradient_norm"},
+    "gradient norm": {"training": "gradient_norm"},
     "learning rate": {"training": "learning_rate"},
 }
 
@@ -39,19 +40,15 @@ Run = list[dict[str, float]]
 
 
 def read(workdir: Path) -> Run:
-    """Return the reports of a run, oldest first."""
+    """Return the rows of a run's metrics.jsonl, oldest first."""
     path = workdir / METRICS
     if not path.is_file():
-        raise UserError(f"{path}: not there; wanted the workdir of a run")
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill or a full disk
-            rows.append(json.loads(line))
-    return rows
+        raise UserError(f"{path}: no such file; wanted the workdir of a run")
+    return read_json_lines(path)
 
 
 def series(run: Run, key: str) -> Series:
-    """Return the steps at which `key` was reported, and its values."""
+    """Return the steps that have `key`, and its values there."""
     found = [(row["step"], row[key]) for row in run if key in row]
     steps, values = np.array(found, float).reshape(-1, 2).T
     return steps, values

@@ -229,12 +229,12 @@ def error_maps(look: Look) -> dict[str, np.ndarray]:
     return {
         name: features.errors(
             hidden.prediction_MD,
-            look.target_BND[0][hidden.target_ids_M],
+            hidden.target_MD,
             hidden.target_ids_M,
             look.grid,
         )
         for name, hidden in look.hidden.items()
-        if hidden.prediction_MD is not None
+        if hidden.prediction_MD is not None and hidden.target_MD is not None
     }
 
 

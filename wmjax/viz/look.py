@@ -1,10 +1,10 @@
-"""What a model makes of some clips: features of all their tokens, and predictions of the hidden.
+"""What a model computes of some clips: features of all tokens, and predictions of hidden ones.
 
 Knows sources of clips, masks and loaded models; no configuration.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,24 +13,29 @@ from wmjax.data.reader import Reader
 from wmjax.data.source import Source
 from wmjax.inference import Model
 from wmjax.masking import Grid, Masks
-from wmjax.models.vjepa2 import TARGET_EPS
-from wmjax.nn.norm import layer_norm
+from wmjax.types import Term, WorldModelInput
 
 
 class Hidden(NamedTuple):
-    """One mask on the clip that is shown; prediction_MD is None where there is no predictor."""
+    """What one term of the loss predicts of the clip that is shown.
+
+    context_ids_K: tokens that its mask shows to the encoder; none without a mask. target_ids_M:
+    tokens that it predicts. prediction_MD: None where a part of the model is missing. target_MD:
+    their true features; None where the term has none.
+    """
 
     context_ids_K: np.ndarray
     target_ids_M: np.ndarray
     prediction_MD: np.ndarray | None
+    target_MD: np.ndarray | None
 
 
 @dataclasses.dataclass
 class Look:
     """Clips as the model sees them; the first is the one that is shown.
 
-    target_BND: features of every token as the loss has them, normalised over their width. hidden:
-    the masks of the first clip, by name. names: of the clips.
+    target_BND: features of every token in the space of the loss. hidden: of the first clip, by the
+    name of the loss term. names: of the clips.
     """
 
     video_BTHWC: np.ndarray
@@ -69,21 +74,50 @@ def read_clips(
     return [reader.read(i, number)[0] for i, number in enumerate(numbers)]
 
 
-def look(model: Model, clips: Iterable[dict], masks: Masks) -> Look:
-    """Encode the clips one by one, and predict what each mask hides of the first.
+def look(model: Model, clips: Sequence[dict], masks: Masks) -> Look:
+    """Encode the clips one by one, and predict what the terms of the loss predict of the first.
 
-    Of several cameras it is the first that recorded the clip.
+    A clip is shown from its first camera that recorded it.
     """
     videos, targets, names = [], [], []
-    hidden: dict[str, Hidden] = {}
     for clip in clips:
-        video = clip["video"][int(clip["view_mask"].argmax())]
+        video = clip["video"][_camera(clip)]
         videos.append(video)
-        targets.append(np.asarray(layer_norm(model.encode(video), TARGET_EPS)))
+        targets.append(np.asarray(model.target_features(video)))
         names.append(f"clip {clip['sample_id']}")
-        for i, name in enumerate(masks.sizes if not hidden else ()):
-            ids = clip[f"context_{i}"], clip[f"target_{i}"]
-            predicts = "predictor" in model.params
-            prediction = np.asarray(model.predict(video, *ids)) if predicts else None
-            hidden[name] = Hidden(*ids, prediction)
+    first = clips[0]
+    context = {name: first[f"context_{i}"] for i, name in enumerate(masks.sizes)}
+    if model.complete:
+        batch = WorldModelInput.of({k: np.asarray(v)[None] for k, v in first.items()}, [*context])
+        hidden = hidden_by(model.terms(batch), context, _camera(first))
+    else:
+        of_masks = ((name, first[f"target_{i}"]) for i, name in enumerate(masks.sizes))
+        hidden = {name: Hidden(context[name], ids, None, None) for name, ids in of_masks}
     return Look(np.stack(videos), np.stack(targets), masks.grid, hidden, names)
+
+
+def hidden_by(
+    terms: Mapping[str, Term], context: Mapping[str, np.ndarray], camera: int
+) -> dict[str, Hidden]:
+    """Return what each term with token ids predicts of the first instant, seen from a camera.
+
+    terms: of a batch. context: ids that the masks of the first instant show, by the term's name.
+    """
+    found = {}
+    for name, term in terms.items():
+        if term.prediction_RMD is None or term.ids_RM is None:
+            continue
+        # A row is a view, and the first instant's come first; or an instant with all its views.
+        row = camera if len(term.ids_RM) > camera else 0
+        target = None if term.target_RMD is None else np.asarray(term.target_RMD[row])
+        found[name] = Hidden(
+            context.get(name, np.zeros(0, int)),
+            np.asarray(term.ids_RM[row]),
+            np.asarray(term.prediction_RMD[row]),
+            target,
+        )
+    return found
+
+
+def _camera(clip: dict) -> int:
+    return int(clip["view_mask"].argmax())

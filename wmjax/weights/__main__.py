@@ -1,7 +1,6 @@
 """The door: `python -m wmjax.weights import SRC DIR`, `export DIR OUT` and `show SRC`."""
 
 import argparse
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -10,10 +9,11 @@ from flax import traverse_util
 
 from wmjax import door
 from wmjax.errors import UserError
+from wmjax.run.files import read_json_lines
 from wmjax.weights.export import export
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
-from wmjax.weights.source import CONFIG, Source, open_source
+from wmjax.weights.pretrained import CONFIG, Pretrained, open_pretrained
 from wmjax.weights.tables import matches
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2}
@@ -39,6 +39,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     writes.add_argument("--size", type=int, help="of a clip in pixels, where DIR does not say")
     shows = commands.add_parser("show", help="names, shapes and sizes")
     shows.add_argument("source", metavar="SRC", help=source)
+    for command in (reads, shows, writes):
+        command.add_argument(
+            "--trust",
+            metavar="PACKAGE",
+            action="append",
+            default=[],
+            help="import the model of a run from this package",
+        )
     for command in (reads, shows):
         command.add_argument(
             "--encoder",
@@ -48,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def import_folder(source: Source, folder: Path) -> None:
+def import_folder(source: Pretrained, folder: Path) -> None:
     """Write a source as model.safetensors under our paths, and model.json beside it."""
     leaves = leaves_of(abstract_params(source))
     arrays = assemble(source, leaves)
@@ -72,12 +80,19 @@ def import_folder(source: Source, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(text, indent=2) + "\n")
 
 
-def export_folder(folder: Path, out: Path, frames: int | None, size: int | None) -> str:
+def export_folder(
+    folder: Path, out: Path, frames: int | None, size: int | None, trust: tuple[str, ...] = ()
+) -> str:
     """Write an imported folder, or a run's newest checkpoint, for transformers; return a line."""
-    source = open_source(folder)
+    source = open_pretrained(folder, trust=trust)
     frames, size = frames or source.clip.get("frames"), size or source.clip.get("size")
     if not frames or not size:
         raise UserError(f"{folder}: frames and size of its clips unknown: give --frames and --size")
+    if source.model.get("name", "vjepa2") != "vjepa2":
+        raise UserError(
+            f"{folder}: model.name={source.model['name']!r}: transformers has no such model; "
+            "wanted a run of vjepa2"
+        )
     metrics = last_metrics(folder / "metrics.jsonl", source.step)
     flat = dict(assemble(source, leaves_of(abstract_params(source))))
     export(
@@ -97,11 +112,9 @@ def export_folder(folder: Path, out: Path, frames: int | None, size: int | None)
 def last_metrics(file: Path, step: int) -> dict[str, float]:
     """Return the last value by this step of the loss, of validation and of probes."""
     found: dict[str, float] = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill or a full disk
-            row = json.loads(line)
-            if row["step"] <= step:
-                found |= row
+    for row in read_json_lines(file):
+        if row["step"] <= step:
+            found |= row
     return {
         key: value
         for key, value in found.items()
@@ -109,7 +122,7 @@ def last_metrics(file: Path, step: int) -> dict[str, float]:
     }
 
 
-def show(source: Source) -> str:
+def show(source: Pretrained) -> str:
     """Return a table of the names in a source, layers joined, and what becomes of them."""
     form, tensors = source.format, source.tensors
     homes = [
@@ -123,7 +136,7 @@ def show(source: Source) -> str:
     return "\n".join([*summarise(lines), describe(source)])
 
 
-def describe(source: Source) -> str:
+def describe(source: Pretrained) -> str:
     """Say what a source is, how large, and what was assumed."""
     shapes, types = source.tensors.shapes, source.tensors.dtypes
     count = sum(math.prod(shape) for shape in shapes.values())
@@ -150,9 +163,9 @@ def run(argv: list[str]) -> int:
     if flags.command == "export":
         if not flags.folder.is_dir():
             raise UserError(f"{flags.folder}: no such folder")
-        print(export_folder(flags.folder, flags.out, flags.frames, flags.size))
+        print(export_folder(flags.folder, flags.out, flags.frames, flags.size, tuple(flags.trust)))
         return 0
-    source = open_source(flags.source, encoder=flags.encoder)
+    source = open_pretrained(flags.source, encoder=flags.encoder, trust=tuple(flags.trust))
     if flags.command == "show":
         print(show(source))
         return 0
@@ -162,4 +175,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door.leave(run, "interrupted")
+    door.run_and_exit(run, "interrupted")

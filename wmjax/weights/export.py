@@ -12,7 +12,7 @@ from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from wmjax.weights.files import MODEL, write_safetensors
-from wmjax.weights.load import abstract_model, describe, leaves_of, wanted
+from wmjax.weights.load import describe, leaves_of, wanted
 from wmjax.weights.tables import VJEPA2, VJEPA2_CLASSIFIER, Format
 
 
@@ -31,17 +31,19 @@ def export(
     """Write model.safetensors, config.json and README.md, the model card, into a folder.
 
     params: encoder and predictor, and with a classifier pooler and head; arrays that this process
-    holds whole, fetched one by one. model, classifier: the keyword arguments they were made with.
+    holds whole, fetched one by one. model: the `model` group
+    that they were made with; classifier: its keyword arguments.
     frames, size: of the clips; transformers counts positions in square frames of this size. labels:
     names of the classes. config, metrics: plain, what the card tells of the training.
 
     Raises UserError for a model that transformers would compute in another way.
     """
     form = VJEPA2_CLASSIFIER if classifier else VJEPA2
-    sizes = describe(model)
-    _check(params, model, sizes, classifier, labels)
+    blueprint = _blueprint(model)
+    sizes = describe(blueprint.settings)
+    _check(params, blueprint, sizes, classifier, labels)
     leaves = leaves_of(params)
-    settings = settings_of(sizes, frames, size)
+    settings = transformers_config(sizes, frames, size)
     if classifier:
         classes = leaves["head.bias"].shape[0]
         names = list(labels) or [f"LABEL_{i}" for i in range(classes)]
@@ -79,9 +81,17 @@ def _tensors(form: Format, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
                 yield row.layout.theirs(part)
 
 
+def _blueprint(model: Mapping[str, Any]) -> base.Blueprint:
+    """Read a `model` group; UserError where it is no V-JEPA 2."""
+    name = model.get("name", "vjepa2")
+    if name != "vjepa2":
+        raise UserError(f"model.name={name!r}: transformers has no such model; wanted vjepa2")
+    return base.Blueprint.of({"name": name, **model}, base.InputSpec(16, 256, 256))
+
+
 def _check(
     params: base.Params,
-    model: Mapping[str, Any],
+    blueprint: base.Blueprint,
     sizes: Mapping[str, Any],
     classifier: Mapping[str, Any] | None,
     labels: Sequence[str],
@@ -96,9 +106,8 @@ def _check(
     parts = {"encoder", "predictor", *(("pooler", "head") if classifier else ())}
     if params.keys() != parts:
         raise UserError(f"parameters of {', '.join(params)}; wanted {', '.join(sorted(parts))}")
-    _, abstract, _ = base.split(abstract_model(model))
     made = leaves_of({part: params[part] for part in ("encoder", "predictor")})
-    for path, leaf in leaves_of(abstract).items():
+    for path, leaf in leaves_of(blueprint.shapes).items():
         if path not in made or made[path].shape != leaf.shape:
             found = made[path].shape if path in made else "absent"
             raise UserError(f"{path}: {found}; wanted {leaf.shape}, as these arguments make it")
@@ -111,7 +120,7 @@ def _check(
         raise UserError(f"{len(labels)} labels for {classifier['classes']} classes")
 
 
-def settings_of(sizes: Mapping[str, Any], frames: int, size: int) -> dict[str, Any]:
+def transformers_config(sizes: Mapping[str, Any], frames: int, size: int) -> dict[str, Any]:
     """Return config.json."""
     width, hidden = sizes["width"], sizes["hidden"]
     ratio = hidden / width

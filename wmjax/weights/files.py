@@ -4,7 +4,6 @@ Nothing here knows whose names they are. jax is not imported.
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,8 +13,9 @@ import ml_dtypes  # noqa: F401  by it NumPy, and so safetensors, know bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from wmjax.errors import UserError, how_to_install
+from wmjax.errors import UserError, how_to_install, reason
 from wmjax.hub import snapshot
+from wmjax.run.files import part_file
 
 MODEL = "model.safetensors"
 _INDEX = f"{MODEL}.index.json"
@@ -107,14 +107,13 @@ def open_torch(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # what an unreadable file raises differs with what is wrong
-        first = (str(error).splitlines() or [""])[0]
         if type(error).__name__ == "UnpicklingError":
             raise UserError(
                 f"{path}: refused: it holds more than tensors and plain values, and reading that "
                 "could run code in it"
             ) from None
         raise UserError(
-            f"{path}: not read by torch.load: {type(error).__name__}: {first}"
+            f"{path}: not read by torch.load: {type(error).__name__}: {reason(error)}"
         ) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds {type(found).__name__}; wanted a dict of state dicts")
@@ -151,10 +150,8 @@ def write_safetensors(
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
+    with part_file(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             assert tensor.shape == shape, (tensor.shape, shape)
             file.write(np.ascontiguousarray(tensor, "<f4").reshape(-1).data)
-    os.replace(part, path)

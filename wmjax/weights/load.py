@@ -1,38 +1,38 @@
 """From opened weights to our parameters, one at a time and straight onto their devices."""
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import base
-from wmjax.models.base import Params
+from wmjax.models.base import Params, settings_of
 from wmjax.models.classifier import AttentiveClassifier
-from wmjax.weights.source import Source
-from wmjax.weights.tables import Row
+from wmjax.models.vjepa2 import VJEPA2Settings
+from wmjax.nn.compute import Compute
+from wmjax.weights.pretrained import Pretrained
+from wmjax.weights.tables import TensorMap
 
 _SHOWN = 40  # lines of names in one error
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
-def load(source: Source, abstract: Params, model: Mapping[str, Any]) -> Params:
-    """Load all of `abstract` from the source; what it has besides these parts is left alone.
+def load(source: Pretrained, abstract: Params, settings: Any) -> Params:
+    """Load all of `abstract` from the source; its other parts are left alone.
 
-    abstract: nested dict of shapes, any of encoder, predictor, pooler and head; each leaf lands on
-    its `.sharding`, if it has one, before the next is read. The host holds one parameter (the
-    layers of one are one) and one tensor of the file at a time. float16 and bfloat16 become
-    float32. model: keyword arguments that the abstract parameters were made with.
+    abstract: nested dict of shapes, of the model's parts, pooler and head. Each leaf is placed on
+    its `.sharding`, if it has one, before the next is read. So the host holds one parameter, with
+    all its layers, and one tensor of the file at a time. float16 and bfloat16 become float32.
+    settings: those of the model that `abstract` belongs to.
 
     Raises UserError for a model of other sizes, heads or positions, and for names that are missing,
     unused or of another shape: all of them in one.
     """
-    check(source, model, tuple(abstract))
+    check(source, settings, tuple(abstract))
     leaves = leaves_of(abstract)
     arrays = {}
     for path, host in assemble(source, leaves):
@@ -40,41 +40,35 @@ def load(source: Source, abstract: Params, model: Mapping[str, Any]) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_path(path)], abstract)
 
 
-def abstract_model(model: Mapping[str, Any]) -> base.BaseWorldModel:
-    """Build a V-JEPA 2 of these keyword arguments, and perhaps its name, without its numbers."""
-    computed = ("dtype", "remat", "scan", "attention", "norm")  # how, not what
-    key = {"name": "vjepa2", **{k: v for k, v in model.items() if k not in computed}}
-    return _abstract(tuple(sorted(key.items())))
-
-
-@functools.lru_cache(maxsize=4)
-def _abstract(arguments: tuple[tuple[str, Any], ...]) -> base.BaseWorldModel:
-    try:
-        return base.abstract(**dict(arguments))
-    except TypeError as error:  # an argument that there is not
-        raise UserError(f"arguments of a model: {error}") from error
-
-
-def abstract_params(source: Source) -> Params:
-    """Return the shapes of all parts that the source has, as its own arguments make them."""
+def abstract_params(source: Pretrained) -> Params:
+    """Return the shapes of all parts that the source has, as its own keys make them."""
     parts: Params = {}
     if source.model:
-        parts |= base.split(abstract_model(source.model))[1]
+        parts |= source.blueprint(Compute()).shapes
     if source.classifier:
-        settings = {**source.classifier, "dtype": jnp.dtype("float32"), "attention": "xla"}
-        probe = nnx.eval_shape(lambda: AttentiveClassifier(nnx.Rngs(0), **settings))
+        compute = Compute(attention="xla")
+        probe = nnx.eval_shape(
+            lambda: AttentiveClassifier(nnx.Rngs(0), **source.classifier, compute=compute)
+        )
         parts |= base.split(probe)[1]
     return {part: parts[part] for part in source.parts}
 
 
-def check(source: Source, model: Mapping[str, Any], parts: tuple[str, ...]) -> None:
-    """Raise UserError unless these parts of a model with these arguments compute what theirs do.
+def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
+    """Raise UserError unless these parts of a model with these settings compute what theirs do.
 
-    Most of it could be seen from the shapes; heads and positions could not.
+    Shapes show most of it; they do not show heads and positions.
     """
     if not source.model:  # a probe alone
         return
-    ours, theirs = describe(model), describe(source.model)
+    theirs = settings_of({"name": "vjepa2", **source.model}, source.trust)
+    if type(theirs) is not type(settings):
+        raise UserError(
+            f"{source.where}: weights of another model: {type(theirs).__qualname__} of "
+            f"{type(theirs).__module__}; wanted {type(settings).__module__}"
+        )
+    if not isinstance(settings, VJEPA2Settings):  # all of one run's own weights
+        return
     keys = []
     if "encoder" in parts:
         keys += ["width", "depth", "heads", "hidden", "position_grid"]
@@ -82,41 +76,27 @@ def check(source: Source, model: Mapping[str, Any], parts: tuple[str, ...]) -> N
             keys += ["patch", "tubelet"]
     if "predictor" in parts:
         keys += ["predictor_width", "predictor_depth", "predictor_heads", "num_mask_tokens"]
-    if "predictor" in parts or not theirs["position_grid"]:
+    our_values, their_values = describe(settings), describe(theirs)
+    if "predictor" in parts or not their_values["position_grid"]:
         keys.append("rope")
     different = [
-        f"model.{key}={ours[key]!r}, there {theirs[key]!r}"
+        f"model.{key}={our_values[key]!r}, found {their_values[key]!r}"
         for key in keys
-        if ours[key] != theirs[key] and key not in source.assumed
+        if our_values[key] != their_values[key] and key not in source.assumed
     ]
     if different:
         raise UserError(f"{source.where}: weights of another model:\n{'; '.join(different)}")
 
 
-def describe(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that decides what a model computes, with its size and defaults resolved."""
-    built: Any = abstract_model(model)
-    encoder, predictor = built.encoder, built.predictor
-    tubelet, patch = encoder.patch_embed.kernel.shape[:2]
-    depth, _, hidden = encoder.blocks.mlp.fc1.kernel.shape
-    return {
-        "width": encoder.width,
-        "depth": depth,
-        "heads": encoder.heads,
-        "hidden": hidden,
-        "patch": patch,
-        "tubelet": tubelet,
-        "position_grid": encoder.positions.space.shape[0] if encoder.positions else 0,
-        "rope": encoder.rope_kind,
-        "predictor_width": predictor.width,
-        "predictor_depth": predictor.blocks.norm1.scale.shape[0],
-        "predictor_heads": predictor.heads,
-        "num_mask_tokens": predictor.mask_tokens.shape[0],
-        "mask_index": predictor.mask_index,
-    }
+def describe(settings: VJEPA2Settings) -> dict[str, Any]:
+    """Return all that decides what a V-JEPA 2 computes, with its size resolved."""
+    keys = ["patch", "tubelet", "rope", "num_mask_tokens", "mask_index"]
+    keys += ["predictor_width", "predictor_depth", "predictor_heads"]
+    values = {key: getattr(settings, key) for key in keys}
+    return {**settings.encoder, "position_grid": settings.position_grid or 0, **values}
 
 
-def assemble(source: Source, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def assemble(source: Pretrained, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (path, array) of every parameter; leaves: by path, anything with a shape, float32.
 
     UserError before the first where the names do not come out even.
@@ -124,13 +104,16 @@ def assemble(source: Source, leaves: Mapping[str, Any]) -> Iterator[tuple[str, n
     _match(source, leaves)
     rows = {row.ours: row for row in source.format.rows}
     for path, leaf in leaves.items():
-        host = np.zeros(leaf.shape, np.float32)
+        host = np.zeros(leaf.shape, getattr(leaf, "dtype", np.float32))
         if path in rows:
             _fill(host, rows[path], source)
         yield path, host
 
 
-def _fill(host: np.ndarray, row: Row, source: Source) -> None:
+def _fill(host: np.ndarray, row: TensorMap, source: Pretrained) -> None:
+    if not host.ndim:
+        host[...] = source.tensors.read(row.theirs[0])
+        return
     layers = host if row.stacked else host[None]
     for index, (layer, names) in enumerate(zip(layers, row.names(len(layers)), strict=True)):
         parts = np.split(layer, len(names), axis=-1)  # views
@@ -139,7 +122,7 @@ def _fill(host: np.ndarray, row: Row, source: Source) -> None:
             part[...] = row.layout.ours(source.tensors.read(name), part.shape, other)
 
 
-def _match(source: Source, leaves: Mapping[str, Any]) -> None:
+def _match(source: Pretrained, leaves: Mapping[str, Any]) -> None:
     """Raise one UserError for all names that are missing, unused or not of the shape wanted."""
     form, tensors = source.format, source.tensors
     rows = {row.ours: row for row in form.rows}
@@ -156,8 +139,8 @@ def _match(source: Source, leaves: Mapping[str, Any]) -> None:
                 faults.append(f"missing: {name} {shape}")
             elif tensors.shapes[name] != shape:
                 faults.append(f"other shape: {name} {tensors.shapes[name]}, wanted {shape}")
-            elif tensors.dtypes[name] not in _FLOATS:
-                faults.append(f"other type: {name} {tensors.dtypes[name]}, wanted float32")
+            elif not _fits(tensors.dtypes[name], str(getattr(leaf, "dtype", "float32"))):
+                faults.append(f"other type: {name} {tensors.dtypes[name]}, wanted {leaf.dtype}")
     parts = {path.partition(".")[0] for path in leaves}
     for name in tensors.shapes.keys() - used:
         part = form.part(name)
@@ -173,11 +156,15 @@ def _match(source: Source, leaves: Mapping[str, Any]) -> None:
         )
 
 
+def _fits(found: str, ours: str) -> bool:
+    return found == ours or (ours == "float32" and found in _FLOATS)
+
+
 def wanted(
-    row: Row, shape: tuple[int, ...], found: Mapping[str, tuple[int, ...]]
+    row: TensorMap, shape: tuple[int, ...], found: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the names and shapes of theirs that make a parameter of ours of this shape."""
-    for index, names in enumerate(row.names(shape[0])):
+    for index, names in enumerate(row.names(shape[0] if shape else 1)):
         for name in names:
             yield name, row.layout.shape(row.one(shape), found.get(name, ()))
         if row.layout.other:

@@ -47,7 +47,7 @@ SCALED_LINEAR = Layout(LINEAR.shape, images.scaled_linear, other=lambda ours: ou
 POSITIONS = Layout(images.position_shape, images.positions)
 
 
-class Row(NamedTuple):
+class TensorMap(NamedTuple):
     """One of our parameters and what it is in a file.
 
     ours: its path, as in encoder.norm.scale. theirs: names; `*` counts our first axis, the layers,
@@ -72,6 +72,8 @@ class Row(NamedTuple):
     def one(self, shape: Shape) -> Shape:
         """Return the shape of one part of one layer, laid out as ours."""
         inner = shape[1:] if self.stacked else shape
+        if len(self.theirs) == 1:
+            return inner
         return *inner[:-1], inner[-1] // len(self.theirs)
 
 
@@ -83,7 +85,7 @@ class Format(NamedTuple):
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[TensorMap, ...]
     ignored: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     of_images: bool = False
@@ -105,31 +107,34 @@ def matches(pattern: str, name: str) -> bool:
     return re.fullmatch(expression, name) is not None
 
 
-def _norm(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}.scale", (f"{theirs}.weight",)), Row(f"{ours}.bias", (f"{theirs}.bias",))]
+def _norm(ours: str, theirs: str) -> list[TensorMap]:
+    return [
+        TensorMap(f"{ours}.scale", (f"{theirs}.weight",)),
+        TensorMap(f"{ours}.bias", (f"{theirs}.bias",)),
+    ]
 
 
-def _linear(ours: str, *theirs: str, gain: str = "") -> list[Row]:
+def _linear(ours: str, *theirs: str, gain: str = "") -> list[TensorMap]:
     kernel, bias = (SCALED_LINEAR, SCALED) if gain else (LINEAR, SAME)
     return [
-        Row(f"{ours}.kernel", tuple(f"{name}.weight" for name in theirs), kernel, gain),
-        Row(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), bias, gain),
+        TensorMap(f"{ours}.kernel", tuple(f"{name}.weight" for name in theirs), kernel, gain),
+        TensorMap(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), bias, gain),
     ]
 
 
-def _tubelets(ours: str, theirs: str) -> list[Row]:
+def _tubelets(ours: str, theirs: str) -> list[TensorMap]:
     return [
-        Row(f"{ours}.kernel", (f"{theirs}.weight",), CONV3D),
-        Row(f"{ours}.bias", (f"{theirs}.bias",)),
+        TensorMap(f"{ours}.kernel", (f"{theirs}.weight",), CONV3D),
+        TensorMap(f"{ours}.bias", (f"{theirs}.bias",)),
     ]
 
 
-def _patches(ours: str, theirs: str, pixels: images.Pixels) -> list[Row]:
+def _patches(ours: str, theirs: str, pixels: images.Pixels) -> list[TensorMap]:
     kernel = Layout(images.patch_shape, pixels.kernel)
     bias = Layout(SAME.shape, pixels.bias)
     return [
-        Row(f"{ours}.kernel", (f"{theirs}.weight",), kernel),
-        Row(f"{ours}.bias", (f"{theirs}.bias",), bias, f"{theirs}.weight"),
+        TensorMap(f"{ours}.kernel", (f"{theirs}.weight",), kernel),
+        TensorMap(f"{ours}.bias", (f"{theirs}.bias",), bias, f"{theirs}.weight"),
     ]
 
 
@@ -141,7 +146,7 @@ def _blocks(
     norms: tuple[str, str] = ("norm1", "norm2"),
     mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2"),
     gains: tuple[str, str] = ("", ""),
-) -> list[Row]:
+) -> list[TensorMap]:
     """Return the rows of a stack; names are within a block of theirs."""
 
     def full(name: str) -> str:
@@ -157,7 +162,7 @@ def _blocks(
     ]
 
 
-def _vjepa2(prefix: str) -> tuple[Row, ...]:
+def _vjepa2(prefix: str) -> tuple[TensorMap, ...]:
     qkv = ("attention.query", "attention.key", "attention.value")
     encoder, predictor = f"{prefix}encoder", f"{prefix}predictor"
     return (
@@ -165,7 +170,7 @@ def _vjepa2(prefix: str) -> tuple[Row, ...]:
         *_blocks("encoder.blocks", f"{encoder}.layer.*", qkv, "attention.proj"),
         *_norm("encoder.norm", f"{encoder}.layernorm"),
         *_linear("predictor.embed", f"{predictor}.embeddings.predictor_embeddings"),
-        Row("predictor.mask_tokens", (f"{predictor}.embeddings.mask_tokens",)),
+        TensorMap("predictor.mask_tokens", (f"{predictor}.embeddings.mask_tokens",)),
         *_blocks("predictor.blocks", f"{predictor}.layer.*", qkv, "attention.proj"),
         *_norm("predictor.norm", f"{predictor}.layernorm"),
         *_linear("predictor.proj", f"{predictor}.proj"),
@@ -179,7 +184,7 @@ VJEPA2_CLASSIFIER = Format(
     "VJEPA2ForVideoClassification of transformers",
     (
         *_vjepa2("vjepa2."),
-        Row("pooler.query", ("pooler.query_tokens",)),
+        TensorMap("pooler.query", ("pooler.query_tokens",)),
         *_blocks(
             "pooler.blocks",
             "pooler.self_attention_layers.*",
@@ -213,7 +218,7 @@ def meta(encoder: str) -> Format:
             *_blocks("encoder.blocks", f"{encoder}.blocks.*", qkv, "attn.proj"),
             *_norm("encoder.norm", f"{encoder}.norm"),
             *_linear("predictor.embed", "predictor.predictor_embed"),
-            Row("predictor.mask_tokens", ("predictor.mask_tokens.*",)),
+            TensorMap("predictor.mask_tokens", ("predictor.mask_tokens.*",)),
             *_blocks("predictor.blocks", "predictor.predictor_blocks.*", qkv, "attn.proj"),
             *_norm("predictor.norm", "predictor.predictor_norm"),
             *_linear("predictor.proj", "predictor.predictor_proj"),
@@ -226,7 +231,7 @@ _LOOKS = "classifiers.0.pooler.cross_attention_block"
 META_CLASSIFIER = Format(
     "attentive probe of Meta, classifiers[0]",
     (
-        Row("pooler.query", ("classifiers.0.pooler.query_tokens",)),
+        TensorMap("pooler.query", ("classifiers.0.pooler.query_tokens",)),
         *_blocks("pooler.blocks", "classifiers.0.pooler.blocks.*", ("attn.qkv",), "attn.proj"),
         *_norm("pooler.cross.norm1", f"{_LOOKS}.norm1"),
         *_linear("pooler.cross.q", f"{_LOOKS}.xattn.q"),
@@ -252,7 +257,7 @@ def _image(
         name,
         (
             *_patches("encoder.patch_embed", f"{embeddings}.patch_embeddings.projection", pixels),
-            Row("encoder.positions.space", (f"{embeddings}.position_embeddings",), POSITIONS),
+            TensorMap("encoder.positions.space", (f"{embeddings}.position_embeddings",), POSITIONS),
             *_blocks(
                 "encoder.blocks",
                 f"{prefix}encoder.layer.*",
@@ -289,4 +294,4 @@ def dinov2(prefix: str, pixels: images.Pixels) -> Format:
 
 def own(names: list[str]) -> Format:
     """Return the table of a folder of wmjax: names are our paths."""
-    return Format("wmjax", tuple(Row(name, (name,)) for name in names))
+    return Format("wmjax", tuple(TensorMap(name, (name,)) for name in names))

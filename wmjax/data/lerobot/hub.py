@@ -1,10 +1,10 @@
-"""Datasets of the Hugging Face Hub, brought into its cache: only the files that a run reads."""
+"""Download datasets of the Hugging Face Hub into its cache: only the files that a run reads."""
 
 import functools
 import re
 from pathlib import Path
 
-from wmjax.data.lerobot.format import read_info
+from wmjax.data.lerobot.info import read_info
 from wmjax.data.lerobot.paths import templates
 from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.errors import UserError
@@ -13,10 +13,10 @@ from wmjax.hub import snapshot
 
 @functools.cache
 def download(repo_id: str, revision: str, cameras: str) -> Path:
-    """Return the folder of a dataset with its metadata, its tables and the videos of `cameras`.
+    """Download metadata, tables and the videos of `cameras`; return the folder in the cache.
 
-    revision: branch, tag or commit; '': main. Looked up once a process, so that all splits are of
-    one commit, which the folder is named by. Offline, what the cache holds is read.
+    revision: branch, tag or commit; '' is main. Resolved once a process, so that all splits read
+    one commit; the folder is named after it. Offline, the cache alone is read.
     """
     root = _snapshot(repo_id, revision, ["meta/*"])
     try:
@@ -27,7 +27,7 @@ def download(repo_id: str, revision: str, cameras: str) -> Path:
         raise UserError(f"{error}\nfrom data.repo_id={repo_id!r}") from None
     patterns = [_pattern(template, "*") for template in templates(info, "data")]
     for camera in chosen:
-        end = camera.split(".")[-1]  # of a folder that is not quite named as the camera
+        end = camera.split(".")[-1]  # a folder may be named after the last part alone
         if features[camera]["dtype"] == "video":
             patterns += [
                 _pattern(template, name)
@@ -38,7 +38,7 @@ def download(repo_id: str, revision: str, cameras: str) -> Path:
 
 
 def _pattern(template: str, camera: str) -> str:
-    """Turn a path template into the pattern of all files of this camera."""
+    """Return the glob pattern of all files of this camera under a path template."""
     return re.sub(r"\{(\w+)[^}]*\}", lambda m: camera if m[1] == "video_key" else "*", template)
 
 

@@ -1,7 +1,7 @@
-"""LeRobot datasets, v2.0 to v3.0, read natively: clips of video, states and actions.
+"""The native reader of LeRobot datasets, v2.0 to v3.0: clips of video, states and actions.
 
-The formats themselves are in lerobot_format, the decoding in video and images. No lerobot, torch,
-pandas, models, ConfigDict or jax here.
+The format is in info, listing and tables, decoding in data/media. Imports no lerobot, torch,
+pandas, models, ConfigDict or jax.
 """
 
 from pathlib import Path
@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot.format import Episode, read_info, read_rows, read_tables
+from wmjax.data.lerobot.info import read_info
+from wmjax.data.lerobot.listing import list_episodes
 from wmjax.data.lerobot.recording import Recording
+from wmjax.data.lerobot.tables import Episode, read_tables
 from wmjax.data.media.images import read_images
 from wmjax.data.media.video import VideoFiles
 from wmjax.data.source import Picture
@@ -20,9 +22,9 @@ from wmjax.errors import ClipError, UserError
 class LeRobotSource(Recording):
     """Clips of a LeRobot dataset in a folder; settings as of Recording.
 
-    Everything is opened or looked for at once, except the videos, of which only the existence is
-    checked. UserError names what is missing or odd; `notes` say what is a little wrong, and what
-    was assumed.
+    Opening reads the metadata and the tables, and checks that the videos exist. UserError names
+    what is missing or wrong. `notes` have a line for each assumption about metadata that is a
+    little wrong.
     """
 
     def __init__(self, root: str | Path, **settings: Any) -> None:
@@ -37,24 +39,24 @@ class LeRobotSource(Recording):
         )
         notes: list[str] = []
         optional = settings.get("cameras", "all") in ("all", "each")
-        rows, there = read_rows(root, info, videos, images, optional=optional, notes=notes)
+        entries, found = list_episodes(root, info, videos, images, optional=optional, notes=notes)
         self.notes = notes
-        self.cameras = tuple(name for name in self.cameras if name in there)
-        self._images = frozenset(images) & frozenset(there)
-        wanted = [rows[i] for i in self._cut([row.length for row in rows])]
-        files = {row.index: row.table for row in wanted}
-        self._keep(*read_tables(wanted, self._widths, self._images), files)
+        self.cameras = tuple(name for name in self.cameras if name in found)
+        self._images = frozenset(images) & frozenset(found)
+        chosen = self._choose_episodes([entry.length for entry in entries])
+        self.episodes, self._tables = read_tables(
+            [entries[i] for i in chosen], self._widths, self._images
+        )
         self._videos = VideoFiles(self._recorded_fps)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return clip `index`.
 
-        frames_VT: lists of av.VideoFrame as decoded, or of uint8 HWC arrays where a camera's frames
-        are kept as images, by camera. state_TS: float32, at the sampled
-        frames. action_TPA: float32, [t, p] is recorded p frames after sampled frame t. Past the
-        end of the episode the last frame, state and action stand in, and state_mask_TS and
-        action_mask_TPA are False. episode: its number in the dataset; start: the clip's first
-        frame in it.
+        frames_VT: av.VideoFrames as decoded, or uint8 HWC arrays of a camera stored as images.
+        state_TS: float32, at the sampled frames. action_TPA: float32; [t, p] was recorded p frames
+        after sampled frame t. state_mask_TS, action_mask_TPA: True where valid. Beyond the end of
+        the episode they are False, and the last frame, state and action are repeated. episode: its
+        number in the dataset; start: the clip's first frame in the episode.
         """
         return self.read(index, lambda frame: frame)
 
@@ -63,7 +65,7 @@ class LeRobotSource(Recording):
         episode = self.episodes[position]
         steps_T = start + self.stride * np.arange(self.frames)
         steps_TP = steps_T[:, None] + np.arange(self.stride)
-        there_T, there_TP = steps_T < episode.length, steps_TP < episode.length
+        valid_T, valid_TP = steps_T < episode.length, steps_TP < episode.length
         last = episode.length - 1
         states, actions = (self._tables[key] for key in (self._state_key, self._action_key))
         state_TS = states[episode.first_row + np.minimum(steps_T, last)]
@@ -73,15 +75,15 @@ class LeRobotSource(Recording):
         return {
             "frames_VT": [[*frames, *frames[-1:] * (self.frames - len(steps))] for frames in read],
             "state_TS": state_TS,
-            "state_mask_TS": np.broadcast_to(there_T[:, None], state_TS.shape),
+            "state_mask_TS": np.broadcast_to(valid_T[:, None], state_TS.shape),
             "action_TPA": action_TPA,
-            "action_mask_TPA": np.broadcast_to(there_TP[:, :, None], action_TPA.shape),
+            "action_mask_TPA": np.broadcast_to(valid_TP[:, :, None], action_TPA.shape),
             "episode": episode.index,
             "start": start,
         }
 
     def videos(self, index: int) -> list[tuple[Path, list[int]]]:
-        """Return file and numbers of the frames of clip `index`, of each camera that is a video."""
+        """Return the video file and the frame numbers of clip `index`, for each video camera."""
         cameras, position, start = self._place(index)
         episode = self.episodes[position]
         steps = self._steps(episode, start)
@@ -91,7 +93,7 @@ class LeRobotSource(Recording):
         ]
 
     def _steps(self, episode: Episode, start: int) -> list[int]:
-        """Return the recorded frames of a clip; one that stands in for others is there once."""
+        """Return the recorded frames of a clip; a repeated last frame is listed once."""
         steps_T = start + self.stride * np.arange(self.frames)
         return list(dict.fromkeys(np.minimum(steps_T, episode.length - 1).tolist()))
 

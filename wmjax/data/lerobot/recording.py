@@ -1,39 +1,39 @@
-"""Clips cut from the episodes of a LeRobot dataset, whoever reads it: cameras, windows, labels.
+"""What both LeRobot readers share: cameras, windows, labels and statistics of a recording.
 
-No lerobot, torch, models, ConfigDict or jax here.
+Imports no lerobot, torch, models, ConfigDict or jax.
 """
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot.format import Episode
+from wmjax.data.lerobot.info import camera_kind, number_widths
+from wmjax.data.lerobot.tables import Episode
 from wmjax.data.source import Source, counted
 from wmjax.data.stats import summarize
 from wmjax.data.windows import Windows, split_episodes, stride_for
 from wmjax.errors import UserError
 
-# Features that show something, but are not read: said, never dropped in silence.
-UNREAD = {"depth": "depth"}
+# Kinds of cameras that are not read. describe() names them, so none is dropped silently.
+UNREAD = {"depth"}
 
 
 class Recording(Source):
     """Clips of a LeRobot dataset, one for every episode and start: `len`, `[i]`.
 
-    cameras: 'all' features of video or images as views of one clip, 'each' as a clip of its own, or
-    names separated by commas: full ones or their last part ('top' for 'observation.images.top').
-    stride: recorded frames between sampled ones; 0: as fps asks. ends, clips_per_episode: as in
-    Windows. labels: features for probes, names separated by commas, or 'auto': the state and, if
-    there, observation.environment_state.
+    cameras: 'all' makes every camera a view of each clip; 'each' makes every camera a clip of its
+    own; otherwise names separated by commas, full or their last part ('top' for
+    'observation.images.top'). stride: recorded frames between sampled ones; 0 computes it from
+    fps. ends, clips_per_episode: as in Windows. labels: features for probes, names separated by
+    commas; 'auto' takes the state and, where recorded, observation.environment_state.
 
-    A reader calls `_cut`, then `_keep`, and fills in `__getitem__`.
+    A reader calls `_choose_episodes`, sets `episodes` and `_tables`, and defines `__getitem__`.
     """
 
     episodes: tuple[Episode, ...]  # of the split
+    _tables: dict[str, np.ndarray]  # their rows of state, action and labels, by feature
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class Recording(Source):
         self._ends, self._per_episode = ends, clips_per_episode
         self._speed = f"data.stride={stride}" if stride else f"data.fps={fps:g}"
 
-    def _cut(self, lengths: Sequence[int]) -> list[int]:
-        """Cut the episodes of the split into windows; return their places among all `lengths`."""
+    def _choose_episodes(self, lengths: Sequence[int]) -> list[int]:
+        """Cut the episodes of the split into windows; return their positions in `lengths`."""
         self.views = 1 if self._each else len(self.cameras)
         parts = split_episodes(len(lengths), self._val_share)
         chosen = parts[("train", "validation").index(self._split)].tolist()
@@ -102,28 +102,6 @@ class Recording(Source):
             ) from None
         return chosen
 
-    def _keep(
-        self,
-        episodes: tuple[Episode, ...],
-        tables: dict[str, np.ndarray],
-        files: Mapping[int, Path] | None = None,
-    ) -> None:
-        """Take the episodes of the split and their rows; UserError for one that is not finite.
-
-        files: where an episode's rows are from, by its number.
-        """
-        self.episodes, self._tables = episodes, tables
-        for name, values in tables.items():
-            if np.isfinite(values).all():
-                continue
-            row, column = np.argwhere(~np.isfinite(values))[0]
-            owner = next(e for e in episodes if 0 <= row - e.first_row < e.length)
-            raise UserError(
-                f"{(files or {}).get(owner.index, self.root)}: episode {owner.index}: "
-                f"{name}[{column}] is {values[row, column]} at frame {row - owner.first_row}; "
-                "wanted finite numbers"
-            )
-
     def __len__(self) -> int:
         return len(self._windows) * len(self.cameras) // self.views
 
@@ -136,9 +114,9 @@ class Recording(Source):
         return camera * len(self._windows) + self._windows.draw(number, rng)
 
     def _place(self, index: int) -> tuple[tuple[str, ...], int, int]:
-        """Return cameras, place of the episode and first frame of clip `index`.
+        """Return cameras, position of the episode and first frame of clip `index`.
 
-        With cameras='each', all clips of one camera follow one another.
+        With cameras='each', the clips of the first camera come first, then those of the next.
         """
         camera, window = divmod(index, len(self._windows))
         return (
@@ -154,10 +132,10 @@ class Recording(Source):
         return episode.index, {name: self._tables[name][rows_T] for name in self.label_sizes}
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Summarise state and action over the rows that clips of this split come from.
+        """Summarise state and action over the episodes of this split that hold a clip.
 
-        From the tables, which are open anyway: the metadata's statistics would count the held-out
-        episodes in, and may be of another version of the data.
+        Computed from the tables. The metadata's statistics include held-out episodes, and may be
+        of another version of the data.
         """
         rows = np.concatenate(
             [
@@ -175,7 +153,7 @@ class Recording(Source):
         ]
 
     def _describe(self, kind: str) -> str:
-        """Say in one line what was opened, of what kind, and how it is cut into clips."""
+        """Return one line: the dataset, its kind and size, cameras, stride and clips."""
         features = self._features
         cameras = ", ".join(f"{name} ({_picture(features[name])})" for name in self.cameras)
         unread = [name for name in features if camera_kind(features[name]) in UNREAD]
@@ -192,43 +170,31 @@ class Recording(Source):
         )
 
 
-def camera_kind(feature: dict) -> str:
-    """Return 'video', 'image', 'depth', or '' for a feature that is no camera."""
-    info = feature.get("info") or {}
-    if info.get("is_depth_map") or info.get("video.is_depth_map"):
-        return "depth"
-    return feature["dtype"] if feature["dtype"] in ("video", "image") else ""
-
-
-def channels_first(feature: dict) -> bool:
-    """Say whether the shape of a camera is (channels, height, width), by the names of its axes."""
-    names = feature.get("names")
-    return isinstance(names, list) and any(str(n).startswith("channel") for n in names[:1])
-
-
-def choose_cameras(root: Path, features: dict, cameras: str) -> tuple[str, ...]:
-    """Return the full names of the cameras asked for."""
+def choose_cameras(
+    root: Path, features: dict, cameras: str, option: str = "data.cameras"
+) -> tuple[str, ...]:
+    """Return the full names of the cameras asked for; option: what asks, for errors."""
     kinds = {name: kind for name in features if (kind := camera_kind(features[name]))}
     readable = [name for name, kind in kinds.items() if kind not in UNREAD]
-    here = f"cameras in {root}: {', '.join(readable) or 'none'}"
-    if cameras in ("all", "each") and not readable:
-        unread = [f"{name} is stored as {UNREAD[kind]}" for name, kind in kinds.items()]
-        raise UserError(f"data.cameras={cameras!r}: {', '.join([*unread, here])}")
+    wanted = f"cameras in {root}: {', '.join(readable) or 'none'}"
     if cameras in ("all", "each"):
+        if not readable:
+            unread = [f"{name} is stored as {kind}" for name, kind in kinds.items()]
+            raise UserError(f"{option}={cameras!r}: {', '.join([*unread, wanted])}")
         return tuple(readable)
     chosen: list[str] = []
     for asked in (part.strip() for part in cameras.split(",")):
         found = [asked] if asked in kinds else [n for n in kinds if n.split(".")[-1] == asked]
         if len(found) != 1:
-            fault = "is the end of several cameras" if found else "unknown camera"
-            raise UserError(f"data.cameras={cameras!r}: {asked!r}: {fault}; {here}")
+            fault = f"fits {', '.join(found)}" if found else "unknown camera"
+            raise UserError(f"{option}={cameras!r}: {asked!r}: {fault}; {wanted}")
         if kinds[found[0]] in UNREAD:
             raise UserError(
-                f"data.cameras={cameras!r}: {found[0]} is stored as {UNREAD[kinds[found[0]]]}, "
-                f"which is not read; {here}"
+                f"{option}={cameras!r}: {found[0]} is stored as {kinds[found[0]]}, which is "
+                f"not read; {wanted}"
             )
         if found[0] in chosen:
-            raise UserError(f"data.cameras={cameras!r}: {found[0]} is named twice")
+            raise UserError(f"{option}={cameras!r}: {found[0]} is named twice")
         chosen += found
     return tuple(chosen)
 
@@ -241,7 +207,7 @@ def _choose_labels(labels: str, state_key: str, features: dict) -> tuple[str, ..
 
 
 def _picture(feature: dict) -> str:
-    """Say size and codec of a camera, as far as the metadata has them."""
+    """Return size and codec of a camera, as far as the metadata has them."""
     info = feature.get("info") or feature.get("video_info") or {}
     shape = "x".join(str(n) for n in feature["shape"])
     kind = "images" if feature["dtype"] == "image" else info.get("video.codec", "unknown codec")
@@ -249,12 +215,12 @@ def _picture(feature: dict) -> str:
 
 
 def width_of(root: Path, features: dict, option: str, key: str) -> int:
-    """Return how many numbers the feature `key` has; option: the argument that names it."""
-    numbers = [name for name, f in features.items() if re.match("float|int", f["dtype"])]
-    if key not in numbers:
-        said = f"{option}={key!r}: no such feature of numbers; {root} has: {', '.join(numbers)}"
-        none = option == "data.action" and not any("action" in name for name in numbers)
-        if none and "observation.state" in numbers:
-            said += "\na recording without actions: --config.data.action=observation.state"
-        raise UserError(said)
-    return math.prod(features[key]["shape"])
+    """Return how many numbers the feature `key` has in a row; option: what named it, for errors."""
+    widths = number_widths(features)
+    if key not in widths:
+        text = f"{option}={key!r}: no such numeric feature; {root} has: {', '.join(widths)}"
+        without_actions = option == "data.action" and not any("action" in name for name in widths)
+        if without_actions and "observation.state" in widths:
+            text += "\nfor a recording without actions: --config.data.action=observation.state"
+        raise UserError(text)
+    return widths[key]

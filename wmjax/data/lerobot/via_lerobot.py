@@ -1,7 +1,7 @@
-"""LeRobot datasets read by lerobot itself: to hold the native reader against, and newer formats.
+"""The reader by lerobot itself: a reference for the native reader, and a way to newer formats.
 
-The same clips as LeRobotSource gives, several times slower and one at a time: not all decoders of
-lerobot are safe under threads. The extra `lerobot` is loaded only when a dataset is opened.
+It gives the same clips as LeRobotSource, several times slower. It reads one clip at a time, because
+not all decoders of lerobot are thread-safe. lerobot is an extra, imported when a dataset is opened.
 """
 
 import inspect
@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot.format import Episode
 from wmjax.data.lerobot.recording import Recording
-from wmjax.errors import ClipError, UserError, how_to_install
+from wmjax.data.lerobot.tables import Episode, check_finite
+from wmjax.errors import ClipError, UserError, how_to_install, reason
 
 
 class LeRobotReader(Recording):
     """Clips of a LeRobot dataset as LeRobotDataset decodes them; settings as of Recording.
 
-    root: the dataset's folder; or repo_id, its name on the Hub, with revision ('': main).
+    root: the dataset's folder. Or repo_id: its name on the Hub, with revision ('' is main).
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class LeRobotReader(Recording):
         else:
             self.root = Path(root).expanduser().resolve()
             if not (self.root / "meta").is_dir():  # lerobot would look for it on the Hub
-                raise UserError(f"data.root={str(root)!r}: no folder meta there: not a dataset")
+                raise UserError(f"data.root={str(root)!r}: not a LeRobot dataset: no folder meta")
             where = {"repo_id": self.root.name, "root": self.root}
         meta = self._try(lerobot.LeRobotDatasetMetadata, **where)
         features = {name: {**f, "shape": list(f["shape"])} for name, f in meta.features.items()}
@@ -41,7 +41,7 @@ class LeRobotReader(Recording):
             [int(meta.episodes[i][f"dataset_{end}_index"]) for end in ("from", "to")]
             for i in range(meta.total_episodes)
         ]
-        chosen = self._cut([end - first for first, end in bounds])
+        chosen = self._choose_episodes([end - first for first, end in bounds])
         sampled = [t * self.stride / meta.fps for t in range(self.frames)]
         every = [step / meta.fps for step in range(self.frames * self.stride)]
         options: dict[str, Any] = {
@@ -52,7 +52,7 @@ class LeRobotReader(Recording):
             "video_backend": "pyav",
         }
         if "return_uint8" in inspect.signature(lerobot.LeRobotDataset.__init__).parameters:
-            options["return_uint8"] = True  # before lerobot 0.6, frames come as shares of 255
+            options["return_uint8"] = True  # lerobot before 0.6 returns floats from 0 to 1
         self._dataset = self._try(lerobot.LeRobotDataset, **where, **options)
         self._lock = threading.Lock()
         self._firsts = [bounds[i][0] for i in chosen]
@@ -60,10 +60,14 @@ class LeRobotReader(Recording):
         starts = np.cumsum([0, *lengths[:-1]]).tolist()
         episodes = (Episode(*row, {}) for row in zip(chosen, lengths, starts, strict=True))
         rows = np.concatenate([np.arange(*bounds[i]) for i in chosen])
-        self._keep(tuple(episodes), self._numbers(rows))
+        self.episodes, self._tables = tuple(episodes), self._read_rows(rows)
+        for episode in self.episodes:
+            for name, values in self._tables.items():
+                own = values[episode.first_row : episode.first_row + episode.length]
+                check_finite(f"{self.root}: episode {episode.index}", name, own)
 
-    def _numbers(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return these rows of state, action and labels."""
+    def _read_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return these rows of state, action and labels, by feature."""
         columns = self._dataset.hf_dataset.select_columns(list(self._widths))
         table = columns.with_format("numpy")[:]
         numbers = {}
@@ -73,7 +77,7 @@ class LeRobotReader(Recording):
                 numbers[name] = values[rows]
             except (ValueError, IndexError):
                 raise UserError(
-                    f"{self.root}: {name}: not {width} numbers in every row, as its metadata says"
+                    f"{self.root}: {name}: wanted {width} numbers in every row, by its metadata"
                 ) from None
         return numbers
 
@@ -90,21 +94,21 @@ class LeRobotReader(Recording):
         try:
             with self._lock:
                 item = self._dataset[self._firsts[position] + start]
-        except Exception as error:  # of whatever decoder lerobot uses
+        except Exception as error:  # each decoder of lerobot raises its own
             where = f"{self.root}: episode {episode}"
             raise ClipError(f"{where}, frame {start}: lerobot: {_line(error)}", where) from error
         T, P = self.frames, self.stride
         state_key, action_key = self._state_key, self._action_key
         state_TS = np.asarray(item[state_key], np.float32).reshape(T, -1)
         action_TPA = np.asarray(item[action_key], np.float32).reshape(T, P, -1)
-        there_T = ~np.asarray(item[f"{state_key}_is_pad"])
-        there_TP = ~np.asarray(item[f"{action_key}_is_pad"]).reshape(T, P)
+        valid_T = ~np.asarray(item[f"{state_key}_is_pad"])
+        valid_TP = ~np.asarray(item[f"{action_key}_is_pad"]).reshape(T, P)
         return {
             "frames_VT": [_pictures(np.asarray(item[name]), T) for name in cameras],
             "state_TS": state_TS,
-            "state_mask_TS": np.broadcast_to(there_T[:, None], state_TS.shape),
+            "state_mask_TS": np.broadcast_to(valid_T[:, None], state_TS.shape),
             "action_TPA": action_TPA,
-            "action_mask_TPA": np.broadcast_to(there_TP[:, :, None], action_TPA.shape),
+            "action_mask_TPA": np.broadcast_to(valid_TP[:, :, None], action_TPA.shape),
             "episode": episode,
             "start": start,
         }
@@ -115,7 +119,7 @@ class LeRobotReader(Recording):
     def _try(self, call: Any, **arguments: Any) -> Any:
         try:
             return call(**arguments)
-        except Exception as error:  # its own, the Hub's, or of what it reads tables with
+        except Exception as error:  # lerobot's own, the Hub's or the table reader's
             raise UserError(f"{self.root}: lerobot cannot open it: {_line(error)}") from error
 
 
@@ -130,12 +134,11 @@ def _import() -> Any:
 
 
 def _line(error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _pictures(pixels: np.ndarray, frames: int) -> list[np.ndarray]:
-    """Turn frames as lerobot gives them, channels first, one without its axis, into HWC uint8."""
+    """Turn frames of lerobot, channels first, without a time axis where T=1, into HWC uint8."""
     if pixels.dtype != np.uint8:
         pixels = np.round(pixels * 255).astype(np.uint8)
     pixels_TCHW = pixels.reshape(frames, *pixels.shape[-3:])

@@ -1,6 +1,6 @@
-"""Pictures kept in tables: the rows that a clip needs are read and decoded, and nothing is kept.
+"""Pictures stored in parquet columns: only the rows of a clip are read and decoded.
 
-Knows parquet and PyAV, no dataset. Threads may call this at once.
+Nothing is cached. Knows parquet and PyAV, no dataset. Thread-safe.
 """
 
 from pathlib import Path
@@ -10,26 +10,26 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from wmjax.data.media.tables import holds_images, opened_table
-from wmjax.data.media.video import MOST_PIXELS
+from wmjax.data.media.video import MAX_PIXELS
 from wmjax.errors import UserError
 
 _CODECS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "mjpeg"}
-_BATCH = 32  # rows held at once
-_BUFFER = 1 << 20  # bytes of the file held at once
+_BATCH = 32  # rows in memory
+_BUFFER = 1 << 20  # bytes of the file in memory
 
 
 def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
-    """Decode the pictures in these rows, which ascend: uint8 HWC, RGB, all of one size.
+    """Decode the pictures in these rows, in ascending order: uint8 HWC, RGB, all of one size.
 
-    column: PNG or JPEG files as struct{bytes, path}, as Hugging Face's datasets keep them.
-    UserError names file and row of a picture that is missing, damaged or of another size.
+    column: holds PNG or JPEG files as struct{bytes, path}, as Hugging Face's datasets do. UserError
+    names file and row of a picture that is missing, damaged or of another size.
     """
     images: list[np.ndarray] = []
-    # A row group may be a whole file: it is streamed, and a page or two of it held at once.
+    # A row group may be a whole file, so it is streamed: a page or two are in memory.
     with opened_table(path, buffer_size=_BUFFER, pre_buffer=False) as file:
         schema = file.schema_arrow
         if not holds_images(schema.field(column).type if column in schema.names else None):
-            raise UserError(f"{path}: {column}: no pictures: wanted struct{{bytes, path}}")
+            raise UserError(f"{path}: {column} is no image column: wanted struct{{bytes, path}}")
         first = 0
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
@@ -41,18 +41,18 @@ def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
                 ]
             first = end
     if len(images) < len(rows):
-        raise UserError(f"{path}: {column}: holds {first} rows; wanted row {rows[-1]}")
+        raise UserError(f"{path}: {column}: {first} rows; wanted row {rows[-1]}")
     for row, image_HWC in zip(rows, images, strict=True):
         if image_HWC.shape != images[0].shape:
             raise UserError(
-                f"{path}: row {row}: {column}: {_size(image_HWC)}; row {rows[0]} has "
-                f"{_size(images[0])}: wanted one size"
+                f"{path}: row {row}: {column} is {_size(image_HWC)}; wanted {_size(images[0])}, as "
+                f"row {rows[0]} is"
             )
     return images
 
 
 def _bytes(file: pq.ParquetFile, group: int, column: str, rows: list[int]) -> list:
-    """Return (row, its bytes or None) for these rows, numbered from the start of the group."""
+    """Return (row, its bytes or None) for these rows, counted from the start of the group."""
     found = []
     first = 0
     batches = file.iter_batches(
@@ -71,12 +71,11 @@ def _bytes(file: pq.ParquetFile, group: int, column: str, rows: list[int]) -> li
 def _decode(where: str, data: bytes | None) -> np.ndarray:
     codec = next((name for magic, name in _CODECS.items() if (data or b"").startswith(magic)), None)
     if data is None or codec is None:
-        what = "no picture in it" if not data else "neither PNG nor JPEG"
-        raise UserError(f"{where}: {what}")
+        raise UserError(f"{where}: {'empty' if not data else 'unknown type'}: wanted PNG or JPEG")
     decoder = av.CodecContext.create(codec, "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.thread_type, decoder.thread_count = "NONE", 1
-    decoder.options = {"max_pixels": str(MOST_PIXELS)}
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
     try:
         packet = av.Packet(data)
         frames = decoder.decode(packet) or decoder.decode(None)

@@ -1,7 +1,4 @@
-"""Parquet files: the columns asked for, and numbers and pictures in them, or a UserError.
-
-Knows pyarrow, no dataset.
-"""
+"""Parquet files: read columns as numbers, or raise a UserError. Knows pyarrow, no dataset."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,15 +15,25 @@ from wmjax.errors import UserError
 
 @contextmanager
 def opened_table(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
-    """Open a table; what cannot be read of it, now or in the block, is a UserError."""
+    """Open a table; an error of pyarrow, now or in the block, becomes a UserError."""
     try:
         with pq.ParquetFile(path, **options) as file:
             yield file
-    # ValueError: names and texts that are no UTF-8.
+    # ValueError: text that is not UTF-8.
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not readable as parquet: {' '.join(str(error).split())}"
         ) from None
+
+
+def column_names(path: Path) -> list[str]:
+    with opened_table(path) as file:
+        return file.schema_arrow.names
+
+
+def count_rows(path: Path) -> int:
+    with opened_table(path) as file:
+        return file.metadata.num_rows
 
 
 def read_columns(
@@ -34,39 +41,44 @@ def read_columns(
     names: Iterable[str],
     images: Iterable[str] = (),
     *,
-    whole: Iterable[str] = (),
+    integers: Iterable[str] = (),
     numbers: Iterable[str] = (),
 ) -> pa.Table:
-    """Read these columns; those of images must be there and hold such.
+    """Read the columns `names`; every row must have a value.
 
-    whole, numbers: those of the columns that must hold integers, or numbers of any kind.
+    images: columns that must exist and hold pictures; they are not read. integers, numbers: which
+    of `names` must hold integers, or numbers of any kind.
     """
     names = list(dict.fromkeys(names))
     with opened_table(path) as file:
-        there = file.schema_arrow.names
+        columns = file.schema_arrow.names
         for image in images:
-            kind = file.schema_arrow.field(image).type if image in there else None
+            kind = file.schema_arrow.field(image).type if image in columns else None
             if not holds_images(kind):
                 raise UserError(f"{path}: {image} is {kind}: wanted images, struct{{bytes, path}}")
-        if missing := [name for name in names if name not in there]:
-            raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(there)}")
-        if twice := [name for name in names if there.count(name) > 1]:
-            raise UserError(f"{path}: two columns {', '.join(twice)}")
+        if missing := [name for name in names if name not in columns]:
+            raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(columns)}")
+        if twice := [name for name in names if columns.count(name) > 1]:
+            raise UserError(f"{path}: more than one column {', '.join(twice)}")
         table = file.read(columns=names).select(names)
     for name in names:
         if table[name].null_count:
             raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
-    for name in (*whole, *numbers):
+    for name in (*integers, *numbers):
         kind = table[name].type
         if not (pa.types.is_integer(kind) or (name in numbers and pa.types.is_floating(kind))):
-            raise UserError(f"{path}: {name} is {kind}: wanted numbers")
+            wanted = "numbers" if name in numbers else "integers"
+            raise UserError(f"{path}: {name} is {kind}: wanted {wanted}")
     return table
 
 
 def read_numbers(
     path: Path, name: str, column: pa.ChunkedArray, owners: np.ndarray, width: int
 ) -> np.ndarray:
-    """Turn a column of numbers or of lists of numbers into float32 (rows, width)."""
+    """Return a column of numbers, or of lists of numbers, as float32 (rows, width).
+
+    owners: the episode of each row, for errors.
+    """
     values = column
     kind = column.type
     sizes = np.ones(len(column))
@@ -76,17 +88,17 @@ def read_numbers(
     if len(odd := np.flatnonzero(sizes != width)):
         raise UserError(
             f"{path}: episode {owners[odd[0]]}: {name} has {sizes[odd[0]]:g} numbers in a row; "
-            f"meta/info.json says {width}"
+            f"wanted {width}, by meta/info.json"
         )
     numeric = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
     if not numeric or values.null_count:
-        raise UserError(f"{path}: {name} is {kind}, {values.null_count} empty; wanted numbers")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as that
+        raise UserError(f"{path}: {name} is {kind}, {values.null_count} empty: wanted numbers")
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused
         return values.to_numpy().astype(np.float32).reshape(-1, width)
 
 
 def holds_images(kind: pa.DataType | None) -> bool:
-    """Say whether a column of this type holds pictures as Hugging Face's datasets keep them."""
+    """Say whether this is the type of Hugging Face's image columns: struct{bytes, path}."""
     if kind is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         return False
     bytes_of = kind.field("bytes").type

@@ -1,6 +1,6 @@
-"""From decoded frames to pixels at the training size: crop boxes, and crop and scale in one pass.
+"""Crop and scale decoded frames to uint8 RGB at the training size, in one pass of libav.
 
-Runs on the host, in libav, on frames as the decoder leaves them: NumPy and PyAV, never jax.
+Runs on the host with NumPy and PyAV; imports no jax.
 """
 
 import math
@@ -35,9 +35,9 @@ def random_box(
 ) -> Box:
     """Draw a crop as torchvision's RandomResizedCrop does, on whole pixels.
 
-    scale: share of the frame's area, uniform. aspect: width / height, log-uniform, relative to
-    out_aspect (the output's width / height), so that an output that is not square keeps its
-    geometry. Ten tries; then the largest centred crop within the range of aspects.
+    scale: range of the crop's share of the frame's area, uniform. aspect: range of width / height,
+    log-uniform, relative to out_aspect, the output's. After ten tries, the largest centred crop
+    within the range of aspects.
     """
     low, high = aspect[0] * out_aspect, aspect[1] * out_aspect
     for _ in range(10):
@@ -69,9 +69,8 @@ def crop_and_scale(
 ) -> np.ndarray:
     """Crop the frames of one clip to box and scale them: uint8 THWC, RGB.
 
-    frames: decoded ones, or uint8 HWC arrays. With the full box and the frames' own size this is
-    exactly `frame.to_ndarray(format="rgb24")`. Where the pixel format halves its colour planes, a
-    crop starts and ends on even pixels.
+    With FULL_BOX and the frames' own size this equals `frame.to_ndarray(format="rgb24")`. If the
+    pixel format halves its colour planes, a crop starts and ends on even pixels.
     """
     scale = Scaler(lambda *_: box, height, width)
     return np.stack([scale(frame) for frame in frames])
@@ -80,11 +79,11 @@ def crop_and_scale(
 class Scaler:
     """Crops the frames of one clip to one box and scales them, one after another.
 
-    A frame that is scaled as soon as it is decoded still lies in the processor's cache.
+    Called on each frame as soon as it is decoded, while it is in the CPU cache.
     """
 
     def __init__(self, draw: Callable[[int, int], Box], height: int, width: int) -> None:
-        """draw: gives the box, from height and width of the first frame."""
+        """draw: returns the box for height and width of the first frame."""
         self._draw, self._height, self._width = draw, height, width
         self._box: Box | None = None
         self._graphs: dict[tuple[int, int, str], av.filter.Graph] = {}
@@ -106,16 +105,16 @@ class Scaler:
 
 
 def _graph(frame: av.VideoFrame, box: Box, height: int, width: int) -> av.filter.Graph:
-    """Build crop -> scale -> RGB for frames like this one; the crop only moves pointers."""
+    """Return the graph crop -> scale -> RGB for frames like this one; the crop copies nothing."""
     top, left = round(box.top * frame.height), round(box.left * frame.width)
     h = min(max(round(box.height * frame.height), 2), frame.height - top)
     w = min(max(round(box.width * frame.width), 2), frame.width - left)
     graph = av.filter.Graph()
-    # One thread: the caller has its own, and a pool of threads for every clip costs more than it
-    # brings. PyAV 15, the one that lerobot asks for, cannot say so.
+    # One thread, because callers are threads and a pool for every clip costs more than it saves.
+    # PyAV 15, which lerobot pins, has no such option.
     if hasattr(graph, "threads"):
         graph.threads = 1
-    # The time base is not used, but a buffer must have one.
+    # A buffer must have a time base; it is not used.
     chain = [graph.add_buffer(None, frame.width, frame.height, frame.format, time_base=Fraction(1))]
     if (h, w) != (frame.height, frame.width):
         chain.append(graph.add("crop", f"{w}:{h}:{left}:{top}"))

@@ -1,6 +1,7 @@
-"""Frames of video files by number: open containers kept by thread, and a seek only when it pays.
+"""Read frames of video files by number, with an LRU of open files in each thread.
 
-Knows PyAV and files, no dataset. Frames come out as decoded (YUV): nothing is converted here.
+It seeks only past a key frame; otherwise it decodes on. Frames are returned as decoded (YUV).
+Knows PyAV, no dataset.
 """
 
 import threading
@@ -15,15 +16,14 @@ import av
 
 from wmjax.errors import UserError
 
-KEEP = 8
-MOST_PIXELS = 1 << 25  # of a frame, 8K: damaged headers ask for gigabytes
+MAX_OPEN = 8  # files in a thread
+MAX_PIXELS = 1 << 25  # of a frame, 8K: a damaged header may ask for gigabytes
 
 
 class VideoFiles:
     """Reads frames by number from many files of one frame rate.
 
-    Safe under threads: each has its own open containers, at most KEEP. Open containers do not
-    travel when this is pickled.
+    Thread-safe: each thread has its own open files, at most MAX_OPEN. They are not pickled.
     """
 
     def __init__(self, fps: float):
@@ -37,7 +37,7 @@ class VideoFiles:
         self.__dict__.update(state, _local=threading.local())
 
     def count(self, path: Path) -> int:
-        """Return how many frames the file holds, by its index."""
+        """Return how many frames the index of the file lists."""
         return self._open(path).count
 
     def read(
@@ -47,15 +47,14 @@ class VideoFiles:
         need: int,
         picture: Callable[[av.VideoFrame], Any] = lambda frame: frame,
     ) -> list:
-        """Decode the frames of these numbers, which count from 0 at the start of the file.
+        """Decode frames by number, from 0 at the start of the file; return picture(frame) of each.
 
-        need: how many frames the file must hold. picture: what is to become of each, called before
-        the next is decoded; given back is what it returns. UserError, naming the file, where it is
-        damaged, too short, or not at the rate promised.
+        need: how many frames the file must hold. picture: called on each frame before the next is
+        decoded. UserError names a file that is damaged, too short or of another frame rate.
         """
         video = self._open(path)
         if video.count < need:
-            raise UserError(f"{path}: holds {video.count} frames; the episodes need {need}")
+            raise UserError(f"{path}: {video.count} frames; wanted {need}, by its episodes")
         try:
             pictures: list = []
             shapes: dict[tuple[int, int, str], None] = {}
@@ -64,19 +63,18 @@ class VideoFiles:
                 shapes[frame.width, frame.height, frame.format.name] = None
                 pictures.append(picture(frame))
             if len(shapes) > 1:
-                raise UserError(
-                    f"{path}: frames of {' and '.join(map(str, shapes))}: wanted one size"
-                )
+                found = ", ".join(f"{width}x{height} {kind}" for width, height, kind in shapes)
+                raise UserError(f"{path}: frames of {found}: wanted one size and pixel format")
             return pictures
         except UserError:
-            # Half-read containers are in a state that is not worth reasoning about.
+            # The state of the decoder is unknown after an error.
             self._local.videos.pop(path).close()
             raise
 
     def _open(self, path: Path) -> "_Video":
         videos = self._local.__dict__.setdefault("videos", OrderedDict())
         if path not in videos:
-            if len(videos) >= KEEP:
+            if len(videos) >= MAX_OPEN:
                 videos.popitem(last=False)[1].close()
             videos[path] = _Video(path, self._fps)
         videos.move_to_end(path)
@@ -84,7 +82,7 @@ class VideoFiles:
 
 
 class _Video:
-    """One open file, its key frames, and where its decoder stands."""
+    """One open file: its index, its decoder, and the frame decoded last."""
 
     def __init__(self, path: Path, fps: float):
         self._path = path
@@ -94,31 +92,31 @@ class _Video:
         try:
             self._container = av.open(str(path))
             if not self._container.streams.video:
-                raise UserError(f"{path}: has no video stream")
+                raise UserError(f"{path}: no video stream")
             stream = self._stream = self._container.streams.video[0]
             if not stream.codec_context:
-                raise UserError(f"{path}: its codec is unknown")
-            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
-            # One thread a file: the callers are the threads. dav1d goes by thread_count alone.
+                raise UserError(f"{path}: unknown codec")
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            # One thread a file, because the callers are threads. dav1d heeds thread_count alone.
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
             self._clock = stream.time_base or Fraction(1)
             self._start = stream.start_time or 0
-            # A float: exact enough to tell frames apart, and Fractions are slow, twice a frame.
+            # Ticks a frame. A float tells frames apart; a Fraction is slow, used twice a frame.
             self._tick = float(1 / (Fraction(fps).limit_denominator(1001) * self._clock))
             if hasattr(stream, "index_entries"):
                 self._read_index()
-            else:  # PyAV 15, which lerobot pins, does not show the index: read the whole file.
+            else:  # PyAV 15, which lerobot pins, has no index_entries: read all packets
                 packets = [packet for packet in self._container.demux(stream) if packet.size]
                 self.count = len(packets)
                 self._keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
             self._packets = self._container.demux(stream)
         except ZeroDivisionError:
-            raise UserError(f"{path}: not readable as video (its clock has no rate)") from None
+            raise UserError(f"{path}: not readable as video (time base 0)") from None
         except av.FFmpegError as error:
             raise UserError(
-                f"{path}: not readable as video ({error.strerror}); a file cut short has lost its "
-                "index (moov atom): fetch it again"
+                f"{path}: not readable as video ({error.strerror}); if it was cut short, its index "
+                "(moov atom) is lost: download it again"
             ) from None
 
     def _read_index(self) -> None:
@@ -126,11 +124,13 @@ class _Video:
         self.count = len(index)
         if not self.count:
             return
-        end, there = index[-1].pos + index[-1].size, self._path.stat().st_size
-        if end > there:
-            raise UserError(f"{self._path}: cut short: {there} of {end} bytes; fetch it again")
-        # The index has times of decoding; those of display run the same, a constant later
-        # (B-frames). It only decides when to seek: the time of what is decoded is checked.
+        end, size = index[-1].pos + index[-1].size, self._path.stat().st_size
+        if end > size:
+            raise UserError(
+                f"{self._path}: cut short: {size} bytes; wanted {end}: download it again"
+            )
+        # The index has decoding times. With B-frames, display times are a constant later. The
+        # index only decides when to seek; the time of each decoded frame is checked.
         self._shift = self._start - index[0].timestamp
 
     def _key_before(self, pts: int) -> int:
@@ -143,7 +143,7 @@ class _Video:
         self._container.close()
 
     def frame(self, number: int) -> av.VideoFrame:
-        """Decode frame `number`: seek if its key frame lies ahead or itself behind, else go on."""
+        """Decode frame `number`; seek if it lies behind, or after a later key frame."""
         wanted = self._start + round(number * self._tick)
         try:
             if self._at is None or not self._at < wanted or self._key_before(wanted) > self._at:
@@ -153,23 +153,23 @@ class _Video:
                 self._at = frame.pts
                 if frame.pts is None or frame.is_corrupt:
                     raise UserError(f"{self._path}: frame {number}: damaged data before it")
-                # Half a frame: times rounded to a coarse clock are off by a tick or two.
+                # Within half a frame: a coarse clock rounds times by a tick or two.
                 if abs(frame.pts - wanted) < self._tick / 2:
                     return frame
                 if frame.pts > wanted:
                     raise UserError(
                         f"{self._path}: frame {number}: found time {self._seconds(frame.pts)}, "
-                        f"wanted {self._seconds(wanted)}: not at the fps of meta/info.json"
+                        f"wanted {self._seconds(wanted)}, by the fps of meta/info.json"
                     )
         except av.FFmpegError as error:
             raise UserError(f"{self._path}: frame {number}: {error.strerror}") from None
         raise UserError(f"{self._path}: frame {number}: the video ends before it")
 
     def _decode(self) -> Iterator[av.VideoFrame]:
-        """Decode from where the file stands, as container.decode does.
+        """Decode from the current position, as container.decode does.
 
-        One stream of packets serves every seek, for each that PyAV 18 starts leaves 150 bytes
-        behind for good. It ends with an empty packet, which asks the decoder for what it still has.
+        One demuxer serves every seek, because PyAV 18 leaks 150 bytes for each new one. It ends
+        with an empty packet, which flushes the decoder.
         """
         for packet in self._packets:
             if not packet.size:

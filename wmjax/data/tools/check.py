@@ -1,12 +1,12 @@
-"""Everything that is wrong with a LeRobot dataset: what training would stop at, and what it skips.
+"""`python -m wmjax.data check`: everything that is wrong with a LeRobot dataset.
 
-Each thing is looked at for itself, and what cannot be read is one finding, after which it goes on.
+What training needs is checked by the readers' own functions, so that check finds whatever training
+stops at or warns of. Check also looks at what training does not read: row timestamps, statistics,
+tasks and frame sizes. Each error is one finding, and the check goes on after it.
 """
 
-import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,19 +16,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from wmjax.data.lerobot.format import (
-    PLACE_V3,
-    fields_v2,
-    list_episodes_v3,
-    parse_json,
-    read_entries_v2,
-    read_entries_v3,
-    read_file,
-    read_info,
-    read_lines,
+from wmjax.data.lerobot.entries import (
+    EpisodeEntry,
+    entry_faults,
+    list_files,
+    listing_of,
+    missing_columns,
+    read_entries,
 )
-from wmjax.data.lerobot.paths import find, find_videos
-from wmjax.data.lerobot.recording import camera_kind, channels_first
+from wmjax.data.lerobot.info import (
+    camera_kind,
+    channels_first,
+    number_widths,
+    read_info,
+    read_json,
+    read_json_lines,
+)
+from wmjax.data.lerobot.listing import split_notes, wrong_totals
+from wmjax.data.lerobot.paths import CameraMissing, Fields, find, find_videos, video_keys
+from wmjax.data.lerobot.starts import start_faults, video_starts
+from wmjax.data.lerobot.tables import INDEX_COLUMNS, check_finite, check_run, find_runs
 from wmjax.data.media.images import read_images
 from wmjax.data.media.tables import read_columns, read_numbers
 from wmjax.data.media.transforms import frame_size
@@ -37,15 +44,15 @@ from wmjax.data.source import counted
 from wmjax.data.stats import summarize
 from wmjax.errors import UserError
 
-TOLERANCE_S = 1e-4  # lerobot's, for timestamps
-# Of a feature's largest number: other tools compute statistics in float32, or put parts together.
-TOLERANCE_OF_STATISTICS = 1e-3
-# Nobody normalises these; their statistics are of the dataset that an excerpt was taken from.
+TIMESTAMP_TOLERANCE_S = 1e-4  # lerobot's own
+# A share of a feature's largest number: other tools compute in float32, or merge statistics.
+STATISTICS_TOLERANCE = 1e-3
+# Nobody normalises these. In an excerpt their statistics are those of the whole dataset.
 _COUNTERS = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong: the file or episode, what is there, and what should be."""
+    """One fault: the file, and the episode if it is of one; the value found, the value wanted."""
 
     where: str
     found: str
@@ -54,20 +61,27 @@ class Finding(NamedTuple):
 
 @dataclass
 class _Episode:
-    """What the metadata says of an episode; a file that is not there is None."""
+    """An episode of the metadata, with those of its files that exist."""
 
-    index: int
-    length: int
+    entry: EpisodeEntry
     table: Path | None = None
-    videos: dict[str, tuple[Path, float]] = field(default_factory=dict)  # file, first frame in it
+    videos: dict[str, Path] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def index(self) -> int:
+        return self.entry.index
+
+    @property
+    def length(self) -> int:
+        return self.entry.length
 
 
 def check(root: Path, *, decode: bool = False) -> tuple[list[Finding], str]:
-    """Return what is wrong with the dataset, and a line on what was looked at.
+    """Return the findings, and a line that names the dataset and its size.
 
-    decode: decode every frame, not the first and the last of each file. UserError where it is no
-    dataset: no metadata of a known version.
+    decode: decode every frame; otherwise the first and the last of each file. UserError where
+    there is no dataset: no metadata of a known version.
     """
     info = read_info(root.expanduser())
     return _Check(root.expanduser().resolve(), info, decode).run()
@@ -76,17 +90,13 @@ def check(root: Path, *, decode: bool = False) -> tuple[list[Finding], str]:
 class _Check:
     def __init__(self, root: Path, info: dict, decode: bool) -> None:
         self.root, self.info, self.decode = root, info, decode
+        features = info["features"]
         self.findings: list[Finding] = []
         self.episodes: list[_Episode] = []
-        kinds = {name: camera_kind(f) for name, f in info["features"].items()}
-        self.cameras = [n for n, f in info["features"].items() if f["dtype"] == "video"]
-        self.images = [name for name, kind in kinds.items() if kind == "image"]
-        self.widths = {
-            name: math.prod(f["shape"])
-            for name, f in info["features"].items()
-            if re.match("float|int", f["dtype"])
-        }
-        # Numbers of each feature by episode, as far as they could be read.
+        self.cameras = video_keys(info)
+        self.images = [name for name, f in features.items() if camera_kind(f) == "image"]
+        self.widths = number_widths(features)
+        # The rows of each numeric feature by episode, where they could be read.
         self.numbers: dict[str, dict[int, np.ndarray]] = {name: {} for name in self.widths}
 
     def run(self) -> tuple[list[Finding], str]:
@@ -101,166 +111,178 @@ class _Check:
             f"{self.info['fps']:g} fps, {cameras}"
         )
 
-    def _found(self, where: Path | str, found: object, wanted: object = "") -> None:
-        text = str(where).replace(f"{self.root}/", "")
-        finding = Finding(text, str(found), str(wanted))
+    def _add(self, where: Path | str, found: object, wanted: object = "") -> None:
+        finding = Finding(str(where).replace(f"{self.root}/", ""), str(found), str(wanted))
         if finding not in self.findings:
             self.findings.append(finding)
 
+    def _add_error(self, error: UserError | str) -> None:
+        """Add an error or a note of the readers: `file[: episode N]: found; wanted ...`."""
+        text = str(error).replace(f"{self.root}/", "").replace("\n", " ")
+        parts = re.fullmatch(r"(.+?(?:: episode -?\d+)?): (.*?)(?:\bwanted:? (.*))?", text)
+        where, found, wanted = parts.groups() if parts else ("", text, None)
+        self._add(where, found.rstrip(":;, ") or text, wanted or "")
+
     @contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Make a finding of what cannot be read."""
+        """Make a finding of an error, and go on."""
         try:
             yield
         except UserError as error:
-            text = str(error).replace(f"{self.root}/", "").replace("\n", " ")
-            where, _, what = text.partition(": ")
-            found, _, wanted = what.partition("wanted ")
-            self._found(where, found.rstrip("; ,") or text, wanted)
+            self._add_error(error)
 
     def _list(self) -> None:
-        """Read which episodes there are, and look for their files."""
-        if self.info["codebase_version"] == "v3.0":
-            self._list_v3()
-        else:
-            self._list_v2()
-
-    def _list_v2(self) -> None:
-        _, entries = read_entries_v2(self.root, self.info)
-        for entry, fields in zip(entries, fields_v2(self.info, entries), strict=True):
-            episode = _Episode(entry["episode_index"], entry["length"])
-            self.episodes.append(episode)
+        """Read which episodes there are, and find their files."""
+        root, info = self.root, self.info
+        entries: list[EpisodeEntry] = []
+        lists = list_files(root, info)
+        for camera in [*self.cameras]:
             with self._going_on():
-                (episode.table,) = find(self.root, self.info, "data", [fields], [])
-            for camera in self.cameras:
-                with self._going_on():
-                    (path,) = find_videos(self.root, self.info, camera, [fields], [])
-                    episode.videos[camera] = (path, 0.0)
-        self._is_there("meta/tasks.jsonl")
-        if self.info["codebase_version"] == "v2.1":
-            path = self.root / "meta/episodes_stats.jsonl"
-            if self._is_there("meta/episodes_stats.jsonl"):
-                lines = read_lines(self.root, path)
-                said = {str(e.get("episode_index")): e.get("stats") for e in lines}
-                for episode in self.episodes:
-                    stats = said.get(str(episode.index))
-                    episode.statistics = stats if isinstance(stats, dict) else {}
-                    if not episode.statistics:
-                        self._found(path, f"nothing of episode {episode.index}", "its statistics")
-
-    def _list_v3(self) -> None:
-        paths = list_episodes_v3(self.root)
-        if not paths:
-            self._found("meta/episodes", "no parquet files in it", "the episodes")
-        for path in paths:
+                if error := missing_columns(root, info, lists[0], camera):
+                    self._add_error(error)
+                    self.cameras.remove(camera)
+        for path in lists:
             with self._going_on():
-                for entry in read_entries_v3(path, self.cameras):
-                    self._take_v3(entry)
-        self.episodes.sort(key=lambda episode: episode.index)
-        self._is_there("meta/tasks.parquet")
+                entries += read_entries(root, info, path, self.cameras)
+        entries.sort(key=lambda entry: entry.index)
+        for error in entry_faults(listing_of(root, info), entries):
+            self._add_error(error)
+        self.episodes = [_Episode(entry) for entry in entries]
+        if entries:
+            self._find_files(entries)
+            for note in split_notes(root, info, len(entries)):
+                self._add_error(note)
+        v3 = info["codebase_version"] == "v3.0"
+        self._require("meta/tasks.parquet" if v3 else "meta/tasks.jsonl")
+        name = "meta/episodes_stats.jsonl"
+        if info["codebase_version"] == "v2.1" and self._require(name):
+            lines = read_json_lines(root, root / name)
+            said = {str(line.get("episode_index")): line.get("stats") for line in lines}
+            for episode in self.episodes:
+                stats = said.get(str(episode.index))
+                episode.statistics = stats if isinstance(stats, dict) else {}
+                if not episode.statistics:
+                    self._add(f"{name}: episode {episode.index}", "nothing", "its statistics")
 
-    def _take_v3(self, entry: dict) -> None:
-        episode = _Episode(entry["episode_index"], entry["length"])
-        self.episodes.append(episode)
-        with self._going_on():
-            fields = {name: entry[f"data/{name}"] for name in PLACE_V3}
-            (episode.table,) = find(self.root, self.info, "data", [fields], [])
+    def _find_files(self, entries: list[EpisodeEntry]) -> None:
+        notes: list[str] = []
+        tables = self._each_file(
+            [entry.table for entry in entries],
+            lambda fields, notes: find(self.root, self.info, "data", fields, notes),
+            notes,
+        )
+        for episode, table in zip(self.episodes, tables, strict=True):
+            episode.table = table
         for camera in self.cameras:
-            with self._going_on():
-                fields = {name: entry[f"videos/{camera}/{name}"] for name in PLACE_V3}
-                (path,) = find_videos(self.root, self.info, camera, [fields], [])
-                first = entry[f"videos/{camera}/from_timestamp"] * self.info["fps"]
-                episode.videos[camera] = (path, first)
+            videos = self._each_file(
+                [entry.videos[camera] for entry in entries],
+                lambda fields, notes, camera=camera: find_videos(  # type: ignore[misc]
+                    self.root, self.info, camera, fields, notes
+                ),
+                notes,
+            )
+            for episode, video in zip(self.episodes, videos, strict=True):
+                if video:
+                    episode.videos[camera] = video
+        for note in notes:
+            self._add_error(note)
 
-    def _is_there(self, name: str) -> bool:
-        there = (self.root / name).is_file()
-        if not there:
-            self._found(name, "no such file", "a file")
-        return there
+    def _each_file(
+        self,
+        fields: Sequence[Fields],
+        find_all: Callable[[Sequence[Fields], list[str]], list[Path]],
+        notes: list[str],
+    ) -> Sequence[Path | None]:
+        """Find all files as training does. If that fails, find each, so that each is a finding."""
+        try:
+            return find_all(fields, notes)
+        except CameraMissing as error:  # it has no file at all: one finding is enough
+            self._add_error(error)
+            return [None] * len(fields)
+        except UserError as error:
+            before = len(self.findings)
+            files: list[Path | None] = []
+            for one in fields:
+                files.append(None)
+                with self._going_on():
+                    (files[-1],) = find_all([one], [])
+            if len(self.findings) == before:  # one file for two episodes
+                self._add_error(error)
+            return files
+
+    def _require(self, name: str) -> bool:
+        exists = (self.root / name).is_file()
+        if not exists:
+            self._add(name, "no such file", "a file")
+        return exists
 
     def _totals(self) -> None:
-        said = {key: self.info.get(f"total_{key}") for key in ("episodes", "frames")}
-        held = {"episodes": len(self.episodes), "frames": sum(e.length for e in self.episodes)}
-        for key, value in said.items():
-            if value not in (None, held[key]):
-                self._found("meta/info.json", f"total_{key}={value}", held[key])
-        numbers = [episode.index for episode in self.episodes]
-        for number, times in Counter(numbers).items():
-            if times > 1:
-                self._found(f"episode {number}", f"comes {times} times", "once")
-        there = set(numbers)
-        gaps = (n for n in range(max(there, default=-1) + 1) if n not in there)
+        if not self.episodes:
+            return
+        totals = wrong_totals(self.info, [episode.length for episode in self.episodes])
+        for key, (found, wanted) in totals.items():
+            self._add("meta/info.json", f"{key}={found}", wanted)
+        numbers = {episode.index for episode in self.episodes}
+        gaps = (n for n in range(max(numbers) + 1) if n not in numbers)
         if missing := list(islice(gaps, 20)):  # a number may be wrong by billions
-            self._found("meta", f"episodes {missing} are missing", "numbers from 0 without a gap")
+            where = listing_of(self.root, self.info)
+            self._add(where, f"episodes {missing} are missing", "numbers from 0 without a gap")
 
     def _tables(self) -> None:
         tables: dict[Path, list[_Episode]] = {}
+        starts = {}
+        first = 0
         for episode in self.episodes:
             if episode.table:
                 tables.setdefault(episode.table, []).append(episode)
-        first = 0
-        starts = {}
-        for episode in self.episodes:
             starts[episode.index], first = first, first + episode.length
         for path, episodes in tables.items():
             with self._going_on():
-                name = "episode_index"
-                owners = read_columns(path, [name], whole=[name])[name].to_numpy()
-                order = np.argsort(owners, kind="stable")
-                cuts = np.flatnonzero(np.diff(owners[order])) + 1
-                rows = {int(owners[part[0]]): part for part in np.split(order, cuts) if len(part)}
-                for episode in episodes:
-                    count = len(rows.get(episode.index, ()))
-                    if count != episode.length:
-                        self._found(
-                            f"{path}: episode {episode.index}", f"{count} rows", episode.length
-                        )
-                if strange := sorted(set(rows) - {e.index for e in episodes}):
-                    self._found(path, f"rows of episodes {strange}", "of its own alone")
-                for name, width in self.widths.items():
-                    with self._going_on():
-                        column = read_columns(path, [name])[name]
-                        values = read_numbers(path, name, column, owners, width)
-                        for episode in episodes:
-                            own = values[rows.get(episode.index, np.arange(0))]
-                            self.numbers[name][episode.index] = own
-                            self._check_numbers(path, episode, name, own, starts)
-            for name in self.images:
-                with self._going_on():
-                    self._check_images(path, name)
+                self._check_table(path, episodes, starts)
 
-    def _check_numbers(
-        self, path: Path, episode: _Episode, name: str, rows: np.ndarray, starts: dict[int, int]
-    ) -> None:
-        where = f"{path}: episode {episode.index}"
-        bad = np.argwhere(~np.isfinite(rows))
-        if len(bad):
-            row, column = bad[0]
-            self._found(
-                where,
-                f"{name}[{column}] is {rows[row, column]} at frame {row}, {len(bad)} in all",
-                "finite numbers",
-            )
-        counted = np.arange(len(rows))
-        wanted: np.ndarray | None = None
+    def _check_table(self, path: Path, episodes: list[_Episode], starts: dict[int, int]) -> None:
+        table = read_columns(path, INDEX_COLUMNS, integers=INDEX_COLUMNS)
+        owners, counts = (table[name].to_numpy() for name in INDEX_COLUMNS)
+        runs = find_runs(path, owners)
+        for episode in episodes:
+            with self._going_on():
+                run = runs.get(episode.index, slice(0))
+                check_run(path, episode.index, episode.length, counts[run])
+        if strange := sorted(set(runs) - {episode.index for episode in episodes}):
+            self._add(path, f"rows of episodes {strange}", "of its own alone")
+        for name, width in self.widths.items():
+            with self._going_on():
+                column = read_columns(path, [name])[name]
+                values = read_numbers(path, name, column, owners, width)
+                for episode in episodes:
+                    own = values[runs.get(episode.index, slice(0))]
+                    self.numbers[name][episode.index] = own
+                    where = f"{path}: episode {episode.index}"
+                    with self._going_on():
+                        check_finite(where, name, own)
+                    self._check_counter(where, name, own, starts[episode.index])
+        for name in self.images:
+            with self._going_on():
+                self._check_images(path, name, len(owners))
+
+    def _check_counter(self, where: str, name: str, rows: np.ndarray, start: int) -> None:
+        """Check timestamp and index, which count the frames; start: rows of earlier episodes."""
+        frames = np.arange(len(rows))
         if name == "timestamp":
-            wanted, allowed = counted / self.info["fps"], TOLERANCE_S
-        elif name == "frame_index":
-            wanted, allowed = counted, 0
+            wanted, allowed = frames / self.info["fps"], TIMESTAMP_TOLERANCE_S
         elif name == "index":
             # Read as float32, which is exact to 2**24 and a little off beyond.
-            wanted, allowed = starts[episode.index] + counted, 0
-            allowed = 0 if wanted.size and wanted[-1] < 2**24 else 64
-        if wanted is None:
+            wanted = start + frames
+            allowed = 0 if start + len(rows) <= 2**24 else 64
+        else:
             return
-        # Beyond what float32 tells apart, in long episodes.
+        # In long episodes also what float32 cannot tell apart.
         off = np.flatnonzero(~(np.abs(rows[:, 0] - wanted) <= allowed + 1e-6 * wanted))
         if len(off):
             row = off[0]
-            self._found(where, f"{name} is {rows[row, 0]:.9g} at frame {row}", f"{wanted[row]:.9g}")
+            self._add(where, f"{name} is {rows[row, 0]:.9g} at frame {row}", f"{wanted[row]:.9g}")
 
-    def _check_images(self, path: Path, name: str) -> None:
-        rows = len(read_columns(path, ["episode_index"]))
+    def _check_images(self, path: Path, name: str, rows: int) -> None:
         batches = range(0, rows, 32) if self.decode else range(min(rows, 1))
         for first in tqdm(batches, unit="batch", desc=path.name, disable=not self.decode):
             with self._going_on():
@@ -273,20 +295,18 @@ class _Check:
         shape = list(feature["shape"])
         sides = shape[1:] if channels_first(feature) else shape[:2]
         if [height, width] != sides:
-            self._found(path, f"{height}x{width}", f"{'x'.join(map(str, sides))}, by {camera}")
+            self._add(path, f"{height}x{width}", f"{'x'.join(map(str, sides))}, by {camera}")
 
     def _statistics(self) -> None:
-        """Hold the statistics in the metadata against the tables."""
+        """Compare the statistics of the metadata with the tables."""
         if self.info["codebase_version"] == "v2.1":
             for episode in self.episodes:
                 for name, rows in self.numbers.items():
                     if episode.index in rows and episode.statistics:
                         where = f"meta/episodes_stats.jsonl: episode {episode.index}"
                         self._compare(where, name, rows[episode.index], episode.statistics)
-            return
-        path = self.root / "meta/stats.json"
-        if self._is_there("meta/stats.json"):
-            said = parse_json(path, read_file(self.root, path))
+        elif self._require("meta/stats.json"):
+            said = read_json(self.root, self.root / "meta/stats.json")
             for name, rows in self.numbers.items():
                 if rows and len(rows) == len(self.episodes):
                     self._compare("meta/stats.json", name, np.concatenate([*rows.values()]), said)
@@ -295,12 +315,12 @@ class _Check:
         if name in _COUNTERS:
             return
         if not isinstance(said.get(name), dict):
-            self._found(where, f"nothing of {name}", "its statistics")
+            self._add(where, f"nothing of {name}", "its statistics")
             return
         if not len(rows) or not np.isfinite(rows).all():
             return
         held = summarize(rows)
-        allowed = TOLERANCE_OF_STATISTICS * float(np.abs(rows).max()) + 1e-6
+        allowed = STATISTICS_TOLERANCE * float(np.abs(rows).max()) + 1e-6
         for key in ("count", "mean", "std", "min", "max"):
             if key not in said[name]:
                 continue
@@ -310,34 +330,30 @@ class _Check:
             except (TypeError, ValueError, OverflowError):
                 found = np.empty(0)
             if found.shape != wanted.shape:
-                self._found(where, f"{name}: {key} has {len(found)} numbers", len(wanted))
+                self._add(where, f"{name}: {key} has {len(found)} numbers", len(wanted))
                 continue
             off = np.flatnonzero(~(np.abs(found - wanted) <= (0 if key == "count" else allowed)))
             if len(off):
                 at = off[0]
                 place = key if key == "count" else f"{key}[{at}]"
-                self._found(where, f"{name}: {place} is {found[at]:.6g}", f"{wanted[at]:.6g}")
+                self._add(where, f"{name}: {place} is {found[at]:.6g}", f"{wanted[at]:.6g}")
 
     def _videos(self) -> None:
-        files: dict[Path, list[tuple[_Episode, str]]] = {}
-        for episode in self.episodes:
-            for camera, (path, _) in episode.videos.items():
-                files.setdefault(path, []).append((episode, camera))
+        files = []
+        for camera in self.cameras:
+            members = [episode for episode in self.episodes if camera in episode.videos]
+            entries = [episode.entry for episode in members]
+            paths = [episode.videos[camera] for episode in members]
+            for starts in video_starts(entries, camera, paths, self.info["fps"]):
+                files.append((camera, starts.path, starts.frames))
+                for error in start_faults(starts, entries):
+                    self._add_error(error)
         videos = VideoFiles(self.info["fps"])
-        for path, members in tqdm(files.items(), unit="video", disable=not self.decode):
-            camera = members[0][1]
-            members.sort(key=lambda member: member[0].videos[member[1]][1])
-            total = 0
-            for episode, name in members:
-                first = episode.videos[name][1]
-                if not abs(first - total) < 0.5:
-                    where = f"{path}: episode {episode.index}"
-                    self._found(where, f"starts at frame {first:.2f} by from_timestamp", total)
-                total += episode.length
+        for camera, path, frames in tqdm(files, unit="video", disable=not self.decode):
             with self._going_on():
                 count = videos.count(path)
-                if count != total:
-                    self._found(path, f"{count} frames", f"{total}, by its episodes' lengths")
+                if count != frames:
+                    self._add(path, f"{count} frames", f"{frames}, by its episodes' lengths")
                 for number in range(count) if self.decode else dict.fromkeys([0, count - 1]):
                     (frame,) = videos.read(path, [number], need=0)
                     if number == 0:

@@ -1,9 +1,11 @@
-"""A LeRobot dataset written again at the training size, with key frames close together.
+"""`python -m wmjax.data transcode`: copy a LeRobot dataset with videos at the training size.
 
-The same version, tables and timestamps; only the videos are others. What is done is told by the
-files alone: each is written beside its name and then renamed, meta/info.json last of all.
+Short GOPs and small frames decode several times as fast. Version, tables and timestamps stay. The
+files alone are the progress: each is written to a part file, then renamed, meta/info.json last. So
+the same command again resumes, and a half-done copy is no dataset.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -23,24 +25,26 @@ import av
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from wmjax.data.lerobot.format import read_info, read_rows
-from wmjax.data.lerobot.paths import inside
-from wmjax.data.lerobot.recording import channels_first, choose_cameras
+from wmjax.data.lerobot.info import channels_first, read_info
+from wmjax.data.lerobot.listing import list_episodes
+from wmjax.data.lerobot.paths import inside, video_keys
+from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.data.media.transforms import frame_size
 from wmjax.errors import UserError
 
-# fastdecode: no CABAC, no deblocking; without B-frames. Of g1_subset_v30 at 256 px and a key frame
-# every 2 (16 frames at 4 a second, clips/s a core; PSNR to what was scaled; MB):
+# fastdecode: no CABAC, no deblocking; B-frames are off too. Measured on g1_subset_v30 at 256 px and
+# gop 2 with clips of 16 frames at 4 fps: clips/s a core, PSNR to the scaled frames, MB:
 #   H.264 crf 20 fastdecode 71, 40.1 dB, 7.6   crf 18 66, 41.4 dB, 9.2   crf 23 78, 38.1 dB, 5.7
-#   H.264 crf 20 as it is   51, 40.4 dB, 6.8   AV1 crf 30 58, 40.9 dB, 5.9
+#   H.264 crf 20 no tune    51, 40.4 dB, 6.8   AV1 crf 30 58, 40.9 dB, 5.9
 PRESET, TUNE = "medium", "fastdecode"
 _INFO = Path("meta/info.json")
 _VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
-_MARK = Path("meta/transcode.json")
+_MARK = Path("meta/transcode.json")  # the settings of a copy that was begun
+_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class Job(NamedTuple):
-    """One video file: from, to, how many frames it must hold, and how it is written."""
+    """One video to encode; need: how many frames the source must hold."""
 
     source: Path
     target: Path
@@ -53,11 +57,11 @@ class Job(NamedTuple):
 def transcode(
     root: Path, out: Path, *, size: int, gop: int, crf: int, cameras: str, workers: int
 ) -> list[str]:
-    """Write the dataset in `root` to `out`; what is there of an earlier attempt is kept.
+    """Write the dataset in `root` to `out`; resume an earlier attempt with the same settings.
 
     size: pixels of a video's shorter side; smaller videos keep their size. gop: frames from one
-    key frame to the next. Returns lines that say what was assumed or left out. UserError for an
-    `out` that holds anything else, and for files that could not be done, once all others are.
+    key frame to the next. Returns a line for each assumption and each camera left out. UserError
+    if `out` holds anything else, or if a video fails; the other videos are done first.
     """
     for name, value, low, high in (("size", size, 16, 8192), ("gop", gop, 1, 1000),
                                    ("crf", crf, 0, 51), ("workers", workers, 1, 1024)):  # fmt: skip
@@ -66,22 +70,22 @@ def transcode(
     info = read_info(root.expanduser())
     root, out = root.expanduser().resolve(), out.expanduser().resolve()
     features = info["features"]
-    chosen = choose_cameras(root, features, cameras)
+    chosen = choose_cameras(root, features, cameras, "--cameras")
     if images := [name for name in chosen if features[name]["dtype"] == "image"]:
         raise UserError(
-            f"{root}: {', '.join(images)}: kept as images in the tables: only videos are "
-            "transcoded; choose others with --cameras, or train on it as it is"
+            f"{root}: {', '.join(images)}: stored as images: wanted videos; choose others with "
+            "--cameras, or train on the dataset as it is"
         )
     notes: list[str] = []
-    rows, there = read_rows(root, info, chosen, (), optional=cameras == "all", notes=notes)
+    entries, kept = list_episodes(root, info, chosen, (), optional=cameras == "all", notes=notes)
     need: dict[Path, int] = {}
-    for row in rows:
-        for path, first in row.videos.values():
-            need[path] = max(need.get(path, 0), first + row.length)
-    dropped = [n for n, f in features.items() if f["dtype"] == "video" and n not in there]
+    for entry in entries:
+        for path, first in entry.videos.values():
+            need[path] = max(need.get(path, 0), first + entry.length)
+    dropped = [name for name in video_keys(info) if name not in kept]
     notes += [f"{root}: {name}: left out" for name in dropped]
     files = _files(root)
-    settings = {"size": size, "gop": gop, "crf": crf, "cameras": list(there)}
+    settings = {"size": size, "gop": gop, "crf": crf, "cameras": list(kept)}
     _claim(root, out, {**settings, "source": _fingerprint(files)})
     names = {path.resolve(): name for name, path in files.items()}
     jobs = [Job(path, out / names[path], need[path], size, gop, crf) for path in need]
@@ -89,17 +93,17 @@ def transcode(
     for place, path in files.items():
         if path.resolve() not in need and path.suffix not in _VIDEOS and place != _INFO:
             _carry_over(path, out / place, dropped)
-    firsts = {name: rows[0].videos[name][0] for name in there}
+    firsts = {name: entries[0].videos[name][0] for name in kept}
     sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
     with _placed(out / _INFO) as part:
         part.write_text(json.dumps(_new_info(info, sizes, dropped, gop, crf), indent=4))
-    for left in out.rglob("*.part"):  # of attempts that were killed
+    for left in out.rglob("*.part"):  # of killed attempts
         left.unlink(missing_ok=True)
     return notes
 
 
 def _files(root: Path) -> dict[Path, Path]:
-    """Return every file of the dataset, by its name in it; hidden ones are none of it."""
+    """Return every file of the dataset by its relative path; hidden files do not count."""
     files = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root)
@@ -117,40 +121,41 @@ def _fingerprint(files: dict[Path, Path]) -> str:
 
 
 def _claim(root: Path, out: Path, settings: dict[str, Any]) -> None:
-    """Make `out`, or see that it is of an earlier attempt at the same."""
+    """Create `out` with the settings, or check that an earlier attempt had the same ones."""
     if out.is_relative_to(root) or root.is_relative_to(out):
-        raise UserError(f"{out}: wanted a folder outside of the dataset {root}, and not around it")
+        raise UserError(f"{out}: wanted a folder outside {root}, and not one that contains it")
     mark = out / _MARK
     try:
-        if not out.exists() or (out.is_dir() and not any(map(_counts, out.rglob("*")))):
+        if not out.exists() or (out.is_dir() and not any(map(_is_kept, out.rglob("*")))):
             with _placed(mark) as part:
                 part.write_text(json.dumps(settings))
         if not mark.is_file():
-            raise UserError(f"{out}: holds something else: wanted a new or an empty folder")
+            raise UserError(f"{out}: holds other files: wanted a new or an empty folder")
         found = json.loads(mark.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: {error}") from None
     for key, wanted in settings.items():
         if found.get(key) != wanted:
-            what = "of another dataset, or of this one before it changed"
-            what = what if key == "source" else f"with {key}={found.get(key)}, not {wanted}"
-            raise UserError(f"{out}: begun {what}: wanted the same, or a new folder")
+            was, now = f"--{key}={found.get(key)}", f"--{key}={wanted}"
+            if key == "source":
+                was, now = "another dataset, or this one before it changed", str(root)
+            raise UserError(f"{out}: begun with {was}: wanted {now}, or a new folder")
 
 
-def _counts(path: Path) -> bool:
+def _is_kept(path: Path) -> bool:
     return path.is_file() and path.suffix != ".part"
 
 
 @contextmanager
 def _placed(target: Path) -> Iterator[Path]:
-    """Give a name to write to, which becomes `target` at once when all is written."""
-    # The process in its name: two that do the same work do not write to one file.
+    """Yield a part file to write to; then rename it to `target` in one step."""
+    # Its name holds the process id, so that two processes never write to one file.
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            with part.open("rb+") as file:  # or a power cut may leave the name without the bytes
+            with part.open("rb+") as file:  # else a power cut may leave the name without bytes
                 os.fsync(file.fileno())
             part.replace(target)
         finally:
@@ -160,7 +165,7 @@ def _placed(target: Path) -> Iterator[Path]:
 
 
 def _run(jobs: list[Job], *, done: int, workers: int) -> None:
-    """Do the jobs, in so many processes; go on past those that fail, then say which."""
+    """Do the jobs in `workers` processes; raise UserError for failed ones after all others."""
     errors: list[str] = []
     with tqdm(total=done, initial=done - len(jobs), unit="video") as bar:
         for error in _results(jobs, min(workers, len(jobs))):
@@ -168,7 +173,7 @@ def _run(jobs: list[Job], *, done: int, workers: int) -> None:
             bar.update()
     if errors:
         more = f"\nand {len(errors) - 1} other videos" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; {done - len(errors)} of {done} are done and kept")
+        raise UserError(f"{errors[0]}{more}; {done - len(errors)} of {done} videos done and kept")
 
 
 def _results(jobs: list[Job], workers: int) -> Iterator[str]:
@@ -182,19 +187,18 @@ def _results(jobs: list[Job], workers: int) -> Iterator[str]:
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(
-                f"--workers={workers}: a process was ended from outside; out of memory? The same "
-                "command with fewer goes on"
+                f"--workers={workers}: a worker was killed; out of memory? Resume with fewer"
             ) from None
         except BaseException:
-            # Ctrl-C: a video may take minutes more, and half of one is worth nothing.
+            # Ctrl-C: half a video is useless, and the rest may take minutes.
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent does, even where that one is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    """End this process when its parent ends, even if the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -206,7 +210,7 @@ def _end_with_parent() -> None:
 
 
 def _try(job: Job) -> str:
-    """Do one job; return what is wrong, or nothing."""
+    """Do one job; return the error, or ''."""
     try:
         with _placed(job.target) as part:
             _encode(job, part)
@@ -216,19 +220,19 @@ def _try(job: Job) -> str:
 
 
 def _encode(job: Job, part: Path) -> None:
-    """Write one video anew; each frame at the time it had."""
+    """Encode one video; every frame keeps its timestamp."""
     number, times = 0, []
     try:
         with av.open(str(job.source)) as old, av.open(str(part), "w", format="mp4") as new:
             if not old.streams.video:
-                raise UserError(f"{job.source}: has no video stream")
+                raise UserError(f"{job.source}: no video stream")
             read = old.streams.video[0]
             clock = read.time_base or Fraction(1)
             read.thread_type, read.codec_context.thread_count = "NONE", 1
             graph = None
             for number, frame in enumerate(old.decode(read)):
                 if frame.pts is None or frame.is_corrupt:
-                    raise UserError(f"{job.source}: frame {number}: damaged")
+                    raise UserError(f"{job.source}: frame {number}: damaged data")
                 times.append(frame.pts * clock)
                 if graph is None:
                     graph = _scaler(frame, scaled(*frame_size(frame), job.size))
@@ -237,32 +241,33 @@ def _encode(job: Job, part: Path) -> None:
                 if number == 0:
                     written = _stream(new, small, read, job)
                     _tag(written.codec_context, frame)
-                small.pict_type = av.video.frame.PictureType.NONE  # the encoder's to choose
+                small.pict_type = av.video.frame.PictureType.NONE  # the encoder chooses
                 small.pts, small.time_base = frame.pts, clock
                 new.mux(written.encode(small))
             if len(times) < job.need:
                 raise UserError(
-                    f"{job.source}: holds {len(times)} frames; the episodes need {job.need}"
+                    f"{job.source}: {len(times)} frames; wanted {job.need}, by its episodes"
                 )
             new.mux(written.encode(None))
     except av.FFmpegError as error:
-        raise UserError(f"{job.source}: frame {number}: {error.strerror}") from None
+        where = job.target if error.errno in _DISK_FULL else job.source
+        raise UserError(f"{where}: frame {number}: {error.strerror}") from None
     with av.open(str(part)) as new:
         stream = new.streams.video[0]
         ticks = stream.time_base or Fraction(1)
         found = [p.pts * ticks for p in new.demux(stream) if p.size and p.pts is not None]
     if found != times:
-        raise UserError(f"{job.source}: its {len(times)} timestamps cannot be kept in MP4")
+        raise UserError(f"{job.source}: MP4 cannot keep the timestamps of its {len(times)} frames")
 
 
 def scaled(height: int, width: int, size: int) -> tuple[int, int]:
-    """Return even height and width with the shorter at size, or smaller where it is."""
+    """Return even height and width; the shorter is `size`, or its own where that is smaller."""
     share = min(1.0, size / min(height, width))
     return tuple(max(2, min(2 * round(n * share / 2), n // 2 * 2)) for n in (height, width))  # type: ignore[return-value]
 
 
 def _scaler(frame: av.VideoFrame, size: tuple[int, int]) -> av.filter.Graph:
-    """Build the scaling; bilinear as clips are scaled, so that those of whole frames are equal."""
+    """Return a graph that scales to YUV 4:2:0, bilinear as media/transforms does."""
     graph = av.filter.Graph()
     if hasattr(graph, "threads"):
         graph.threads = 1
@@ -282,7 +287,7 @@ def _stream(new: Any, frame: av.VideoFrame, read: Any, job: Job) -> Any:
         "tune": TUNE,
         "bf": "0",
         "sc_threshold": "0",
-        # With it 1 video in 100 comes out otherwise, by some bits; short GOPs gain nothing.
+        # mbtree makes 1 video in 100 differ by some bits between runs; short GOPs gain nothing.
         "x264-params": "mbtree=0",
     }
     stream = new.add_stream("libx264", rate=read.average_rate, options=options)
@@ -294,8 +299,7 @@ def _stream(new: Any, frame: av.VideoFrame, read: Any, job: Job) -> Any:
 
 
 def _tag(codec: Any, frame: av.VideoFrame) -> None:
-    """Say of the colours what was said of those read, where scaling has left them as they are."""
-    # RGB it converts, to what untagged video is taken for.
+    """Copy the colour tags of a YUV source. RGB is converted to what untagged video means."""
     if frame.format.name.startswith("yuv"):
         for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
             setattr(codec, name, getattr(frame, name))
@@ -308,7 +312,7 @@ def _size_of(path: Path) -> tuple[int, int]:
 
 
 def _carry_over(source: Path, target: Path, dropped: list[str]) -> None:
-    """Copy a file; what is in the metadata about cameras that are left out is left out."""
+    """Copy a file, without the metadata of the cameras left out."""
     if target.exists():
         return
     prefixes = tuple(f"{kind}/{name}/" for name in dropped for kind in ("videos", "stats"))
@@ -335,7 +339,7 @@ def _carry_over(source: Path, target: Path, dropped: list[str]) -> None:
 def _new_info(
     info: dict, sizes: dict[str, tuple[int, int]], dropped: list[str], gop: int, crf: int
 ) -> dict:
-    """Return meta/info.json with the cameras as they are now."""
+    """Return meta/info.json with the new sizes and encoding of the cameras."""
     features = {name: f for name, f in info["features"].items() if name not in dropped}
     for name, (height, width) in sizes.items():
         feature = features[name] = dict(features[name])
@@ -355,6 +359,6 @@ def _new_info(
             "video.extra_options": {"tune": TUNE, "bf": 0},
             "has_audio": False,
         }
-    # The first v2.0 had these in place of features.
+    # The oldest v2.0 has these in place of features.
     early = ("keys", "video_keys", "image_keys", "shapes", "names", "videos")
     return {**{k: v for k, v in info.items() if k not in early}, "features": features}

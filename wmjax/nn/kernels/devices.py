@@ -1,4 +1,4 @@
-"""What kernels have in common: whether the device at hand takes them, and running on a mesh."""
+"""Which devices run the kernels, and how a kernel runs on a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -7,27 +7,27 @@ from typing import Any
 
 import jax
 
-# Of the sequences that lie one after another along N: all go through the products at once, and each
-# attends to itself alone. Empty for a single one.
+# Tokens of each of the sequences that lie one after another along N. All go through the products at
+# once, and each attends to itself alone. Empty: a single sequence.
 Lengths = tuple[int, ...]
 
 
 def modern_gpu() -> bool:
-    """Say whether all devices are NVIDIA's from Ampere (2020) on, with bfloat16 in hardware.
+    """Say whether all devices are NVIDIA GPUs of Ampere (2020) or newer, with bfloat16 in hardware.
 
-    Others have no fused attention of cuDNN, and may not run what Triton makes of our kernels.
+    Others have no fused attention in cuDNN and may not run our Triton kernels.
     """
     try:
         return all(
             device.platform == "gpu" and float(device.compute_capability) >= 8
             for device in jax.devices()
         )
-    except (AttributeError, ValueError):  # another maker's
+    except (AttributeError, ValueError):  # another maker's GPU
         return False
 
 
-def triton_is_there() -> bool:
-    """Say whether Pallas has Triton, the language of our kernels for GPUs: jax will drop it."""
+def has_triton() -> bool:
+    """Say whether this jax has Pallas for Triton, which our GPU kernels need; jax will drop it."""
     return find_spec("jax.experimental.pallas.triton") is not None
 
 
@@ -36,17 +36,17 @@ def device_name() -> str:
 
 
 def traced_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Trace and lower a function once for all its calls with the same shapes; static: by name.
+    """Trace and lower a function once for all calls with the same shapes; static: argument names.
 
-    A kernel takes 30 ms of a CPU for both, and the layers of an unrolled model call 300.
+    Both take 30 ms of CPU time a kernel, and an unrolled model calls 300 of them.
     """
     return functools.partial(jax.jit, static_argnames=static)
 
 
 def on_own_rows(fn: Callable[..., Any], rows: tuple[jax.Array, ...], *shared: jax.Array) -> Any:
-    """Call fn(*rows, *shared) on each device of the ambient mesh, with its part of the rows.
+    """Call fn(*rows, *shared) on each device of the ambient mesh, with its own part of the rows.
 
-    XLA cannot split a kernel by itself. What fn returns is split as the rows are.
+    XLA cannot shard a kernel by itself. The results are sharded as the rows are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -1,13 +1,17 @@
 """Open pretrained weights: which format they are in, and the model that they belong to."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
+
 from wmjax.errors import UserError
+from wmjax.models.base import Blueprint, InputSpec
 from wmjax.models.encoder import SIZES
-from wmjax.nn.layers import EPS
+from wmjax.nn.compute import Compute
+from wmjax.nn.norm import EPS
 from wmjax.run.checkpoint import Saved
 from wmjax.weights import tables
 from wmjax.weights.files import (
@@ -22,19 +26,21 @@ from wmjax.weights.images import Pixels
 from wmjax.weights.tables import Format
 
 CONFIG = "model.json"  # beside the weights in a folder of ours
+_SPEC = InputSpec(16, 256, 256)  # of weights that take clips of any size
 _PREFIXES = ("module.backbone.", "module.", "backbone.")  # of wrappers in Meta's checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Opened weights; nothing but names and shapes is read yet.
+class Pretrained:
+    """Opened weights; only names and shapes are read yet.
 
-    model: keyword arguments of `models.vjepa2.create` by which such a model is built; of an image
-    model those of the encoder only. classifier: those of its AttentiveClassifier, or {}.
+    model: the `model` group of a configuration that builds such a model; of an image model the keys
+    of the encoder only. classifier: keyword arguments of its AttentiveClassifier, or {}.
     labels: names of its classes. clip: {"frames", "size"} of a clip in training, or {} where the
-    files do not say. assumed: keys of model that the files do not say and shapes do not show.
+    files do not say. assumed: keys of model that neither the files nor the shapes tell.
     notes: what was assumed, and what is left out. choices: keys of the encoders in a file that has
-    several. config, step: of the run that they come from.
+    several. config, step: of the run that they come from. spec, statistics: what that run's model
+    was built for. trust: packages outside wmjax whose model may be imported.
     """
 
     where: str
@@ -49,6 +55,15 @@ class Source:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     choices: tuple[str, ...] = ()
+    spec: InputSpec = _SPEC
+    statistics: Sequence[Mapping[str, Any]] = ()
+    trust: tuple[str, ...] = ()
+
+    def blueprint(self, compute: Compute) -> Blueprint:
+        """Return what the model is built from, to be computed in this way."""
+        group = {"name": "vjepa2", **self.model}
+        built = Blueprint.of(group, self.spec, self.statistics, trust=self.trust)
+        return dataclasses.replace(built, compute=compute)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -62,13 +77,16 @@ class Source:
         )
 
 
-def open_source(source: str | Path, *, encoder: str = "target_encoder") -> Source:
+def open_pretrained(
+    source: str | Path, *, encoder: str = "target_encoder", trust: tuple[str, ...] = ()
+) -> Pretrained:
     """Open a folder, a model of the Hub (OWNER/NAME), a .pt file, or the workdir of a run.
 
-    Of a run it is the newest checkpoint: the EMA target as encoder, and the predictor.
+    Of a run it is the newest checkpoint, with the EMA target in place of what it follows.
 
-    encoder: which of the encoders in a checkpoint of Meta is taken, target_encoder (the EMA, which
-    all of its evaluations use) or encoder. Raises UserError where it is no model that we know.
+    encoder: which encoder of Meta's checkpoint to take: target_encoder (the EMA, which all of its
+    evaluations use) or encoder. trust: packages outside wmjax whose model a run may name. Raises
+    UserError where it is no model that wmjax knows.
     """
     path = find(str(source))
     if path.is_file():
@@ -76,7 +94,7 @@ def open_source(source: str | Path, *, encoder: str = "target_encoder") -> Sourc
     if (path / CONFIG).is_file():
         return _own(path)
     if (path / "checkpoints").is_dir():
-        return _run(path)
+        return _run(path, trust)
     config = read_json(
         path / "config.json",
         "a model in safetensors, with its configuration, or the workdir of a run",
@@ -95,10 +113,10 @@ def open_source(source: str | Path, *, encoder: str = "target_encoder") -> Sourc
     return readers[kind](path, config, open_safetensors(path))
 
 
-def _own(folder: Path) -> Source:
+def _own(folder: Path) -> Pretrained:
     saved = read_json(folder / CONFIG, "a model of wmjax")
     tensors = open_safetensors(folder)
-    return Source(
+    return Pretrained(
         str(folder),
         tables.own(list(tensors.shapes)),
         tensors,
@@ -109,16 +127,17 @@ def _own(folder: Path) -> Source:
     )
 
 
-def _run(workdir: Path) -> Source:
+def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
     saved = Saved(workdir / "checkpoints")
     config = saved.meta["config"]
-    homes = {"target.": "encoder.", "params.predictor.": "predictor."}
-    names = {
-        ours + name.removeprefix(theirs): name
-        for theirs, ours in homes.items()
-        for name in saved.shapes
-        if name.startswith(theirs)
-    }
+    data, model = config["data"], {k: v for k, v in config["model"].items() if k != "pretrained"}
+    size = data["image_size"], data.get("image_width") or data["image_size"]
+    spec = InputSpec(data["frames"], *size)
+    if "spec" in saved.meta:  # absent in checkpoints of older commits
+        spec = InputSpec(**saved.meta["spec"])
+    statistics = saved.meta.get("statistics", ())
+    freeze = tuple(filter(None, config.get("optim", {}).get("freeze", "").split(",")))
+    names = _saved_names(Blueprint.of(model, spec, statistics, freeze, trust))
     held: dict[str, Any] = {}
 
     def read(ours: str) -> Any:
@@ -131,18 +150,30 @@ def _run(workdir: Path) -> Source:
         {ours: saved.dtypes[name] for ours, name in names.items()},
         read,
     )
-    model = {key: value for key, value in config["model"].items() if key != "pretrained"}
-    clip = {"frames": config["data"]["frames"], "size": config["data"]["image_size"]}
-    return Source(
+    return Pretrained(
         str(workdir),
         tables.own(list(names)),
         tensors,
         model,
-        clip=clip,
-        notes=(f"step {saved.step} of a run: the EMA target encoder and the predictor",),
+        clip={"frames": data["frames"], "size": data["image_size"]},
+        notes=(f"step {saved.step} of a run, by its EMA target where it has one",),
         config=config,
         step=saved.step,
+        spec=spec,
+        statistics=statistics,
+        trust=trust,
     )
+
+
+def _saved_names(blueprint: Blueprint) -> dict[str, str]:
+    """Return the name in a checkpoint of each variable of a run's model, by our path."""
+    trained = flatten_dict(blueprint.mask, sep=".")
+    names = {path: f"{'params' if yes else 'frozen'}.{path}" for path, yes in trained.items()}
+    paths = unflatten_dict({path: path for path in trained}, sep=".")
+    for place, path in flatten_dict(blueprint.abstract.followed(paths), sep=".").items():
+        if trained[path]:
+            names[path] = f"target.{place}"
+    return names
 
 
 def _value(folder: Path, config: Mapping[str, Any], key: str, default: float) -> Any:
@@ -164,7 +195,7 @@ def _only(folder: Path, config: Mapping[str, Any], wanted: Mapping[str, Any]) ->
             )
 
 
-def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
+def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretrained:
     def get(key: str, default: float) -> Any:
         return _value(folder, config, key, default)
 
@@ -198,16 +229,16 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source
         names = config.get("id2label", {})
         labels = tuple(names[key] for key in sorted(names, key=int))
     table = tables.VJEPA2_CLASSIFIER if classifier else tables.VJEPA2
-    return Source(str(folder), table, tensors, model, classifier, labels, clip)
+    return Pretrained(str(folder), table, tensors, model, classifier, labels, clip)
 
 
-def _vit(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
+def _vit(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretrained:
     width = _value(folder, config, "hidden_size", 768)
     ratio = _value(folder, config, "intermediate_size", 3072) / width
     return _image(folder, config, tensors, tables.vit, ratio, 1e-12)
 
 
-def _dinov2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
+def _dinov2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretrained:
     _only(folder, config, {"use_swiglu_ffn": False})
     width = _value(folder, config, "hidden_size", 768)
     ratio = int(width * _value(folder, config, "mlp_ratio", 4.0)) / width
@@ -236,7 +267,7 @@ def _image(
     table_of: Callable[[str, Pixels], Format],
     mlp_ratio: float,
     eps: float,
-) -> Source:
+) -> Pretrained:
     _only(folder, config, {"num_channels": 3, "hidden_act": "gelu", "qkv_bias": True})
     side, patch = (
         _value(folder, config, key, default)
@@ -270,10 +301,10 @@ def _image(
         notes.append(
             f"layer norms have epsilon {eps:g} there and {EPS:g} here, a negligible change"
         )
-    return Source(str(folder), table, tensors, model, notes=tuple(notes))
+    return Pretrained(str(folder), table, tensors, model, notes=tuple(notes))
 
 
-def _meta(path: Path, encoder: str) -> Source:
+def _meta(path: Path, encoder: str) -> Pretrained:
     if path.suffix not in (".pt", ".pth", ".tar"):
         raise UserError(f"{path}: no model: wanted a folder, OWNER/NAME on the Hub, or a .pt file")
     found = open_torch(path)
@@ -324,7 +355,7 @@ def _meta(path: Path, encoder: str) -> Source:
         if predictor_width != 384:
             assumed.append("predictor_heads")
             notes.append(f"heads of the predictor: {model['predictor_heads']} assumed, 32 wide")
-    return Source(
+    return Pretrained(
         str(path),
         tables.meta(encoder),
         tensors,
@@ -335,7 +366,7 @@ def _meta(path: Path, encoder: str) -> Source:
     )
 
 
-def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Source:
+def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Pretrained:
     """Open the probes of an evaluation: twenty were trained at once; the first is taken."""
     probes = found["classifiers"]
     if not isinstance(probes, list) or not probes or not isinstance(probes[0], dict):
@@ -355,7 +386,7 @@ def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Source:
         f"the first of {len(probes)} probes",
         "heads: 16 assumed, as all of Meta's evaluations have; the file does not say",
     )
-    return Source(str(path), tables.META_CLASSIFIER, tensors, {}, classifier, notes=notes)
+    return Pretrained(str(path), tables.META_CLASSIFIER, tensors, {}, classifier, notes=notes)
 
 
 def _state_dict(key: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

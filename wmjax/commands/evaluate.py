@@ -1,0 +1,46 @@
+"""Evaluation by itself: every evaluator of the run, on its newest checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from wmjax import assemble
+from wmjax.data.pipeline import Pipeline
+from wmjax.evals import health
+from wmjax.run.console import say
+from wmjax.run.reporter import EVALUATIONS, append_evaluation
+from wmjax.train import open_checkpoints, open_evaluators, restore_or_init
+
+
+def evaluate(
+    config: ml_collections.ConfigDict, workdir: Path, *, mesh: jax.sharding.Mesh | None = None
+) -> int:
+    """Evaluate the newest checkpoint in workdir; without one, the model as a run begins.
+
+    Appends a line to evals.jsonl and returns the exit code 0.
+    """
+    setup = assemble.prepare(config, ("train", "validation"), mesh)
+    with open_checkpoints(config, workdir) as checkpoints:
+        step = checkpoints.latest() or 0
+        say(f"{workdir}: {f'step {step}' if step else 'no checkpoint: the model as a run begins'}")
+        state, _ = restore_or_init(config, checkpoints, setup)
+    for split, source in setup.sources.items():
+        say(f"{split}: {source.describe()}")
+
+    def open_batches(split: str) -> Pipeline:
+        return assemble.make_pipeline(config, setup, split, held_out=True)
+
+    entry: dict[str, Any] = {"step": step}
+    say("compiling and reading clips ...")
+    for evaluator in open_evaluators(config, setup, workdir, open_batches):
+        found = evaluator(step, state)
+        figures = "\n".join(f"{key:40} {value:.4f}" for key, value in sorted(found.row.items()))
+        say(found.text or figures)
+        for warning in health.alarms(found.row):
+            say(f"warning: step {step}: {warning}")
+        entry |= found.entry or found.row
+    append_evaluation(workdir, entry)
+    say(f"added to {workdir / EVALUATIONS}; what each figure means: wmjax/evals/README.md")
+    return 0

@@ -1,0 +1,140 @@
+"""The episodes as the metadata lists them: meta/episodes.jsonl in v2, tables in v3.0.
+
+Tasks, statistics and the timestamps of rows are not read. Knows no other file of the dataset.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wmjax.data.lerobot.info import LIMIT, read_json_lines
+from wmjax.data.lerobot.paths import Fields, inside
+from wmjax.data.media.tables import column_names, read_columns
+from wmjax.errors import UserError
+
+_FILE_NUMBERS = ("chunk_index", "file_index")
+
+
+@dataclass(frozen=True)
+class EpisodeEntry:
+    """An episode as the metadata lists it.
+
+    table, videos: values for the path templates; videos by camera. from_timestamp: where the
+    episode starts in each camera's video, in seconds; 0 in v2, where each episode has its own file.
+    """
+
+    index: int
+    length: int
+    table: Fields
+    videos: Mapping[str, Fields]
+    from_timestamp: Mapping[str, float]
+
+
+def listing_of(root: Path, info: dict) -> Path:
+    """Return the file, or in v3.0 the folder, that lists the episodes; it may be missing."""
+    if info["codebase_version"] == "v3.0":
+        return root / "meta" / "episodes"
+    path = root / "meta" / "episodes.jsonl"
+    early = not path.is_file() and isinstance(info.get("episodes"), list)  # the oldest v2.0
+    return root / "meta" / "info.json" if early else path
+
+
+def list_files(root: Path, info: dict) -> list[Path]:
+    """Return the files that list the episodes: one in v2, at least one in v3.0."""
+    source = listing_of(root, info)
+    if info["codebase_version"] != "v3.0":
+        if not source.is_file():
+            raise UserError(f"{source}: no such file")
+        return [source]
+    if not (paths := sorted(source.glob("*/*.parquet"))):
+        raise UserError(f"{source}: no parquet files; wanted the list of the episodes")
+    return [inside(root, path) for path in paths]
+
+
+def read_entries(root: Path, info: dict, path: Path, cameras: Iterable[str]) -> list[EpisodeEntry]:
+    """Return the episodes that one of `list_files` lists."""
+    if info["codebase_version"] == "v3.0":
+        return _read_entries_v3(path, cameras)
+    return _read_entries_v2(root, info, path, cameras)
+
+
+def _read_entries_v2(
+    root: Path, info: dict, path: Path, cameras: Iterable[str]
+) -> list[EpisodeEntry]:
+    if path.suffix == ".jsonl":
+        listed = read_json_lines(root, path)
+    else:
+        items = (item if isinstance(item, dict) else {} for item in info["episodes"])
+        listed = [{**item, "episode_index": item.get("index")} for item in items]
+    entries = []
+    for item in listed:
+        if not all(isinstance(item.get(key), int) for key in ("episode_index", "length")):
+            raise UserError(
+                f"{path}: found {str(item)[:200]}: wanted numbers episode_index and length"
+            )
+        index = item["episode_index"]
+        fields = {
+            "episode_index": index,
+            "episode_chunk": index // info.get("chunks_size", 1000),
+            "total_episodes": info.get("total_episodes", len(listed)),
+        }
+        entries.append(
+            EpisodeEntry(
+                index,
+                item["length"],
+                fields,
+                dict.fromkeys(cameras, fields),
+                dict.fromkeys(cameras, 0.0),
+            )
+        )
+    return entries
+
+
+def _read_entries_v3(path: Path, cameras: Iterable[str]) -> list[EpisodeEntry]:
+    cameras = tuple(cameras)
+    stamps = {camera: f"videos/{camera}/from_timestamp" for camera in cameras}
+    integers = ["episode_index", "length", *(f"data/{name}" for name in _FILE_NUMBERS)]
+    integers += [f"videos/{camera}/{name}" for camera in cameras for name in _FILE_NUMBERS]
+    names = [*integers, *stamps.values()]
+    table = read_columns(path, names, integers=integers, numbers=stamps.values())
+
+    def fields(row: dict, prefix: str) -> Fields:
+        return {name: row[f"{prefix}/{name}"] for name in _FILE_NUMBERS}
+
+    return [
+        EpisodeEntry(
+            row["episode_index"],
+            row["length"],
+            fields(row, "data"),
+            {camera: fields(row, f"videos/{camera}") for camera in cameras},
+            {camera: row[stamp] for camera, stamp in stamps.items()},
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def missing_columns(root: Path, info: dict, path: Path, camera: str) -> UserError | None:
+    """Return an error if a list of v3.0 has no column of a camera, and the camera no folder."""
+    if info["codebase_version"] != "v3.0" or os.path.exists(root / "videos" / camera):
+        return None
+    wanted = [f"videos/{camera}/{name}" for name in (*_FILE_NUMBERS, "from_timestamp")]
+    if not set(wanted).isdisjoint(column_names(path)):
+        return None
+    return UserError(f"{path}: no column {', '.join(wanted)}")
+
+
+def entry_faults(source: Path, entries: Sequence[EpisodeEntry]) -> Iterator[UserError]:
+    """Yield what is wrong with the numbers and lengths of the episodes; source: for the errors."""
+    if not entries:
+        yield UserError(f"{source}: no episodes; wanted at least 1")
+    for index, times in Counter(entry.index for entry in entries).items():
+        if times > 1:
+            yield UserError(f"{source}: episode {index}: listed {times} times; wanted once")
+    for entry in entries:
+        if not 0 < entry.length < LIMIT:
+            yield UserError(
+                f"{source}: episode {entry.index}: length is {str(entry.length)[:20]}; wanted "
+                "above 0, below 2**31"
+            )

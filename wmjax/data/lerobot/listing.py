@@ -1,0 +1,154 @@
+"""The episodes of a LeRobot dataset with their files: what the readers open.
+
+The entries of the metadata become `EpisodeFiles`. What is missing or wrong raises UserError. Where
+the metadata is a little wrong and its meaning is certain, it is read, and `notes` get a line with
+the assumption. `python -m wmjax.data check` calls the same functions.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wmjax.data.lerobot.entries import (
+    EpisodeEntry,
+    entry_faults,
+    list_files,
+    listing_of,
+    missing_columns,
+    read_entries,
+)
+from wmjax.data.lerobot.paths import CameraMissing, find, find_videos, in_hub_cache, inside
+from wmjax.data.lerobot.starts import first_frames
+from wmjax.data.media.tables import column_names, count_rows
+from wmjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class EpisodeFiles:
+    """An episode with its files on disk: its table, and each camera's (video, first frame)."""
+
+    index: int
+    length: int
+    table: Path
+    videos: dict[str, tuple[Path, int]]
+
+
+def list_episodes(
+    root: Path,
+    info: dict,
+    videos: tuple[str, ...],
+    images: tuple[str, ...],
+    *,
+    optional: bool,
+    notes: list[str],
+) -> tuple[list[EpisodeFiles], list[str]]:
+    """Return the episodes in order with their files, and the names of the cameras found.
+
+    videos, images: the cameras asked for. optional: leave out a camera without any file, with a
+    note, if another remains. In the Hub's cache that is an error: it may not be downloaded yet.
+    """
+    lost: list[UserError] = []
+
+    def leave_out(camera: str, error: UserError) -> None:
+        if not optional:
+            raise error
+        if in_hub_cache(root):
+            raise UserError(f"{error}\nnot downloaded? name the downloaded cameras: data.cameras")
+        lost.append(error)
+        notes.append(f"{root}: {camera} is declared, but has no files: left out")
+
+    lists = list_files(root, info)
+    for camera in videos:
+        if error := missing_columns(root, info, lists[0], camera):
+            leave_out(camera, error)
+            videos = tuple(name for name in videos if name != camera)
+    entries = [entry for path in lists for entry in read_entries(root, info, path, videos)]
+    entries.sort(key=lambda entry: entry.index)
+    source = listing_of(root, info)
+    for error in entry_faults(source, entries):
+        raise error
+    episodes = _locate(root, info, entries, videos, leave_out, notes)
+    _check_totals(root, info, source, episodes, notes)
+    notes += split_notes(root, info, len(episodes))
+    columns = column_names(episodes[0].table)
+    for camera in images:
+        if camera not in columns:
+            leave_out(camera, UserError(f"{episodes[0].table}: no column {camera}"))
+    kept = [*episodes[0].videos, *(camera for camera in images if camera in columns)]
+    if lost and not kept:
+        raise lost[0]
+    return episodes, kept
+
+
+def _locate(
+    root: Path,
+    info: dict,
+    entries: list[EpisodeEntry],
+    cameras: tuple[str, ...],
+    leave_out: Callable[[str, UserError], None],
+    notes: list[str],
+) -> list[EpisodeFiles]:
+    """Find the table and the videos of every episode."""
+    tables = find(root, info, "data", [entry.table for entry in entries], notes)
+    videos: list[dict[str, tuple[Path, int]]] = [{} for _ in entries]
+    for camera in cameras:
+        try:
+            fields = [entry.videos[camera] for entry in entries]
+            files = find_videos(root, info, camera, fields, notes)
+        except CameraMissing as error:
+            leave_out(camera, error)
+            continue
+        firsts = first_frames(entries, camera, files, info["fps"], notes)
+        for video, file, first in zip(videos, files, firsts, strict=True):
+            video[camera] = (file, first)
+    return [
+        EpisodeFiles(entry.index, entry.length, table, video)
+        for entry, table, video in zip(entries, tables, videos, strict=True)
+    ]
+
+
+def wrong_totals(info: dict, lengths: Sequence[int]) -> dict[str, tuple[Any, int]]:
+    """Return the totals of meta/info.json that do not fit the episodes: (found, wanted)."""
+    wanted = {"total_episodes": len(lengths), "total_frames": sum(lengths)}
+    found = {key: (info.get(key), value) for key, value in wanted.items()}
+    return {key: pair for key, pair in found.items() if pair[0] not in (None, pair[1])}
+
+
+def _check_totals(
+    root: Path, info: dict, source: Path, episodes: list[EpisodeFiles], notes: list[str]
+) -> None:
+    """Check the totals of meta/info.json; wrong ones are a note where lists and tables agree."""
+    lengths = [episode.length for episode in episodes]
+    if not (wrong := wrong_totals(info, lengths)):
+        return
+    said = ", ".join(f"{key}={str(found)[:20]}" for key, (found, _) in wrong.items())
+    tables = {path for path in root.rglob("*.parquet") if path.relative_to(root).parts[0] != "meta"}
+    tables = {inside(root, path) for path in tables} | {episode.table for episode in episodes}
+    rows = sum(map(count_rows, tables))
+    indices = [episode.index for episode in episodes]
+    if indices != list(range(len(episodes))) or rows != sum(lengths):
+        raise UserError(
+            f"{source}: {len(episodes)} episodes, {indices[0]} to {indices[-1]}, of {sum(lengths)} "
+            f"frames; meta/info.json says {said}, the tables hold {rows} rows: wanted the same"
+        )
+    notes.append(
+        f"{root}: meta/info.json says {said}: read the {len(episodes)} episodes of "
+        f"{sum(lengths)} frames that the list of episodes and the tables agree on"
+    )
+
+
+def split_notes(root: Path, info: dict, episodes: int) -> list[str]:
+    """Return a line for each split of meta/info.json that ends beyond the episodes."""
+    splits = info.get("splits")
+    ends = {
+        name: re.fullmatch(r"\d+:(\d{1,18})", str(text))
+        for name, text in (splits.items() if isinstance(splits, dict) else ())
+    }
+    return [
+        f"{root}/meta/info.json: splits: {name} is {end[0]}, of {episodes} episodes: splits are "
+        "not used; data.val_share holds out episodes"
+        for name, end in ends.items()
+        if end and int(end[1]) > episodes
+    ]

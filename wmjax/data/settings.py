@@ -1,0 +1,166 @@
+"""The keys of the `data` group: their checks, and sources from outside wmjax.
+
+Takes the group as a plain dict; knows no ConfigDict and no jax.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmjax.data.source import Source
+from wmjax.errors import UserError, check_above, check_choice, check_least, check_share, suggest
+from wmjax.plugins import resolve
+
+SOURCES = ("lerobot", "synthetic")
+SIZES = ("views", "frames", "stride", "state_size", "action_size")
+# Keys in which the datasets of a mixture may differ.
+OF_A_MEMBER = ("cameras", "state", "action", "fps", "stride", "ends", "clips_per_episode")
+
+Data = Mapping[str, Any]
+
+
+def check(data: Data) -> None:
+    """Raise UserError for values that are out of range or contradict each other."""
+    if ":" not in data["source"]:
+        check_choice("data.source", data["source"], SOURCES)
+    check_choice("data.reader", data["reader"], ("native", "lerobot"))
+    check_choice("data.ends", data["ends"], ("drop", "repeat"))
+    check_choice("data.on_error", data["on_error"], ("raise", "skip"))
+    for key in ("frames", "image_size", "batch_size", "threads"):
+        check_above(f"data.{key}", data[key])
+    if not data["stride"]:  # which takes the place of fps
+        check_above("data.fps", data["fps"])
+    for key in ("image_width", "stride", "clips_per_episode", "prefetch"):
+        check_least(f"data.{key}", data[key])
+    check_least("data.workers", data["workers"], -1)
+    for key in ("val_share", "max_skip_share"):
+        check_share(f"data.{key}", data[key])
+    _check_origin(data)
+    _check_members(data)
+
+
+def size(data: Data) -> tuple[int, int]:
+    """Return height and width of the clips in pixels; an empty data.image_width means square."""
+    return data["image_size"], data["image_width"] or data["image_size"]
+
+
+def mixture(data: Data) -> dict[str, tuple[str, float]]:
+    """Return folder and weight of each dataset in data.mixture, by the folder's name."""
+    members: dict[str, tuple[str, float]] = {}
+    for item in data["mixture"].split(","):
+        root, _, text = item.strip().rpartition(":")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = 0.0
+        if not root or not 0 < weight < float("inf"):
+            raise UserError(f"data.mixture: {item!r}: wanted DIR:WEIGHT with a weight above 0")
+        name = Path(root).name
+        if name in members:
+            raise UserError(
+                f"data.mixture: two folders are called {name}: {members[name][0]} and {root}; "
+                "wanted different names, by which reports tell them apart"
+            )
+        members[name] = root, weight
+    return members
+
+
+def _check_origin(data: Data) -> None:
+    if data["source"] == "lerobot" and not (data["root"] or data["repo_id"] or data["mixture"]):
+        raise UserError(
+            "data.root is empty: give the dataset's folder with --config.data.root=DIR, or its "
+            "name on the Hub with --config.data.repo_id=OWNER/NAME"
+        )
+    if data["source"] == "synthetic" and (data["root"] or data["repo_id"]):
+        raise UserError(
+            f"data.source='synthetic' with data.root={data['root']!r} and data.repo_id="
+            f"{data['repo_id']!r}: generated video reads neither; to read the recording: "
+            "--config.data.source=lerobot"
+        )
+    if data["repo_id"] and (data["root"] or data["mixture"]):
+        raise UserError(
+            f"data.repo_id={data['repo_id']!r} with data.root={data['root']!r} and "
+            f"data.mixture={data['mixture']!r}: wanted exactly one of them"
+        )
+    if data["revision"] and not data["repo_id"]:
+        raise UserError(
+            f"data.revision={data['revision']!r}: goes with data.repo_id, which is empty"
+        )
+
+
+def _check_members(data: Data) -> None:
+    if data["mixture"] and (data["root"] or data["source"] != "lerobot"):
+        raise UserError(
+            f"data.mixture={data['mixture']!r} with data.root={data['root']!r} and "
+            f"data.source={data['source']!r}: wanted a mixture alone, of lerobot"
+        )
+    names = list(mixture(data)) if data["mixture"] else []
+    for name, settings in data["members"].items():
+        if name not in names:
+            raise UserError(
+                f"data.members.{name}: not in data.mixture{suggest(name, names)}; "
+                f"there are: {', '.join(names) or 'none'}"
+            )
+        for key in settings:
+            if key not in OF_A_MEMBER:
+                raise UserError(
+                    f"data.members.{name}.{key}: not a setting of one dataset"
+                    f"{suggest(key, OF_A_MEMBER)}; there are: {', '.join(OF_A_MEMBER)}"
+                )
+
+
+def options_of(source: str) -> dict[str, Any]:
+    """Return the options of a source from outside, package.module:Name, with their defaults."""
+    parameters = inspect.signature(resolve("data.source", source, {})).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def open_outside(data: Data, **given: Any) -> Source:
+    """Build the source from outside that data.source names, and try its first clip.
+
+    It gets by name what its parameters ask for: any key of the data group, and of `given`.
+    """
+    key = f"data.source={data['source']!r}"
+    build = resolve("data.source", data["source"], {})
+    values = {**data, **given}
+    wanted = {}
+    for parameter in inspect.signature(build).parameters.values():
+        if parameter.name in values:
+            wanted[parameter.name] = values[parameter.name]
+        elif parameter.default is parameter.empty:
+            raise UserError(
+                f"{key}: asks for {parameter.name}, which is neither a key of data nor one of "
+                f"{', '.join(given)}"
+            )
+    source = build(**wanted)
+    missing = [name for name in SIZES if not hasattr(source, name)]
+    if not isinstance(source, Source) or missing:
+        lacks = f"; it lacks {', '.join(missing)}" if missing else ""
+        raise UserError(f"{key}: wanted a subclass of wmjax.data.source.Source{lacks}")
+    if not len(source):
+        raise UserError(f"{key}: has 0 clips; wanted 1 or more")
+    _check_clip(key, source)
+    return source
+
+
+def _check_clip(key: str, source: Source) -> None:
+    """Raise UserError unless the first clip has the sizes that the source gives."""
+    clip = source[0]
+    found = {
+        "views": len(clip["frames_VT"]),
+        "frames": max(map(len, clip["frames_VT"])),
+        "state_TS": np.shape(clip["state_TS"]),
+        "action_TPA": np.shape(clip["action_TPA"]),
+    }
+    wanted = {
+        "views": source.views,
+        "frames": source.frames,
+        "state_TS": (source.frames, source.state_size),
+        "action_TPA": (source.frames, source.stride, source.action_size),
+    }
+    for name, size in wanted.items():
+        if found[name] != size:
+            raise UserError(f"{key}: {name} of its clip 0 is {found[name]}; it says {size}")

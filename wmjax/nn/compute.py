@@ -1,0 +1,54 @@
+"""How a model is computed, as one object. The results do not depend on it, except for rounding."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from wmjax.errors import check_choice
+
+CHOICES = {
+    "dtype": ("bfloat16", "float32"),
+    "remat": ("none", "dots", "full"),
+    "scan": (True, False),
+    "attention": ("auto", "xla", "cudnn", "triton", "splash"),
+    "gelu": ("auto", "exact", "polynomial"),
+    "norm": ("auto", "xla", "fused"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """The keys of the `model` group that every model family shares.
+
+    dtype: of matrix products; parameters stay float32.
+    remat: what the backward pass recomputes: none; dots: all but the products with parameters;
+    full: everything.
+    scan: True compiles one block and scans it over the depth; False unrolls the depth.
+    attention: xla; cudnn or triton on GPUs; splash on TPUs; auto: the fastest that runs here.
+    gelu: exact, or polynomial (within 1e-4); auto: polynomial in bfloat16, exact in float32.
+    norm: xla, or fused (residual sum and norm in one GPU kernel); auto: fused where it runs.
+
+    Raises UserError for any other value.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+    attention: str = "auto"
+    gelu: str = "auto"
+    norm: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key, choices in CHOICES.items():
+            check_choice(f"model.{key}", getattr(self, key), choices)
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "Compute":
+        """Take these keys from the `model` group of a configuration; the others are left alone."""
+        return cls(**{key: group[key] for key in CHOICES if key in group})
+
+    @property
+    def product_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)

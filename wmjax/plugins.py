@@ -1,0 +1,50 @@
+"""From names of the configuration to objects: short names in wmjax, package.module:Name outside.
+
+Naming a package imports it, which runs its code. So a name that comes from a file, such as the
+configuration in a workdir, resolves inside wmjax and the packages that the caller trusts only.
+"""
+
+import importlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from wmjax.errors import UserError, suggest
+
+ANY = ("*",)  # trust: whoever typed the name trusts its package
+
+
+def resolve(key: str, value: Any, built_in: Mapping[str, str], trust: Collection[str] = ANY) -> Any:
+    """Return what the value of a key names.
+
+    built_in: short name -> package.module:Name. trust: top-level packages that may be imported
+    besides wmjax. Raises UserError, which names the key, for anything that cannot be found.
+    """
+    reference = built_in.get(value, value) if isinstance(value, str) else ""
+    module_name, colon, name = reference.partition(":")
+    if not (colon and module_name and name):
+        raise UserError(
+            f"{key}={value!r}: unknown{suggest(str(value), list(built_in))}; "
+            f"there are: {', '.join(built_in)}; or package.module:Name"
+        )
+    package = module_name.partition(".")[0]
+    if package != "wmjax" and "*" not in trust and package not in trust:
+        raise UserError(
+            f"{key}={value!r}: comes from a file, and importing {package} runs its code\n"
+            f"if you trust it, say so: trust=({package!r},), or --trust={package}"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and lacks one of its own imports
+        raise UserError(
+            f"{key}={value!r}: there is no module {error.name}; install its package, or add its "
+            "folder to PYTHONPATH"
+        ) from None
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        public = [each for each in vars(module) if not each.startswith("_")]
+        raise UserError(
+            f"{key}={value!r}: {module_name} has no {name}{suggest(name, public)}"
+        ) from None

@@ -1,0 +1,68 @@
+"""What a run prints at its start and at its end."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from clu import parameter_overview
+
+from wmjax import sharding
+from wmjax.run.console import clock
+from wmjax.run.reporter import describe
+from wmjax.types import Row
+
+
+def of_setup(mesh: jax.sharding.Mesh, sources: Mapping[str, Any], masks: Any) -> str:
+    """Describe data, masks and devices."""
+    sizes = ", ".join(f"{name} {k} context {m} target" for name, (k, m) in masks.sizes.items())
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return "\n".join(
+        [
+            *(f"{split}: {source.describe()}" for split, source in sources.items()),
+            *(f"warning: {note}" for note in notes_of(sources)),
+            f"masks over {' x '.join(map(str, masks.grid))} tokens: {sizes or 'none'}",
+            f"devices: {mesh.size} x {jax.devices()[0].device_kind} (mesh {shape}); "
+            f"jax {jax.__version__}, python {sys.version.split()[0]}",
+        ]
+    )
+
+
+def notes_of(sources: Mapping[str, Any]) -> list[str]:
+    """Return the notes of the sources; where two splits of a dataset have the same one, once."""
+    return list(dict.fromkeys(note for source in sources.values() for note in source.notes))
+
+
+def of_state(workdir: Path, state: Any) -> str:
+    """Describe the parameters, and where the files of the run are."""
+    total, largest = sharding.device_bytes(state)
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
+    return "\n".join(
+        [
+            parameter_overview.get_parameter_overview(state.params, include_stats=False),
+            *([f"frozen, besides: {frozen:,} numbers"] if frozen else []),
+            f"state: {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
+            f"workdir: {workdir} (config.json, metrics.jsonl, checkpoints)",
+        ]
+    )
+
+
+def of_result(workdir: Path, step: int, last: Row, seconds: float) -> str:
+    """Say how a finished run ended, and what can be done next."""
+    shown = ("loss", "validation/loss", "validation/relative")
+    figures = {name: value for name, value in last.items() if name in shown}
+    commands = {
+        f"python -m wmjax.viz {workdir}": "pictures of what it sees and predicts",
+        "the same command with --mode=eval": "validation and linear probe",
+        f"the same command with --config.train.num_steps={2 * step}": "train further",
+        f"python -m wmjax.weights export {workdir} OUT": "a model for transformers",
+    }
+    wide = max(map(len, commands))
+    return "\n".join(
+        [
+            f"done: step {step} after {clock(seconds)}  {describe(figures)}",
+            f"checkpoints and metrics.jsonl in {workdir}; next:",
+            *(f"  {command:{wide}}  {what}" for command, what in commands.items()),
+        ]
+    )
