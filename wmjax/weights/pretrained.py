@@ -156,13 +156,20 @@ def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
         tensors,
         model,
         clip={"frames": data["frames"], "size": data["image_size"]},
-        notes=(f"step {saved.step} of a run, by its EMA target where it has one",),
+        notes=(f"step {saved.step} of a run: {_origins(names)}",),
         config=config,
         step=saved.step,
         spec=spec,
         statistics=statistics,
         trust=trust,
     )
+
+
+def _origins(names: Mapping[str, str]) -> str:
+    """Name the parts of a run's model, and those that are an EMA target; names: see above."""
+    parts = dict.fromkeys(path.partition(".")[0] for path in names)
+    ema = {path.partition(".")[0] for path, name in names.items() if name.startswith("target.")}
+    return ", ".join(f"{part} (the EMA target)" if part in ema else part for part in parts)
 
 
 def _saved_names(blueprint: Blueprint) -> dict[str, str]:
