@@ -2,18 +2,21 @@
 
 import re
 import shlex
+import sys
 
 import micro
 import ml_collections
+import numpy as np
 import pytest
+from says import refused
 from shared_data import PUSHT
 
 import wmjax
 from wmjax import assemble, main, train
+from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo, evaluate, plan
 from wmjax.data import __main__ as data
-from wmjax.masking import Masks
 from wmjax.viz import __main__ as viz
 from wmjax.weights import __main__ as weights
 
@@ -52,7 +55,40 @@ def check_config(config):
     if not config.data.root and config.data.source == "lerobot":
         config.data.root = str(PUSHT)  # which the text around the command asks for
     assemble.check(config)
-    Masks(config.mask.to_dict(), assemble.token_grid(config))
+    assemble.make_masks(config)
+
+
+@pytest.fixture(autouse=True)
+def mypackage(tmp_path_factory, monkeypatch):
+    """The model of the page on models, where its command finds it."""
+    folder = tmp_path_factory.mktemp("outside")
+    page = (micro.ROOT / "wmjax/models/README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 40
+    (folder / "mypackage").mkdir()
+    (folder / "mypackage" / "mymodel.py").write_text(block)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "mypackage", raising=False)
+    monkeypatch.delitem(sys.modules, "mypackage.mymodel", raising=False)
+
+
+def test_the_model_of_the_page_trains_resumes_and_loads(tmp_path):
+    overrides = [o for o in micro.OVERRIDES if not o.startswith("model.")]
+    overrides += ["model.name=mypackage.mymodel:MyModel", "model.width=8", "train.eval_every=2"]
+
+    def steps(count):
+        config = configs.load("debug_world_model", [*overrides, f"train.num_steps={count}"])
+        assert train.train(config, tmp_path) == 0
+
+    steps(2)
+    steps(4)
+    losses = [row["loss/next"] for row in micro.rows(tmp_path) if "loss/next" in row]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    with refused("model.name='mypackage.mymodel:MyModel'", "mypackage"):
+        wmjax.load(tmp_path)
+    model = wmjax.load(tmp_path, trust=("mypackage",))
+    assert model.encode(np.zeros((4, 32, 32, 3), np.uint8)).shape == (4, 8)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -131,7 +167,8 @@ HUB = "facebook/vjepa2-vitl-fpc64-256"
 def runnable():
     """Yield the commands in an order in which each finds what it needs, trainings first."""
     whole = [words for words in COMMANDS if len(words) > 2 or words[1].startswith(("--", "run"))]
-    alone = [words for words in whole if not any("--coordinator" in word for word in words)]
+    others = ("--coordinator", "mypackage")  # have tests of their own
+    alone = [words for words in whole if not any(o in word for word in words for o in others)]
 
     def place(words):
         doing = [word for word in words if word.startswith("--mode")]
