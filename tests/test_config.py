@@ -145,6 +145,26 @@ def test_json_round_trip_and_differences():
     assert configs.differences(old, configs.plain(config)) == ["optim.learning_rate: 0.0003 -> 0.5"]
 
 
+def test_what_is_new_since_or_empty_is_no_difference():
+    new = configs.plain(configs.get_config("debug_world_model"))
+    old = json.loads(json.dumps(new))
+    del old["optim"]["freeze"], old["train"]["profile"]
+    old["data"]["stride"], old["optim"]["final_ema"], old["mesh"]["data"] = 0, -1.0, -1
+    assert configs.differences(old, new) == []
+    new["optim"]["freeze"], new["data"]["stride"] = "encoder/**", 3
+    assert configs.differences(old, new) == [
+        *("data.stride: 0 -> 3", "optim.freeze:  -> encoder/**"),
+    ]
+
+
+def test_an_empty_value_is_typed_as_no_text():
+    config = configs.load("debug_world_model", ["model.width=", "data.stride=2"])
+    assert (config.model.width, config.data.stride) == (None, 2)
+    assert configs.load("debug_world_model", ["data.stride=3", "data.stride="]).data.stride is None
+    with refused("--config.optim.eps="):
+        configs.load("debug_world_model", ["optim.eps="])
+
+
 def test_the_wheel_holds_the_configurations(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=micro.ROOT, check=True, capture_output=True)

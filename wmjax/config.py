@@ -139,8 +139,14 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List `key: old -> new` for every leaf in which two configurations (as from JSON) differ."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    """List `key: old -> new` for every leaf in which two configurations (as from JSON) differ.
+
+    A key that is new since the old one was written, and has its default, is no difference.
+    """
+    defaults = dict(_leaves(plain(get_config("base"))))
+    before, after = {**defaults, **dict(_leaves(old))}, dict(_leaves(new))
+    for key in defaults.keys() - after.keys() - dict(_leaves(old)).keys():
+        del before[key]  # of a group that this configuration replaces
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())

@@ -11,7 +11,7 @@ from wmjax.errors import UserError
 from wmjax.nn import rope
 from wmjax.nn.compute import Compute
 from wmjax.nn.kernels.devices import Lengths
-from wmjax.nn.layers import Block, Layout, run
+from wmjax.nn.layers import Block, TokenLayout, run
 from wmjax.nn.norm import LayerNorm
 from wmjax.nn.positions import Positions
 from wmjax.types import TokenGrid
@@ -116,7 +116,7 @@ class Encoder(nnx.Module):
             if self.rope_kind == "sincos":
                 x_BND = x_BND + rope.sincos(where, self.width).astype(x_BND.dtype)
             table = rope.table(where, self.width // self.heads, self.rope_kind)
-        return self.norm(run(self.blocks, x_BND, table, Layout(lengths)))
+        return self.norm(run(self.blocks, x_BND, table, TokenLayout(lengths)))
 
 
 def token_grid(frames: int, height: int, width: int, *, tubelet: int, patch: int) -> TokenGrid:

@@ -10,7 +10,7 @@ from wmjax.errors import UserError
 from wmjax.nn import rope
 from wmjax.nn.attention import split
 from wmjax.nn.compute import Compute
-from wmjax.nn.layers import Block, Layout, Linear, run
+from wmjax.nn.layers import Block, Linear, TokenLayout, run
 from wmjax.nn.norm import LayerNorm
 from wmjax.types import TokenGrid
 
@@ -88,5 +88,5 @@ class Predictor(nnx.Module):
         table = rope.table(where, self.width // self.heads, self.rope_kind)
         lengths = tuple(context.shape[1] + target.shape[1] for context, target in masks)
         tails = tuple(target.shape[1] for _, target in masks)
-        x_BND = run(self.blocks, x_BND, table, Layout(lengths, tails))
+        x_BND = run(self.blocks, x_BND, table, TokenLayout(lengths, tails))
         return split(self.proj(self.norm(x_BND)), tails)

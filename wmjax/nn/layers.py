@@ -34,7 +34,7 @@ REMAT = {
 }
 
 
-class Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     """How the tokens of a row are grouped, static under jit.
 
     lengths: of the sequences that lie one after another along N. Each attends to itself alone.
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     frame: int = 0
 
 
-WHOLE = Layout()
+WHOLE = TokenLayout()
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         self.heads = heads
         self.implementation = choose_attention(compute.attention, dtype, width // heads)
 
-    def __call__(self, x_BND: jax.Array, table: rope.Table | None, layout: Layout) -> Pending:
+    def __call__(self, x_BND: jax.Array, table: rope.Table | None, layout: TokenLayout) -> Pending:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
@@ -175,14 +175,18 @@ class Block(nnx.Module):
         self.compute = compute
 
     def __call__(
-        self, x_BND: jax.Array, table: rope.Table | None, layout: Layout = WHOLE
+        self, x_BND: jax.Array, table: rope.Table | None, layout: TokenLayout = WHOLE
     ) -> jax.Array:
         """Return the new residual stream; with tails, of these tokens only."""
         x_BND, pending = self.residual(x_BND, None, table, layout)
         return x_BND + total(pending)
 
     def residual(
-        self, x_BND: jax.Array, pending: Pending | None, table: rope.Table | None, layout: Layout
+        self,
+        x_BND: jax.Array,
+        pending: Pending | None,
+        table: rope.Table | None,
+        layout: TokenLayout,
     ) -> tuple[jax.Array, Pending]:
         """Return the residual stream and the pending update of the MLP.
 
@@ -200,7 +204,7 @@ class Block(nnx.Module):
 
 
 def run(
-    blocks: Block, x_BND: jax.Array, table: rope.Table | None, layout: Layout = WHOLE
+    blocks: Block, x_BND: jax.Array, table: rope.Table | None, layout: TokenLayout = WHOLE
 ) -> jax.Array:
     """Run a stack over its depth: scan one compiled block, or unroll all of them."""
     (x_BND,) = run_with_taps(blocks, x_BND, table, (_depth(blocks),), layout)
@@ -212,7 +216,7 @@ def run_with_taps(
     x_BND: jax.Array,
     table: rope.Table | None,
     taps: Sequence[int],
-    layout: Layout = WHOLE,
+    layout: TokenLayout = WHOLE,
 ) -> list[jax.Array]:
     """Run a stack and return the residual stream after each of some layers.
 
@@ -221,7 +225,7 @@ def run_with_taps(
     graphdef, params = nnx.split(blocks)
     compute, whole = blocks.compute, layout._replace(tails=())
 
-    def one(layout: Layout) -> Callable[[jax.Array, nnx.State], jax.Array]:
+    def one(layout: TokenLayout) -> Callable[[jax.Array, nnx.State], jax.Array]:
         def block(x_BND: jax.Array, params: nnx.State) -> jax.Array:
             return split_rows(nnx.merge(graphdef, params)(split_rows(x_BND), table, layout))
 

@@ -9,7 +9,7 @@ from flax import nnx
 from wmjax.errors import UserError
 from wmjax.models.base import WorldModel
 from wmjax.nn import rope
-from wmjax.nn.layers import Block, Layout, Linear, run
+from wmjax.nn.layers import Block, Linear, TokenLayout, run
 from wmjax.nn.norm import layer_norm
 from wmjax.nn.normalize import normalizer
 from wmjax.types import Term, WorldModelOutput
@@ -85,7 +85,7 @@ class ActionModel(WorldModel):
         times = jnp.repeat(time, N + 2)[None]
         column = jnp.tile(jnp.concatenate([jnp.zeros(2), own[2][0]]), T)[None]
         table = rope.table((times, jnp.zeros_like(times), column), D // 2, "interleaved")
-        y = run(self.blocks, x.reshape(B, -1, D), table, Layout(frame=N + 2))
+        y = run(self.blocks, x.reshape(B, -1, D), table, TokenLayout(frame=N + 2))
         y = self.out[0](y).reshape(B, T, N + 2, D)
         return y[:, :, 2:].astype(jnp.float32)
 
