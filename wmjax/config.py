@@ -1,8 +1,8 @@
 """Configurations: list, get, load with overrides, check, and write as JSON.
 
-A configuration is a Python file with `get_config() -> ConfigDict`; the shipped ones are found by
-name, from a checkout and from an installed wheel alike. `main`, `train` and the `__main__` doors
-see a ConfigDict; every other room takes plain keyword arguments.
+A configuration is a Python file with `get_config() -> ConfigDict`. The shipped ones are found by
+name, in a checkout and in an installed wheel. Only the commands, `assemble` and `train` handle a
+ConfigDict; every other room takes plain arguments.
 """
 
 import ast
@@ -19,13 +19,13 @@ from wmjax.errors import UserError, suggest
 
 
 def _folder() -> Path:
-    """Where the shipped configurations are: inside the wheel, or beside the package."""
+    """Return the folder of the shipped configurations: in the wheel, or beside the package."""
     wheel = Path(__file__).parent / "_configs"
     return wheel if wheel.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def list_configs() -> list[str]:
-    """Name every shipped configuration that can be run (base is what they vary)."""
+    """Return the names of all shipped configurations, without base, which is not run itself."""
     return sorted(p.stem for p in _folder().glob("*.py") if p.stem != "base")
 
 
@@ -38,8 +38,8 @@ def describe(name: str) -> str:
 def get_config(name: str) -> ml_collections.ConfigDict:
     """Return the shipped configuration `name`, for instance "debug_world_model".
 
-    A path such as configs/debug_world_model.py is looked up by its stem, so that the README's
-    commands work from any folder.
+    Of a path such as configs/debug_world_model.py only the stem is used, so the README's commands
+    work in any folder. Raises UserError for an unknown name.
     """
     stem = Path(name).stem if name.endswith(".py") else name
     path = _folder() / f"{stem}.py"
@@ -52,7 +52,10 @@ def get_config(name: str) -> ml_collections.ConfigDict:
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """Return a configuration by name or path with `KEY=VALUE` overrides applied."""
+    """Return a configuration by name or path, with `KEY=VALUE` overrides applied.
+
+    Raises UserError for an unknown name or key, or a value of another type.
+    """
     path = Path(name_or_path)
     own = path.suffix == ".py" and path.is_file()
     config = _run(path) if own else get_config(name_or_path)
@@ -61,15 +64,16 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.Con
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
-    """Apply `KEY=VALUE` overrides; those that name a model or a source come first.
+    """Apply `KEY=VALUE` overrides to a configuration in place.
 
-    The keys of the groups `model` and `data` depend on these names.
+    model.name and data.source are applied first, because they decide which keys the groups `model`
+    and `data` have.
     """
     pairs = []
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
-            raise UserError(f"--config.{key}: no value; write --config.{key}=VALUE")
+            raise UserError(f"--config.{key}: no value found; wanted --config.{key}=VALUE")
         pairs.append((key, text))
     naming = ("model.name", "data.source")
     before = config.model.name
@@ -84,10 +88,10 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
 
 
 def _adopt_model(config: ml_collections.ConfigDict, renamed: bool) -> None:
-    """Give the model group the keys of its family: those in the file, and defaults for the others.
+    """Give the model group the keys of its family, each from the file or else its default.
 
-    renamed: the family is another than the file's, whose values then do not apply. Keys of the
-    default family that the file left as they are in base.py are dropped.
+    renamed: an override chose another family than the file, so the file's own keys are dropped.
+    Keys of the default family that still have their value of base.py are dropped, too.
     """
     default = get_config("base").model
     if config.model.name == default.name:
@@ -109,7 +113,7 @@ def _adopt_model(config: ml_collections.ConfigDict, renamed: bool) -> None:
 
 
 def _adopt_source(config: ml_collections.ConfigDict) -> None:
-    """Give the data group the options of a source from outside wmjax, with their defaults."""
+    """Add the options of a source from outside wmjax to the data group, with their defaults."""
     if ":" not in config.data.source:
         return
     from wmjax.data.settings import options_of
@@ -120,26 +124,26 @@ def _adopt_source(config: ml_collections.ConfigDict) -> None:
 
 
 def from_plain(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Return the configuration of a run from its JSON; keys that are new since have defaults."""
+    """Return the configuration of a run from its JSON; keys that are newer get their defaults."""
     config = get_config("base")
     config.update(values)
-    for group in ("mask", "model"):  # not merged: their keys depend on the run
+    for group in ("mask", "model"):  # replaced, because their keys depend on the run
         config[group] = ml_collections.ConfigDict(values[group])
     return config
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Return the configuration as it reads back from JSON: dicts, lists, numbers, strings."""
+    """Return the configuration as plain JSON types: dicts, lists, numbers, strings, None."""
     return json.loads(to_json(config))
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-    """Render the resolved configuration, keys sorted, as JSON."""
+    """Return the configuration as JSON text with sorted keys."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List `key: old -> new` for every leaf in which two configurations (as from JSON) differ."""
+    """Return `key: old -> new` for every value that differs between two plain configurations."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
@@ -149,7 +153,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _both_empty(old: Any, new: Any) -> bool:
-    """Say whether a value of an older commit, 0 or -1 say, is what is now an empty value."""
+    """Return whether both mean empty: older commits wrote 0 or -1 where None is written now."""
     return new is None and old in (None, 0, -1)
 
 
@@ -167,7 +171,7 @@ def _run(path: Path) -> ml_collections.ConfigDict:
         raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
-            f"--config={path}: get_config() gave {type(config).__name__}, wanted ConfigDict"
+            f"--config={path}: get_config() returned {type(config).__name__}, wanted ConfigDict"
         )
     return config
 
@@ -186,17 +190,19 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
             node = node[name]
     current = node[leaf]
     if isinstance(current, ml_collections.ConfigDict):
-        raise UserError(f"--config.{key}: is a group; its keys: {', '.join(sorted(current))}")
+        raise UserError(
+            f"--config.{key}: a group, wanted a key; it has: {', '.join(sorted(current))}"
+        )
     node[leaf] = _parse(key, text, current, node.get_type(leaf))
 
 
 def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
-    """Read `text` as the type of the key; empty text is an empty value where there can be one."""
+    """Convert `text` to the type of the key; empty text gives None where the key may be empty."""
     if wanted is str:
         return text
     if not text and _may_be_empty(key):
         return None
-    if wanted is type(None):  # the key of a family from outside, whose default is None
+    if wanted is type(None):  # the default is None, so the type is unknown
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -214,7 +220,7 @@ def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
 
 
 def _may_be_empty(key: str) -> bool:
-    """Say whether base.py has an empty value, None, at this key."""
+    """Return whether base.py has no value, None, at this key."""
     leaves = dict(_leaves(get_config("base").to_dict()))
     return key in leaves and leaves[key] is None
 
