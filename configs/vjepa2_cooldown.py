@@ -1,13 +1,13 @@
-"""The cooldown of V-JEPA 2: from a trained checkpoint to 64 frames of 384 px, the rate falling.
+"""The cooldown of V-JEPA 2: a trained run continues on 64 frames of 384 px as its rate falls.
 
     python -m wmjax.main --config=configs/vjepa2_cooldown.py --config.init_from=runs/vjepa2_aloha \\
         --config.data.root=DIR
 
-Begins with parameters, target and Adam's moments of the run in init_from (of other weights, with
-fresh moments). As in the reference: the learning rate goes from where pretraining held it linearly
-to 1e-6, without a warm-up, over 5 % of pretraining's steps. The batch stays that of pretraining,
-24 clips, because the rate was set for it; 18,432 tokens a clip are worked through two clips at a
-time. Episodes have to be 16 s long at 4 fps; else lower data.frames.
+Starts with parameters, target and optimiser state of the run in init_from. Weights of other formats
+start with a fresh optimiser state. As in the reference, the learning rate falls linearly from its
+value in pretraining to 1e-6, without a warm-up, during 5 % of pretraining's steps. The batch stays
+at 24 clips, because the learning rate was chosen for it. A clip has 18,432 tokens, so a step works
+through two clips at a time. Episodes must be 16 s long at 4 fps; otherwise lower data.frames.
 """
 
 import ml_collections

@@ -2,9 +2,9 @@
 
     python -m wmjax.main --config=configs/vjepa2_libero.py --config.data.root=DIR
 
-LIBERO is recorded at 10 or 20 frames a second with an agent and a wrist view; both are read as
-views of one instant, and share crop and masks. A step has 12 instants, 24 clips as in vjepa2_aloha,
-so learning rate and EMA are as reasoned there. Datasets whose state and action have no
+LIBERO is recorded at 10 or 20 frames a second with an agent view and a wrist view. Both are views
+of one clip, and share its crop and its masks. A step has 12 clips of two views, as many videos as
+in vjepa2_aloha, so learning rate and EMA are the same. For datasets whose features have no
 `observation.` prefix: --config.data.state=state --config.data.action=actions.
 """
 

@@ -2,8 +2,8 @@
 
     python -m wmjax.main --config=configs/vjepa2_low_mem.py --config.data.root=DIR
 
-Expect 9.5 GB at the peak for 24 clips a step (measured on an H200), of which 5.1 GB are
-parameters, moments and target, and more time a step than vjepa2_aloha.
+Expect a peak of 9.5 GB for 24 clips a step (measured on an H200), of which 5.1 GB are parameters,
+moments and target. A step takes longer than in vjepa2_aloha.
 """
 
 import ml_collections

@@ -2,11 +2,12 @@
 
     python -m wmjax.main --config=configs/vjepa2_world_model.py --config.data.root=DIR
 
-With --config.model.pretrained=google/vit-base-patch16-224, or the folder of another ViT-B or
-DINOv2-B, the encoder begins as that image model; without it, from random weights.
+The encoder starts from random weights. To start it from an image model:
+--config.model.pretrained=google/vit-base-patch16-224, or the folder of another ViT-B or DINOv2-B.
 
-The middle size: a quarter of ViT-L's time a clip, so 48 clips a step. Learning rate and EMA as
-reasoned in vjepa2_aloha: 5.25e-4 * sqrt(48 / 3072) = 6.6e-5, and 0.998 for 100,000 steps.
+The middle size: a clip takes a quarter of the time of ViT-L, so a step has 48 clips. Learning rate
+and EMA follow the rules in vjepa2_aloha: 5.25e-4 * sqrt(48 / 3072) = 6.6e-5, and 0.998 for 100,000
+steps.
 """
 
 import ml_collections

@@ -172,8 +172,9 @@ def runnable():
     alone = [words for words in whole if not any(o in word for word in words for o in others)]
 
     def place(words):
-        doing = [word for word in words if word.startswith("--mode")]
-        return words[0] != "wmjax.main" or bool(doing), "import" in words or HUB in words, words
+        doing = any(word.startswith("--mode") for word in words)
+        needs_weights = "import" in words or any(HUB in word for word in words)
+        return words[0] != "wmjax.main" or doing or needs_weights, needs_weights, words
 
     return sorted(alone, key=place)
 
@@ -192,7 +193,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     for words in runnable():
         module, *argv = words
         place = {"DIR": "imported" if "import" in argv else str(PUSHT), HUB: "OUT", **filled}
-        argv = [re.sub(r"=DIR$", f"={PUSHT}", place.get(word, word)) for word in argv]
+        argv = [place.get(word, word.replace(HUB, "OUT")) for word in argv]
+        argv = [re.sub(r"=DIR$", f"={PUSHT}", word) for word in argv]
         argv = [word.replace("v5e:16x16", "cpu:2").replace("fsdp=16", "fsdp=2") for word in argv]
         if "transcode" in argv:
             argv[2] = "transcoded"

@@ -1,6 +1,7 @@
-"""wmjax: train V-JEPA 2 style video world models on robot video, in JAX and Flax NNX.
+"""wmjax: train video world models on robot video, in pure JAX and Flax NNX.
 
-The public face. Importing it is cheap: what it names is loaded when it is first asked for.
+Public names: load, get_config, list_configs. Each is imported at its first use, so `import wmjax`
+is fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The door of `python -m wmjax`: wmjax.main's, which names the others."""
+"""`python -m wmjax`: the same command as `python -m wmjax.main`."""
 
 from wmjax.main import cli
 

@@ -1,6 +1,7 @@
-"""From the configuration to the rooms: checks its values, and hands them on as plain arguments.
+"""Checks a configuration and builds from it what a run needs: sources, masks, model, steps.
 
-What is built here knows no ConfigDict; `train` and the commands run it.
+The rooms get its values as plain arguments, so none of them knows a ConfigDict. `train` and the
+commands call this room.
 """
 
 import math
@@ -25,14 +26,20 @@ from wmjax.data.windows import stride_for
 from wmjax.errors import UserError, check_above, check_choice, check_least
 from wmjax.evals import health, prediction
 from wmjax.masking import Masks
-from wmjax.models.base import Blueprint, InputSpec, family_named, settings_of
+from wmjax.models.base import (
+    Blueprint,
+    InputSpec,
+    family_named,
+    freeze_patterns,
+    settings_of,
+)
 from wmjax.nn.compute import Compute
 from wmjax.step import Steps, build
 from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
 
 
 class Setup(NamedTuple):
-    """What a run works with."""
+    """What a run needs: mesh, sources of clips, masks and compiled steps."""
 
     mesh: jax.sharding.Mesh
     sources: dict[str, Source]  # by split
@@ -46,10 +53,11 @@ def prepare(
     mesh: jax.sharding.Mesh | None = None,
     sources: dict[str, Source] | None = None,
 ) -> Setup:
-    """Check the configuration and open what a run needs; nothing is computed yet.
+    """Check the configuration, open its sources and build the steps; compile nothing yet.
 
-    mesh: None: all devices, as the configuration arranges them. sources: by split; None: as the
-    configuration says.
+    splits: "train" and "validation", to open. mesh: None arranges all devices as the group `mesh`
+    says. sources: by split, in place of those of the configuration. Raises UserError for values
+    that are wrong, contradict each other, or do not fit the devices.
     """
     check(config)
     if config.model.attention == "splash" and jax.default_backend() != "tpu":
@@ -57,8 +65,8 @@ def prepare(
     if config.model.pretrained:
         if "position_grid" not in config.model:
             raise UserError(
-                f"model.pretrained={config.model.pretrained!r}: goes with model.name=vjepa2, "
-                f"found {config.model.name}"
+                f"model.pretrained={config.model.pretrained!r} with model.name="
+                f"{config.model.name!r}: wanted model.name='vjepa2'"
             )
         config.model.position_grid = initial.position_grid(config.model.pretrained)
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -70,17 +78,17 @@ def prepare(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for wrong values, before anything is loaded; each room checks its own."""
+    """Raise UserError for wrong values, before any data is read; each room checks its own keys."""
     values = config.to_dict()
     data_settings.check(values["data"])
     Compute.of(values["model"])
-    token_grid(config)  # checks the model's own keys, and the size of the clips
+    token_grid(config)  # checks the keys of the model and the size of the clips
     optim.check(values["optim"])
     evals.check(values["eval"])
     if config.init_from and config.model.pretrained:
         raise UserError(
             f"init_from={config.init_from!r} with model.pretrained={config.model.pretrained!r}: "
-            "wanted one of them"
+            "wanted only one of them"
         )
     if config.data.source == "synthetic":
         check_choice("eval.labels", config.eval.labels, ("auto", "state"))
@@ -95,7 +103,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def outline(config: ml_collections.ConfigDict) -> str:
-    """Describe in three lines what a configuration asks for."""
+    """Return three lines for the console: model, data and training."""
     data, model = config.data, config.model.to_dict()
     family = family_named(model["name"])
     origin = data.mixture or data.root or data.repo_id or "no dataset yet"
@@ -117,7 +125,7 @@ def outline(config: ml_collections.ConfigDict) -> str:
 
 
 def use_generated_data(config: ml_collections.ConfigDict) -> None:
-    """Put generated clips of the same size in place of the data, for what needs no recording."""
+    """Replace the data by generated clips of the same size, for commands without a dataset."""
     config.data.update(source="synthetic", root="", repo_id="", revision="", mixture="")
     config.data.update(stride=config.data.stride or 1)
     config.data.members = ml_collections.ConfigDict()
@@ -125,7 +133,7 @@ def use_generated_data(config: ml_collections.ConfigDict) -> None:
 
 
 def make_blueprint(config: ml_collections.ConfigDict, source: Source) -> Blueprint:
-    """Describe the model of the run, built for the sizes and statistics of its data."""
+    """Return the blueprint of the model, for the sizes and statistics of the data."""
     height, width = data_settings.size(config.data)
     spec = InputSpec(
         config.data.frames,
@@ -136,31 +144,31 @@ def make_blueprint(config: ml_collections.ConfigDict, source: Source) -> Bluepri
         source.state_size,
         source.action_size,
     )
-    freeze = tuple(filter(None, (each.strip() for each in config.optim.freeze.split(","))))
+    freeze = freeze_patterns(config.optim.freeze)
     return Blueprint.of(config.model.to_dict(), spec, source.statistics(), freeze)
 
 
 def token_grid(config: ml_collections.ConfigDict) -> TokenGrid:
-    """Return the tokens of a clip in time, down and across, as the model divides it."""
+    """Return the tokens of a clip along time, rows and columns."""
     model = config.model.to_dict()
     size = data_settings.size(config.data)
     return family_named(model["name"]).token_grid(settings_of(model), config.data.frames, *size)
 
 
 def make_masks(config: ml_collections.ConfigDict) -> Masks:
-    """Build the masks that the model needs; none for a model without masks."""
+    """Build the masks of the run; empty for a model with uses_masks=False."""
     if not family_named(config.model.name).uses_masks:
         return Masks({}, token_grid(config))
     if not config.mask:
         raise UserError(
-            f"mask is empty: model.name={config.model.name!r} predicts masked tokens; wanted at "
-            "least one group with a strategy"
+            f"mask={{}} with model.name={config.model.name!r}, which predicts masked tokens: "
+            "wanted at least one group with a strategy"
         )
     return Masks(config.mask.to_dict(), token_grid(config))
 
 
 def make_generator(config: ml_collections.ConfigDict, split: str, views: int = 1) -> Source:
-    """Open the generator of clips of the configured size."""
+    """Open the source of generated clips (data.source=synthetic)."""
     height, width = data_settings.size(config.data)
     return SyntheticSource(
         frames=config.data.frames,
@@ -174,7 +182,7 @@ def make_generator(config: ml_collections.ConfigDict, split: str, views: int = 1
 
 
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
-    """Open the recording, or the generator, that the configuration names."""
+    """Open the source of a split: a recording, a mixture, generated clips, or one from outside."""
     data = config.data
     height, width = data_settings.size(data)
     if data.source == "synthetic":
@@ -197,7 +205,7 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
 def open_dataset(
     data: ml_collections.ConfigDict, labels: str, root: str | Path, split: str
 ) -> Source:
-    """Open one LeRobot dataset, of a folder or of the Hub, with the labels that probes need."""
+    """Open one LeRobot dataset, from a folder or from the Hub; labels: features for probes."""
     settings: dict[str, Any] = {
         "cameras": data.cameras,
         "frames": data.frames,
@@ -226,9 +234,9 @@ def make_pipeline(
     *,
     held_out: bool,
 ) -> Pipeline:
-    """Stream a split from `position`.
+    """Stream batches of a split from `position`, in clips.
 
-    held_out: clips are cropped to the centre, for evaluations; otherwise at random.
+    held_out: True crops to the centre, for evaluations; False crops at random, for training.
     """
     data = config.data
     height, width = data_settings.size(data)
@@ -243,7 +251,7 @@ def make_pipeline(
         crop_scale=None if held_out else data.crop_scale,
         crop_aspect=data.crop_aspect,
         threads=data.threads,
-        # The streams of evaluations are opened often and read briefly: no processes for them.
+        # An evaluation reads a few batches only; starting processes would take longer.
         workers=0 if held_out else count_workers(data),
         prefetch=data.prefetch or 0,
         on_error=data.on_error,
@@ -253,13 +261,13 @@ def make_pipeline(
 
 
 def make_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader:
-    """Return the reader of centred training clips."""
+    """Return a reader of training clips, cropped to the centre."""
     height, width = data_settings.size(config.data)
     return Reader(setup.sources["train"], setup.masks, height=height, width=width, seed=config.seed)
 
 
 def count_workers(data: ml_collections.ConfigDict) -> int:
-    """Return data.workers; where it is empty, min(data.threads, cores)."""
+    """Return data.workers, or min(data.threads, cores) where it is empty."""
     if data.workers is None or data.workers < 0:
         return min(data.threads, count_cores())
     return data.workers
@@ -275,7 +283,7 @@ def count_cores() -> int:
 def make_steps(
     config: ml_collections.ConfigDict, blueprint: Blueprint, mesh: jax.sharding.Mesh
 ) -> Steps:
-    """Build the jitted functions of the run."""
+    """Build the jitted train and validation steps of the run."""
     settings = config.optim
     learning_rate = optim.learning_rate(
         settings.schedule,
@@ -288,6 +296,7 @@ def make_steps(
     )
 
     def ends(key: str) -> tuple[float, float]:
+        """Return first and last value of a schedule; without a final value they are equal."""
         final = settings[f"final_{key}"]
         return settings[key], settings[key] if final is None or final < 0 else final
 

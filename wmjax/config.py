@@ -1,12 +1,11 @@
 """Configurations: list, get, load with overrides, check, and write as JSON.
 
-A configuration is a Python file with `get_config() -> ConfigDict`; the shipped ones are found by
-name, from a checkout and from an installed wheel alike. `main`, `train` and the `__main__` doors
-see a ConfigDict; every other room takes plain keyword arguments.
+A configuration is a Python file with `get_config() -> ConfigDict`. The shipped ones are found by
+name, in a checkout and in an installed wheel. Only the commands, `assemble` and `train` handle a
+ConfigDict; every other room takes plain arguments.
 """
 
 import ast
-import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,16 +15,20 @@ from typing import Any
 import ml_collections
 
 from wmjax.errors import UserError, suggest
+from wmjax.plugins import check_trust
+
+# Keys of the model group that every family shares: how the model is computed (nn.compute).
+COMPUTE = ("dtype", "remat", "scan", "attention", "gelu", "norm")
 
 
 def _folder() -> Path:
-    """Where the shipped configurations are: inside the wheel, or beside the package."""
+    """Return the folder of the shipped configurations: in the wheel, or beside the package."""
     wheel = Path(__file__).parent / "_configs"
     return wheel if wheel.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def list_configs() -> list[str]:
-    """Name every shipped configuration that can be run (base is what they vary)."""
+    """Return the names of all shipped configurations, without base, which is not run itself."""
     return sorted(p.stem for p in _folder().glob("*.py") if p.stem != "base")
 
 
@@ -38,8 +41,8 @@ def describe(name: str) -> str:
 def get_config(name: str) -> ml_collections.ConfigDict:
     """Return the shipped configuration `name`, for instance "debug_world_model".
 
-    A path such as configs/debug_world_model.py is looked up by its stem, so that the README's
-    commands work from any folder.
+    Of a path such as configs/debug_world_model.py only the stem is used, so the README's commands
+    work in any folder. Raises UserError for an unknown name.
     """
     stem = Path(name).stem if name.endswith(".py") else name
     path = _folder() / f"{stem}.py"
@@ -52,7 +55,10 @@ def get_config(name: str) -> ml_collections.ConfigDict:
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """Return a configuration by name or path with `KEY=VALUE` overrides applied."""
+    """Return a configuration by name or path, with `KEY=VALUE` overrides applied.
+
+    Raises UserError for an unknown name or key, or a value of another type.
+    """
     path = Path(name_or_path)
     own = path.suffix == ".py" and path.is_file()
     config = _run(path) if own else get_config(name_or_path)
@@ -61,15 +67,16 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.Con
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
-    """Apply `KEY=VALUE` overrides; those that name a model or a source come first.
+    """Apply `KEY=VALUE` overrides to a configuration in place.
 
-    The keys of the groups `model` and `data` depend on these names.
+    model.name and data.source are applied first, because they decide which keys the groups `model`
+    and `data` have.
     """
     pairs = []
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
-            raise UserError(f"--config.{key}: no value; write --config.{key}=VALUE")
+            raise UserError(f"--config.{key}: no value found; wanted --config.{key}=VALUE")
         pairs.append((key, text))
     naming = ("model.name", "data.source")
     before = config.model.name
@@ -84,32 +91,46 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
 
 
 def _adopt_model(config: ml_collections.ConfigDict, renamed: bool) -> None:
-    """Give the model group the keys of its family: those in the file, and defaults for the others.
+    """Give the model group the keys of its family, each from the file or else its default.
 
-    renamed: the family is another than the file's, whose values then do not apply. Keys of the
-    default family that the file left as they are in base.py are dropped.
+    renamed: an override chose another family than the file, so the file's own keys are dropped.
+    A file may keep the group of base.py and change the name: keys that only the default family has
+    are then dropped, and so are its empty values.
     """
-    default = get_config("base").model
-    if config.model.name == default.name:
+    default, group = get_config("base").model.to_dict(), config.model.to_dict()
+    shared = {"name", "pretrained", *COMPUTE}
+    if group["name"] == default["name"]:
+        if renamed:
+            kept = {key: value for key, value in group.items() if key in shared}
+            config.model = get_config("base").model
+            config.model.update(kept)
         return
     from wmjax.models import base  # loads jax
 
-    family = base.family_named(config.model.name)
-    known = {field.name: field.default for field in dataclasses.fields(family.Settings)}
-    group = config.model.to_dict()
-    shared = {"name", "pretrained", *base.CHOICES}
-    kept = {
-        key: value
-        for key, value in group.items()
-        if key in shared or not (renamed or (key in default and default[key] == value))
-    }
+    known = base.default_settings(group["name"])
+    inherited = any(key in default and key not in (*shared, *known) for key in group)
+    kept = {}
+    for key, value in group.items():
+        if key in shared:
+            kept[key] = value
+        elif renamed or (key in default and key not in known):
+            continue
+        elif inherited and key in default and value == default[key]:
+            if value not in (None, known[key]):
+                raise UserError(
+                    f"model.{key}={value!r}: is the default of {default['name']}, and "
+                    f"{group['name']} has {known[key]!r}\n"
+                    'say which: set config.model = {"name": ..., ...} in the file, with own keys only'
+                )
+        else:
+            kept[key] = value
     config.model = ml_collections.ConfigDict(
         {**{k: v for k, v in default.items() if k in shared}, **known, **kept}
     )
 
 
 def _adopt_source(config: ml_collections.ConfigDict) -> None:
-    """Give the data group the options of a source from outside wmjax, with their defaults."""
+    """Add the options of a source from outside wmjax to the data group, with their defaults."""
     if ":" not in config.data.source:
         return
     from wmjax.data.settings import options_of
@@ -119,44 +140,57 @@ def _adopt_source(config: ml_collections.ConfigDict) -> None:
             config.data[key] = value
 
 
-def from_plain(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Return the configuration of a run from its JSON; keys that are new since have defaults."""
+def from_plain(values: Mapping[str, Any], trust: Sequence[str]) -> ml_collections.ConfigDict:
+    """Return the configuration of a run from its JSON; keys that are newer get their defaults.
+
+    trust: packages outside wmjax that may be imported. Raises UserError where the model, the source
+    or a mask is of another package.
+    """
+    check_trust("model.name", values["model"].get("name", ""), trust)
+    check_trust("data.source", values["data"]["source"], trust)
+    for name, spec in values["mask"].items():
+        check_trust(f"mask.{name}.strategy", spec.get("strategy", ""), trust)
     config = get_config("base")
     config.update(values)
-    for group in ("mask", "model"):  # not merged: their keys depend on the run
+    for group in ("mask", "model"):  # replaced, because their keys depend on the run
         config[group] = ml_collections.ConfigDict(values[group])
     return config
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Return the configuration as it reads back from JSON: dicts, lists, numbers, strings."""
+    """Return the configuration as plain JSON types: dicts, lists, numbers, strings, None."""
     return json.loads(to_json(config))
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-    """Render the resolved configuration, keys sorted, as JSON."""
+    """Return the configuration as JSON text with sorted keys."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """List `key: old -> new` for every leaf in which two configurations (as from JSON) differ.
 
-    A key that is new since the old one was written, and has its default, is no difference.
+    A key that was added to base.py since, and has its default, is no difference.
     """
-    defaults = dict(_leaves(plain(get_config("base"))))
-    before, after = {**defaults, **dict(_leaves(old))}, dict(_leaves(new))
-    for key in defaults.keys() - after.keys() - dict(_leaves(old)).keys():
-        del before[key]  # of a group that this configuration replaces
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    for key, value in _leaves(plain(get_config("base"))):
+        if not key.startswith(("model.", "mask.")) and key in after:
+            before.setdefault(key, value)
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _both_empty(before.get(key), after.get(key))
+        if before.get(key) != after.get(key)
+        and not (after.get(key) is None and before.get(key) == _WAS_EMPTY.get(key, 0))
     ]
 
 
-def _both_empty(old: Any, new: Any) -> bool:
-    """Say whether a value of an older commit, 0 or -1 say, is what is now an empty value."""
-    return new is None and old in (None, 0, -1)
+# The value that meant "empty" in configurations of older commits; 0 for all other keys.
+_WAS_EMPTY = {
+    "optim.final_weight_decay": -1,
+    "optim.final_ema": -1,
+    "data.workers": -1,
+    "mesh.data": -1,
+}
 
 
 def _run(path: Path) -> ml_collections.ConfigDict:
@@ -173,7 +207,7 @@ def _run(path: Path) -> ml_collections.ConfigDict:
         raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
-            f"--config={path}: get_config() gave {type(config).__name__}, wanted ConfigDict"
+            f"--config={path}: get_config() returned {type(config).__name__}, wanted ConfigDict"
         )
     return config
 
@@ -192,17 +226,19 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
             node = node[name]
     current = node[leaf]
     if isinstance(current, ml_collections.ConfigDict):
-        raise UserError(f"--config.{key}: is a group; its keys: {', '.join(sorted(current))}")
+        raise UserError(
+            f"--config.{key}: a group, wanted a key; it has: {', '.join(sorted(current))}"
+        )
     node[leaf] = _parse(key, text, current, node.get_type(leaf))
 
 
 def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
-    """Read `text` as the type of the key; empty text is an empty value where there can be one."""
+    """Convert `text` to the type of the key; empty text gives None where the key may be empty."""
     if wanted is str:
         return text
     if not text and _may_be_empty(key):
         return None
-    if wanted is type(None):  # the key of a family from outside, whose default is None
+    if wanted is type(None):  # the default is None, so the type is unknown
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -220,7 +256,7 @@ def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
 
 
 def _may_be_empty(key: str) -> bool:
-    """Say whether base.py has an empty value, None, at this key."""
+    """Return whether base.py has no value, None, at this key."""
     leaves = dict(_leaves(get_config("base").to_dict()))
     return key in leaves and leaves[key] is None
 

@@ -1,7 +1,7 @@
-"""The optimiser: AdamW as the reference sets it, and the schedules of a run.
+"""AdamW with the reference's parameter groups, and the schedules of a run.
 
 Works on plain trees of parameters; knows no model, mesh or configuration object. A schedule maps
-the count of finished updates to a value, and holds its final one after `steps`.
+the number of finished updates to a value. After `steps` updates it keeps its final value.
 """
 
 import math
@@ -16,7 +16,7 @@ from wmjax.errors import UserError, check_above, check_choice, check_least, chec
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Raise UserError for values of the `optim` group that are out of range or contradict."""
+    """Raise UserError for values of the `optim` group that are out of range or contradictory."""
     check_choice("optim.schedule", settings["schedule"], ("constant", "cosine", "linear"))
     for key in ("schedule_steps", "accumulate"):
         check_above(f"optim.{key}", settings[key])
@@ -29,13 +29,13 @@ def check(settings: Mapping[str, Any]) -> None:
     warmup, cooldown, schedule = (settings[key] for key in ("warmup", "cooldown", "schedule"))
     if cooldown and schedule != "constant":
         raise UserError(
-            f"optim.cooldown={cooldown}: goes with optim.schedule=constant; found {schedule}, "
-            "which falls all the way: wanted 0"
+            f"optim.cooldown={cooldown} with optim.schedule={schedule}, which falls after the "
+            "warm-up: wanted optim.cooldown=0, or optim.schedule=constant"
         )
     if warmup + cooldown > 1:
         raise UserError(
-            f"optim.warmup={warmup}, optim.cooldown={cooldown}: wanted shares of "
-            "optim.schedule_steps that add up to 1 at most"
+            f"optim.warmup={warmup}, optim.cooldown={cooldown}: shares of optim.schedule_steps, "
+            f"found a sum of {warmup + cooldown:g}, wanted 1 or less"
         )
 
 
@@ -49,11 +49,12 @@ def learning_rate(
     cooldown: float,
     steps: int,
 ) -> optax.Schedule:
-    """Rise linearly from start to peak over `warmup`, then fall to final as `schedule` says.
+    """Return a schedule that rises linearly from start to peak, then falls to final.
 
-    schedule: constant holds the peak, and falls linearly over the cooldown at the end; cosine and
+    schedule: constant keeps the peak and falls linearly in the cooldown at the end; cosine and
     linear fall from the end of the warm-up on. warmup, cooldown: shares of steps.
-    The reference moves its scheduler before the update, so step 0 takes the first increment.
+    Step 0 already has the first increment, because the reference advances its scheduler before the
+    update.
     """
     rising = round(warmup * steps)
     falling = round(cooldown * steps) if schedule == "constant" else steps - rising
@@ -70,17 +71,17 @@ def learning_rate(
 
 
 def cosine(start: float, final: float, steps: int) -> optax.Schedule:
-    """Go from start to final along half a cosine, as the reference's weight decay does.
+    """Return a schedule from start to final along half a cosine, for the weight decay.
 
-    Step 0 takes the first increment, as in learning_rate.
+    Step 0 already has the first increment, as in learning_rate.
     """
     return lambda count: _half_cosine(start, final, (jnp.asarray(count, jnp.float32) + 1.0) / steps)
 
 
 def linear(start: float, final: float, steps: int) -> optax.Schedule:
-    """Go from start to final in equal increments, as the reference's EMA momentum does.
+    """Return a schedule from start to final in equal increments, for the EMA momentum.
 
-    Step 0 takes `start`: unlike the others, the reference reads this one before moving it.
+    Step 0 has `start`: the reference reads this schedule before it advances it.
     """
     return lambda count: _line(start, final, jnp.asarray(count, jnp.float32) / steps)
 
@@ -95,11 +96,12 @@ def adamw(
     eps: float,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW without decay of biases and norms, as in the reference's parameter groups.
+    """Return AdamW; biases and norms do not decay, as in the reference's parameter groups.
 
-    update takes `step`, which the schedules follow. A run that starts from another's moments keeps
-    their count for Adam's bias correction, and has schedules of its own.
-    clip_norm: gradients of a larger global norm are scaled down to it; None or 0: not clipped.
+    axes: logical axis names, a tuple for each parameter. update takes `step`, and the schedules
+    follow it. Adam's own count is separate: it belongs to the moments, which may come from another
+    run. clip_norm: gradients with a larger global norm are scaled down to it; None or 0: no
+    clipping.
     """
     decays = decay_mask(axes)
     adam = optax.scale_by_adam(b1, b2, eps)
@@ -124,11 +126,12 @@ def adamw(
 
 
 def decay_mask(axes: Any) -> Any:
-    """Say which parameters decay: all but those named bias or of rank 1.
+    """Return a tree of bools: True for parameters that decay.
 
-    axes: logical axis names, a tuple for each parameter. The rank is that of one layer, so a
-    stacked bias (layers, embed) counts as a bias. Mask tokens have rank 3 in the reference and
-    decay. Source: vjepa2 app/vjepa/utils.py, init_opt.
+    Biases and parameters of rank 1 do not decay. axes: logical axis names, a tuple for each
+    parameter. The axis "layers" does not count for the rank, so stacked norms do not decay either.
+    Mask tokens decay; they have rank 3 in the reference. Source: vjepa2 app/vjepa/utils.py,
+    init_opt.
     """
 
     def decays(path: tuple, names: tuple[str | None, ...]) -> bool:
@@ -139,7 +142,7 @@ def decay_mask(axes: Any) -> Any:
 
 
 def _line(start: float, end: float, share: jax.Array) -> jax.Array:
-    """Give the value after a share of the way, clipped to it; exactly `end` at its end."""
+    """Interpolate linearly; share is clipped to 0..1, and share 1 gives exactly `end`."""
     return end + (start - end) * (1.0 - jnp.clip(share, 0.0, 1.0))
 
 

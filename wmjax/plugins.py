@@ -13,6 +13,16 @@ from wmjax.errors import UserError, suggest
 ANY = ("*",)  # trust: whoever typed the name trusts its package
 
 
+def check_trust(key: str, reference: str, trust: Collection[str]) -> None:
+    """Raise UserError for package.module:Name of a package that is not trusted."""
+    package = reference.partition(":")[0].partition(".")[0]
+    if ":" in reference and package != "wmjax" and "*" not in trust and package not in trust:
+        raise UserError(
+            f"{key}={reference!r}: comes from a file, and importing {package} runs its code\n"
+            f"if you trust it, say so: trust=({package!r},), or --trust={package}"
+        )
+
+
 def resolve(key: str, value: Any, built_in: Mapping[str, str], trust: Collection[str] = ANY) -> Any:
     """Return what the value of a key names.
 
@@ -22,16 +32,10 @@ def resolve(key: str, value: Any, built_in: Mapping[str, str], trust: Collection
     reference = built_in.get(value, value) if isinstance(value, str) else ""
     module_name, colon, name = reference.partition(":")
     if not (colon and module_name and name):
-        raise UserError(
-            f"{key}={value!r}: unknown{suggest(str(value), list(built_in))}; "
-            f"there are: {', '.join(built_in)}; or package.module:Name"
-        )
-    package = module_name.partition(".")[0]
-    if package != "wmjax" and "*" not in trust and package not in trust:
-        raise UserError(
-            f"{key}={value!r}: comes from a file, and importing {package} runs its code\n"
-            f"if you trust it, say so: trust=({package!r},), or --trust={package}"
-        )
+        choices = ", ".join([*built_in, "package.module:Name"])
+        near = suggest(str(value), list(built_in))
+        raise UserError(f"{key}={value!r}: unknown{near}; choices: {choices}")
+    check_trust(key, reference, trust)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
-"""Where arrays live: the mesh, and the one table from logical axes to mesh axes.
+"""The mesh, and the one table that maps the logical axes of parameters to mesh axes.
 
-Models name the axes of their parameters and know no mesh; this room maps the names.
+Models name the axes of their parameters and know no mesh. This room knows no model.
 """
 
 import math
@@ -14,17 +14,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wmjax.errors import UserError
 
-# data: devices that hold copies of the state; fsdp: devices that share one. Both split the batch.
+# data: devices with copies of the state. fsdp: devices that share one copy. Both split the batch.
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 
-# The first axis of an array that is named here and divides is split over fsdp, the others are not.
-# The width comes first: it is on every matrix, and splitting it keeps biases and norms small too.
+# An array is split over fsdp along one axis: the first name here that it has and fsdp divides.
+# The width (embed) comes first: every matrix, most biases and all norms have it.
 SPLIT_OVER_FSDP = ("embed", "mlp", "heads", "patch")
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, devices: Any = None) -> Mesh:
-    """Arrange the devices as data x fsdp; data=None (or -1) takes all that fsdp leaves."""
+    """Arrange the devices as data x fsdp.
+
+    data: None (or -1) takes count / fsdp. devices: None takes all. Raises UserError unless
+    data x fsdp is the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     if data in (None, -1):
@@ -39,9 +43,10 @@ def make_mesh(data: int | None = None, fsdp: int = 1, devices: Any = None) -> Me
 
 
 def arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
-    """Lay the devices out as data x fsdp, fsdp within a TPU slice or a host where it fits in.
+    """Return the devices as an array (data, fsdp), with fsdp inside a TPU slice or host if it fits.
 
-    Gradients alone then cross the slower network, once a step; parameters stay on the faster one.
+    All-gathers of parameters then stay on the fast network; only gradients cross the slow one, once
+    a step.
     """
     groups = {getattr(d, "slice_index", d.process_index) for d in devices}
     if data % len(groups):
@@ -51,12 +56,12 @@ def arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
         (len(groups), 1),
         devices,
         process_is_granule=not hasattr(devices[0], "slice_index"),
-        allow_split_physical_axes=True,  # 16 of a 4 x 8 x 8 torus, say
+        allow_split_physical_axes=True,  # as for fsdp=16 on a 4 x 8 x 8 torus
     )
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
-    """Raise UserError unless every device gets the same number of clips, in every microbatch."""
+    """Raise UserError unless every device gets equally many clips of every microbatch."""
     unit = mesh.size * accumulate
     if batch_size % unit:
         microbatches = f" x optim.accumulate={accumulate}" if accumulate > 1 else ""
@@ -69,7 +74,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
 def parameter_sharding(
     mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-    """Map a parameter's logical axes to the mesh; what divides by nothing is replicated."""
+    """Return the sharding of a parameter; it is replicated if fsdp divides none of its axes."""
     fsdp = mesh.shape["fsdp"]
     spec: list[str | None] = [None] * len(shape)
     for name in SPLIT_OVER_FSDP:
@@ -88,7 +93,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def device_bytes(state: Any) -> tuple[int, int]:
-    """Return (bytes of the whole state, largest share of them that one device holds)."""
+    """Return (bytes of the whole state, bytes on the device that holds most)."""
     held: dict[Any, int] = {}
     total = 0
     for leaf in jax.tree.leaves(state):

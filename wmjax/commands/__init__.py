@@ -1,1 +1,1 @@
-"""Commands of the main door beside training: the demo, and the plan of a run on a pod."""
+"""The modes of wmjax.main besides training: demo, eval and plan. No other room imports this one."""

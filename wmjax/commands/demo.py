@@ -1,6 +1,6 @@
-"""The demonstration: each component of a run in turn, with its shapes, in a minute on a CPU.
+"""--mode=demo: shows each component of a run with its shapes, in about a minute on a CPU.
 
-Trains nothing: two steps are taken to show what one is, and forgotten. Pictures go to WORKDIR/demo.
+It takes two steps to show one, and saves neither. Pictures go to WORKDIR/demo.
 """
 
 import contextlib
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
 
 Keep = Callable[[str, Callable[[], "Figure"]], None]
 
-# What the arrays of a batch are; the suffixes of their names are their axes.
+# What the axes of an array mean, or the array itself; its suffix names the axes.
 MEANING = {
     "video_BVTHWC": "instants, views (cameras), frames, height, width, RGB",
-    "view_mask_BV": "which of the cameras are there",
-    "state_BTS": "numbers of the robot's state at every frame",
-    "context_ids_BK": "tokens that the encoder sees",
-    "target_ids_BM": "tokens that are predicted",
-    "action_BTPA": "every action from a frame up to the next",
+    "view_mask_BV": "False where a camera is missing",
+    "state_BTS": "state of the robot at each frame",
+    "context_ids_BK": "ids of the tokens that the encoder sees",
+    "target_ids_BM": "ids of the tokens that are predicted",
+    "action_BTPA": "all actions recorded between two frames",
 }
 
 
 def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Show configuration, batch, masks, forward pass, loss and a step; return the exit code 0."""
-    if jax.default_backend() == "cpu":  # optimising takes longer than two steps then save
+    if jax.default_backend() == "cpu":  # full optimisation costs more time than it saves here
         jax.config.update("jax_disable_most_optimizations", True)
     keep = keeper(workdir / "demo")
     setup = assemble.prepare(config)
-    title(1, "configuration", "one file of values; configs/base.py explains every key")
+    title(1, "configuration", "a file of values; configs/base.py explains every key")
     shape = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     say(assemble.outline(config))
     say(f"  devices   {setup.mesh.size} x {jax.devices()[0].device_kind}, arranged as {shape}")
@@ -65,8 +65,8 @@ def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
     seen = Looker(setup.steps, setup.masks.grid)(state, batch)
     if not seen.finite:
         raise UserError(
-            f"{workdir}: this model gives features that are not finite: it has diverged\n"
-            "to see what a run begins with: another --workdir"
+            f"{workdir}: features of this model are not finite: it has diverged\n"
+            "to see a fresh model: another --workdir"
         )
     basis = fit_basis(seen.target_BND)
     keep("batch", lambda: draw.clips(seen))
@@ -77,12 +77,12 @@ def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
     if seen.hidden:
         keep("error", lambda: draw.errors(seen))
     show_step(setup.steps, state, batch)
-    say("\nnothing of this is saved; to train: the same command without --mode=demo")
+    say("\nnothing of this is saved; to train, run the same command without --mode=demo")
     return 0
 
 
 def keeper(folder: Path) -> Keep:
-    """Return what draws a picture into the folder, or does nothing where matplotlib is absent."""
+    """Return a function that saves a picture in the folder, or does nothing without matplotlib."""
     try:
         draw.need()
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def title(number: int, name: str, text: str) -> None:
 
 
 def show_batch(source: Source, batch: WorldModelInput) -> None:
-    title(2, "batch", "clips cut from the source, cropped and scaled on the host")
+    title(2, "batch", "clips of the source, cropped and scaled on the host")
     say(f"  {source.describe()}")
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         name = next(key.name for key in reversed(path) if hasattr(key, "name"))
@@ -114,24 +114,22 @@ def show_batch(source: Source, batch: WorldModelInput) -> None:
 
 
 def show_masks(masks: Masks) -> None:
-    title(
-        3, "masks", "what the encoder sees, and what is to be predicted; drawn anew for each clip"
-    )
+    title(3, "masks", "tokens that the encoder sees, and tokens to predict; drawn for each clip")
     time, rows, columns = masks.grid
     say(f"  a clip is {time} x {rows} x {columns} tokens: time, rows, columns")
     for name, (context, target) in masks.sizes.items():
-        say(f"  {name:10} {context} of context and {target} of target, always: one compilation")
+        say(f"  {name:10} always {context} context and {target} target tokens: one compilation")
 
 
 def show_model(
     config: ml_collections.ConfigDict, workdir: Path, setup: Setup, batch: WorldModelInput
 ) -> TrainState:
-    """Return the newest checkpoint's state, or a fresh one."""
-    title(4, "forward pass", "the stages of the loss, and what each gives")
+    """Show parameters and stages; return the newest checkpoint's state, or a fresh one."""
+    title(4, "forward pass", "the stages of the loss, and the shape of their results")
     with open_checkpoints(config, workdir) as checkpoints:
         newest = checkpoints.latest()
         state, _ = restore_or_init(config, checkpoints, setup)
-    say(f"  parameters as of step {newest}" if newest else "  parameters as a run begins")
+    say(f"  parameters of step {newest}" if newest else "  fresh parameters")
     for name, part in state.params.items():
         say(f"  {name:10} {sum(leaf.size for leaf in jax.tree.leaves(part)):,} parameters")
     blueprint = setup.steps.blueprint
@@ -143,29 +141,29 @@ def show_model(
 
         given = jax.eval_shape(run, state, stage.features)
         shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(given))
-        say(f"  {name:10} gives {shapes}: rows, tokens, width")
+        say(f"  {name:10} returns {shapes}: rows, tokens, width")
     say("  compiling ...")
     return state
 
 
 def show_loss(seen: Look) -> None:
-    title(5, "loss", "mean |prediction - target| over the hidden tokens, in the space of features")
+    title(5, "loss", "mean |prediction - target| over the target tokens, in feature space")
     for name, error_THW in draw.error_maps(seen).items():
         say(f"  {name:10} {np.nanmean(error_THW):.4f} for the clip in the pictures")
 
 
 def show_step(steps: Steps, state: TrainState, batch: WorldModelInput) -> None:
-    title(6, "step", "gradients, AdamW, then the EMA: target = m target + (1 - m) encoder")
+    title(6, "step", "gradients, AdamW, then the EMA: target = m * target + (1 - m) * encoder")
     flop = steps.blueprint.abstract.flops(batch)
     work = f" for {flop / 1e9:.1f} GFLOP" if flop else ""
     say("  compiling ...")
     state, before, first = take_step(steps, state, batch)
     state, after, second = take_step(steps, state, batch)
-    say(f"  loss {before['loss']:.4f}, and {after['loss']:.4f} after it, on the same clips")
+    say(f"  loss {before['loss']:.4f}, then {after['loss']:.4f} on the same clips")
     say(f"  learning rate {before['learning_rate']:.2e}, gradient {before['gradient_norm']:.3f}")
-    say(f"  {first:.1f} s with compiling, then {second:.2f} s{work}")
+    say(f"  {first:.1f} s with compilation, then {second:.2f} s{work}")
     if jax.default_backend() == "cpu":
-        say("  training is compiled with more care: slower to begin, faster a step")
+        say("  training compiles with full optimisation: a slower start, faster steps")
 
 
 def take_step(

@@ -1,4 +1,4 @@
-"""Evaluation by itself: every evaluator of the run, on its newest checkpoint."""
+"""--mode=eval: runs every evaluator of eval.evaluators on the newest checkpoint of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from wmjax.train import open_checkpoints, open_evaluators, restore_or_init
 def evaluate(
     config: ml_collections.ConfigDict, workdir: Path, *, mesh: jax.sharding.Mesh | None = None
 ) -> int:
-    """Evaluate the newest checkpoint in workdir; without one, the model as a run begins.
+    """Evaluate the newest checkpoint in workdir, or without one a fresh model.
 
-    Appends a line to evals.jsonl and returns the exit code 0.
+    Prints the figures, appends them as a line to evals.jsonl, and returns the exit code 0.
     """
     setup = assemble.prepare(config, ("train", "validation"), mesh)
     with open_checkpoints(config, workdir) as checkpoints:
         step = checkpoints.latest() or 0
-        say(f"{workdir}: {f'step {step}' if step else 'no checkpoint: the model as a run begins'}")
+        say(f"{workdir}: {f'step {step}' if step else 'no checkpoint: a fresh model'}")
         state, _ = restore_or_init(config, checkpoints, setup)
     for split, source in setup.sources.items():
         say(f"{split}: {source.describe()}")

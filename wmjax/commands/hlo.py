@@ -1,4 +1,4 @@
-"""What a step comes to: products by its jaxpr, exchanges and memory traffic by its HLO."""
+"""Costs of a compiled step: matrix products of its jaxpr, collectives and traffic of its HLO."""
 
 import dataclasses
 import math
@@ -8,8 +8,14 @@ from typing import Any
 
 from jax.extend import core
 
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}  # others say it: f32, s64, f8e4m3
-# Instructions that name what others have computed, or run it: they move nothing themselves.
+BITS = {
+    "pred": 8,
+    "bf16": 16,
+    "f16": 16,
+    "s4": 4,
+    "u4": 4,
+}  # other names contain their bits: f32, s64, f8e4m3
+# Instructions without memory traffic of their own: they name results, or run other computations.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "iota", "broadcast"),
@@ -23,7 +29,8 @@ COLLECTIVES = (
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-# A TPU's exchange that products hide is named in each of their fusions, the first with a -1.
+# On TPUs a collective that overlaps with products is named in each of their fusions. Only the first
+# one has flag_start -1.
 _GOES_ON = re.compile(r'"flag_start":"\d')
 _CALLED = re.compile(r"(?:calls|body|condition|branch_computations)=\{?([^,}]+(?:, %[^,}]+)*)")
 
@@ -41,14 +48,14 @@ class Instruction:
 
 @dataclasses.dataclass
 class Collective:
-    """count: times in a step; sent: bytes that one chip sends, exchanged around a ring."""
+    """Totals of one kind of collective in a step. sent: bytes that a chip sends, in a ring."""
 
     count: int = 0
     sent: float = 0.0
 
 
 class Program:
-    """A compiled program, by the text of its HLO; loops count as often as they run."""
+    """A compiled program, parsed from the text of its HLO; a loop counts as often as it runs."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
@@ -63,14 +70,16 @@ class Program:
                     self.entry = found[2]
 
     def collectives(self) -> dict[str, Collective]:
-        """Sum up what the chips exchange, by kind; those of one member are none."""
+        """Return the collectives of a step, by kind; groups of one chip do not count."""
         result: dict[str, Collective] = {}
         for times, where, instruction in self._run(self.entry, 1, into_fusions=True):
             kind = instruction.kind.removesuffix("-start")
             if kind not in COLLECTIVES or _GOES_ON.search(instruction.rest):
                 continue
             sent = _sent(kind, instruction)
-            if where.startswith("all-reduce-scatter"):  # a fusion that keeps its part of the sum
+            if where.startswith(
+                "all-reduce-scatter"
+            ):  # a fusion that keeps only its part of the sum
                 kind, sent = "reduce-scatter", sent / 2
             if sent == 0:
                 continue
@@ -80,7 +89,10 @@ class Program:
         return result
 
     def traffic(self) -> int:
-        """Bytes through a chip's memory, at least: every result written once and read once."""
+        """Return a lower bound of the memory traffic of a chip in bytes.
+
+        Every result is counted as written once and read once.
+        """
         return sum(
             2 * times * self._written(instruction)
             for times, _, instruction in self._run(self.entry, 1, into_fusions=False)
@@ -90,7 +102,7 @@ class Program:
     def _run(
         self, computation: str, times: int, into_fusions: bool
     ) -> Iterator[tuple[int, str, Instruction]]:
-        """Yield how often a step runs each instruction, its computation, and itself."""
+        """Yield (times a step runs it, name of its computation, instruction)."""
         for instruction in self.computations[computation]:
             yield times, computation, instruction
             kind = instruction.kind
@@ -103,7 +115,10 @@ class Program:
                         yield from self._run(name, times * count, into_fusions)
 
     def _turns(self, loop: Instruction) -> int:
-        """Count a loop's turns; on TPUs only its condition tells, `i < 24` as scans write it."""
+        """Return the trip count of a loop.
+
+        TPU programs do not state it. There it is the constant in the condition `i < 24` of a scan.
+        """
         if known := re.search(r"known_trip_count\D+(\d+)", loop.rest):
             return int(known[1])
         name = re.search(r"condition=%?([\w.-]+)", loop.rest)
@@ -112,7 +127,7 @@ class Program:
         return max((int(number[0]) for number in numbers if number), default=1)
 
     def _written(self, instruction: Instruction) -> int:
-        """Bytes of a result in the main memory; of an update in place, the update alone."""
+        """Return the bytes of a result in main memory; of an in-place update, its own bytes."""
         if instruction.kind == "fusion":
             name = re.search(r"calls=%?([\w.-]+)", instruction.rest)
             inner = self.computations[name[1]] if name else []
@@ -120,18 +135,18 @@ class Program:
                 types = {other.name: other.type for other in inner}
                 return sum(map(_bytes, _arrays(types.get(inner[-1].operands()[1], ""))))
         elif instruction.kind == "dynamic-update-slice":
-            return 0  # what wrote the update has counted it
+            return 0  # counted at the instruction that computes the update
         return sum(map(_bytes, _arrays(instruction.type)))
 
 
 def _arrays(type: str) -> list[tuple[str, str, str]]:
-    """Return (dtype, sizes, layout) of the arrays that a type names."""
+    """Return (dtype, sizes, layout) of each array in a type."""
     return _ARRAY.findall(type)
 
 
 def _bytes(array: tuple[str, str, str]) -> int:
     dtype, sizes, layout = array
-    if re.search(r"S\([1-9]", layout):  # in a chip's own fast memory
+    if re.search(r"S\([1-9]", layout):  # in on-chip memory
         return 0
     return _size(dtype, sizes)
 
@@ -143,23 +158,25 @@ def _size(dtype: str, sizes: str) -> int:
 
 
 def _sent(kind: str, instruction: Instruction) -> float:
-    """Bytes that one member of the group sends in a ring."""
+    """Return the bytes that one member of the group sends in a ring."""
     members = _members(instruction.rest)
     arrays = [_size(dtype, sizes) for dtype, sizes, _ in _arrays(instruction.type)]
     if kind == "collective-permute":
         return float(max(arrays))
     total = sum(arrays)
-    if instruction.kind == "all-gather-start":  # its type names the operands too: 1 to `members`
+    if (
+        instruction.kind == "all-gather-start"
+    ):  # its type has the operands too, 1/members of the result
         total = total * members // (members + 1)
     share = (members - 1) / members
     return total * {"all-reduce": 2 * share, "reduce-scatter": members - 1}.get(kind, share)
 
 
 def _members(rest: str) -> int:
-    """Count a group's members in any of the three ways in which XLA writes them.
+    """Return the number of members of a replica group, in any of XLA's three notations.
 
-    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] or =mesh['x'=2,'y'=2] {'y'}, which may say before the
-    braces in which order it names the devices; 'y':(1)2 is a part of an axis.
+    replica_groups={{0,1},{2,3}}, =[2,2]<=[4], or =mesh['x'=2,'y'=2] {'y'}. The last may give an
+    order of devices before the braces; 'y':(1)2 is a part of an axis.
     """
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
@@ -172,7 +189,7 @@ def _members(rest: str) -> int:
 
 
 def executed_flop(jaxpr: Any) -> int:
-    """Count the products of a jaxpr as they run, over all devices: what remat repeats as well."""
+    """Return the FLOP of the matrix products of a jaxpr, over all devices, with remat's repeats."""
     total = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
@@ -199,7 +216,7 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def _repeated(name: str, params: dict[str, Any]) -> int:
-    """How often, over all devices, the jaxprs of an equation run."""
+    """Return how often the inner jaxprs of an equation run, over all devices."""
     if name == "scan":
         return params["length"]
     if name == "shard_map":

@@ -1,10 +1,10 @@
-"""A run planned without its devices: the train step compiled ahead of time, and what bounds it.
+"""--mode=plan: compiles the train step for devices that are not here, and says what bounds it.
 
     python -m wmjax.main --mode=plan --topology=v5e:16x16 --config=vjepa2_aloha \\
         --config.data.batch_size=256 --config.model.scan=True --config.model.remat=full
 
-libtpu compiles for any TPU on any CPU; for CPUs and GPUs the local ones are taken. Nothing runs,
-and no dataset is opened.
+libtpu compiles for any TPU on any CPU. cpu:N and gpu:N use the devices of this machine. Nothing
+runs, and no dataset is opened.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip has: memory in GiB, its bandwidth and that of one ring of the network in GB/s.
+    """Figures of a chip: memory in GiB, memory bandwidth and ring bandwidth in GB/s.
 
-    ring: both directions of one axis of a TPU's torus; of NVLink, what a GPU sends.
+    ring: of a TPU both directions of one axis of the torus; of a GPU what it sends over NVLink.
     """
 
     memory: float
@@ -38,7 +38,7 @@ class Chip:
     ring: float
 
 
-CHIPS = {  # by what the kind has in its name, as in metrics.PEAK_TFLOPS
+CHIPS = {  # by a part of the device_kind, as in metrics.PEAK_TFLOPS
     "TPU v5 lite": Chip(15.75, 819, 90),
     "TPU v6 lite": Chip(31.25, 1640, 180),
     "TPU v5": Chip(95.0, 2765, 180),
@@ -49,24 +49,29 @@ CHIPS = {  # by what the kind has in its name, as in metrics.PEAK_TFLOPS
 
 
 def find_devices(topology: str) -> list[jax.Device]:
-    """Return the devices that e.g. v5e:16x16, cpu:8 or gpu:8 names; abstract ones for TPUs."""
+    """Return the devices of v5e:16x16, cpu:8, gpu:8 and the like; TPU devices are abstract.
+
+    Raises UserError for an unknown name, or fewer local devices than N.
+    """
     platform, _, shape = topology.partition(":")
-    if platform != "gpu":  # else kernels would be chosen for a GPU that is here
+    if platform != "gpu":  # otherwise kernels would be chosen for a local GPU
         jax.config.update("jax_platforms", "cpu")
     if platform in ("cpu", "gpu"):
         return _local_devices(platform, shape)
     from jax.experimental import topologies
 
-    jax.config.update("jax_enable_compilation_cache", False)  # is not read back without the chips
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # its entries cannot be read back without chips
     os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",  # else libtpu asks a cloud's server where it runs
-        TPU_ACCELERATOR_TYPE="v5litepod-1",  # any, on any host: else libtpu logs their lack
+        TPU_SKIP_MDS_QUERY="1",  # otherwise libtpu asks the cloud's metadata server
+        TPU_ACCELERATOR_TYPE="v5litepod-1",  # any value; without one libtpu logs an error
         TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # another plan may be at work
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # another plan may run at the same time
     )
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # libtpu absent, or a name that it does not know: several kinds
+    except Exception as error:  # libtpu is absent or does not know the name; types differ
         raise UserError(
             f"--topology={topology}: {reason(error)}\n"
             f"wanted v5e:16x16, v6e:16x16, ... ({how_to_install('tpu')}), cpu:N or gpu:N"
@@ -75,21 +80,21 @@ def find_devices(topology: str) -> list[jax.Device]:
 
 def _local_devices(platform: str, count: str) -> list[jax.Device]:
     if not count.isdigit() or int(count) < 1:
-        raise UserError(f"--topology={platform}:{count}: wanted a number of devices")
+        raise UserError(f"--topology={platform}:{count}: wanted a number of devices, 1 or more")
     if platform == "cpu":
-        with contextlib.suppress(RuntimeError):  # jax has counted them before
+        with contextlib.suppress(RuntimeError):  # jax has already started its devices
             jax.config.update("jax_num_cpu_devices", int(count))
     try:
         found = jax.devices(platform)
     except RuntimeError:
         found = []
     if len(found) < int(count):
-        raise UserError(f"--topology={platform}:{count}: found {len(found)} of them here")
+        raise UserError(f"--topology={platform}:{count}: found {len(found)} here, wanted {count}")
     return found[: int(count)]
 
 
 def plan(config: ml_collections.ConfigDict, topology: str) -> int:
-    """Compile the train step for these devices and print what it takes; 1 where it does not fit."""
+    """Compile the train step for a topology and print its costs; return 1 if it does not fit."""
     devices = find_devices(topology)
     if devices[0].platform == "tpu" and config.model.attention == "auto":
         config.model.attention = "splash"
@@ -117,10 +122,10 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     fits = _print_memory(compiled.memory_analysis(), chip)
     try:
         program = hlo.Program(compiled.as_text())
-    except jax.errors.JaxRuntimeError as error:  # libtpu is newer than jax, and writes what is new
+    except jax.errors.JaxRuntimeError as error:  # a libtpu newer than jax writes newer HLO
         raise UserError(
-            f"--topology={topology}: jax {jax.__version__} cannot read what this libtpu compiled; "
-            f"wanted its own ({how_to_install('tpu')})\n{reason(error)}"
+            f"--topology={topology}: jax {jax.__version__} cannot read the program of this libtpu; "
+            f"wanted the libtpu of this jax ({how_to_install('tpu')})\n{reason(error)}"
         ) from None
     sent = _print_network(program.collectives())
     peak = metrics.peak_flops(devices)
@@ -137,7 +142,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
 
 
 def abstract_batch(config: ml_collections.ConfigDict, setup: assemble.Setup) -> WorldModelInput:
-    """Return shapes, dtypes and shardings of a batch."""
+    """Return a batch of shapes, dtypes and shardings, without arrays."""
     rows = sharding.batch_sharding(setup.mesh)
     clip, B = assemble.make_reader(config, setup).dtype, config.data.batch_size
     arrays = {
@@ -148,7 +153,7 @@ def abstract_batch(config: ml_collections.ConfigDict, setup: assemble.Setup) -> 
 
 
 def _told(error: str) -> str:
-    """Return what a compiler that ran out of memory says of it, in either of its ways."""
+    """Return used and available memory from an out-of-memory error of the compiler."""
     needed = r"Used (\S+) of (\S+) hbm|HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)"
     if not (found := re.search(needed, error)):
         return "more than a chip has"
@@ -157,7 +162,7 @@ def _told(error: str) -> str:
 
 
 def _print_memory(used: Any, chip: Chip | None) -> bool:
-    """Print what a chip holds while the step runs and say whether that fits."""
+    """Print the memory that a chip needs during the step; return whether it fits."""
     state = used.argument_size_in_bytes / GIB
     total = (
         state
@@ -174,7 +179,7 @@ def _print_memory(used: Any, chip: Chip | None) -> bool:
 
 
 def _print_network(collectives: dict[str, hlo.Collective]) -> float:
-    """Print what the chips exchange and return the bytes that one sends."""
+    """Print the collectives of a step; return the bytes that one chip sends."""
     print("network     a chip and step:" if collectives else "network     nothing is exchanged")
     for name, found in sorted(collectives.items()):
         print(f"  {name:20} {found.count:5} times, {found.sent / 1e9:8.3f} GB sent")
@@ -182,7 +187,10 @@ def _print_network(collectives: dict[str, hlo.Collective]) -> float:
 
 
 def _print_bound(seconds: dict[str, float], useful: float) -> None:
-    """Print how long each would take by itself; the longest bounds the step, of which `useful`."""
+    """Print the time of each resource alone, which one bounds the step, and the highest MFU.
+
+    useful: seconds of the products without remat's repeats, at the peak.
+    """
     bound = max(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
     print(f"bound       {bound} ({told}; each by itself, at the chip's peak)")

@@ -1,8 +1,9 @@
-"""Masks: which tokens the encoder sees and which are predicted. Budgets are fixed: one compilation.
+"""Masks: which tokens the encoder sees (context) and which the model predicts (target).
 
-A strategy is a function (grid, budget, rng, *, option=default, ...) -> (context_ids_K,
-target_ids_M), both int32, sorted, unique and disjoint. A strategy of a package of your own is named
-as package.module:function. NumPy only: jax, models and data are not imported here.
+Each mask has a fixed number of context and target tokens, so the train step compiles once. A
+strategy is a function (grid, budget, rng, *, option=default, ...) -> (context_ids_K, target_ids_M),
+both int32, sorted, unique and disjoint. A strategy of your own package is named
+package.module:function. NumPy only: jax, models and data are not imported here.
 """
 
 import inspect
@@ -19,7 +20,7 @@ from wmjax.plugins import resolve
 __all__ = ["STRATEGIES", "Budget", "DoesNotFit", "Grid", "Masks"]
 
 Strategy = Callable[..., tuple[np.ndarray, np.ndarray]]
-# strategy -> the function; any other is named as package.module:name
+# name of a strategy -> its function
 STRATEGIES = {
     "multi_block": "wmjax.masking.blocks:multi_block",
     "block": "wmjax.masking.blocks:block",
@@ -29,15 +30,15 @@ STRATEGIES = {
 }
 
 _TRIAL_DRAWS = 500
-_TRIAL_FITS = 5  # of the trial draws: below 1 % a step would wait on its masks
+_TRIAL_FITS = 5  # that must fit, 1 % of the draws; with fewer, steps would wait for masks
 
 
 class Masks:
-    """The masks of one run on one grid: checked at construction, drawn once for every sample.
+    """The masks of one run on one grid; all of them are drawn for every clip.
 
-    specs: name -> {strategy, context, target, and the strategy's options}; context and target
-    are shares of the spatial cells, and hold for every tubelet:
-    tokens = round(share * cells) * tubelets. {}: no masks, and nothing is drawn.
+    specs: name -> {strategy, context, target, and options of the strategy}. context, target: shares
+    of the cells of a tubelet; tokens = round(share * cells) * tubelets. {}: no masks. Raises
+    UserError for an unknown strategy or option, or if less than 1 % of the draws hold the budget.
     """
 
     def __init__(self, specs: Mapping[str, Mapping[str, Any]], grid: Grid):
@@ -46,13 +47,13 @@ class Masks:
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Tokens of every mask: {name: (K, M)}."""
+        """Context and target tokens of every mask: {name: (K, M)}."""
         return {name: (b.context, b.target) for name, (_, b, _) in self._masks.items()}
 
     def draw(
         self, rng: np.random.Generator
     ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Draw (context_ids_K of every mask, target_ids_M of every mask), in the specs' order."""
+        """Draw all masks: (context_ids_K of each, target_ids_M of each), in the order of specs."""
         drawn = [strategy(self.grid, b, rng, **o) for strategy, b, o in self._masks.values()]
         return tuple(context for context, _ in drawn), tuple(target for _, target in drawn)
 
@@ -60,7 +61,7 @@ class Masks:
 def _prepare(
     name: str, spec: Mapping[str, Any], grid: Grid
 ) -> tuple[Strategy, Budget, dict[str, Any]]:
-    """Turn one spec into (strategy, budget, options), or say what is wrong with it."""
+    """Check one spec and return (strategy, budget, options)."""
     options = dict(spec)
     chosen = options.pop("strategy", None)
     strategy = resolve(f"mask.{name}.strategy", chosen, STRATEGIES)
@@ -71,7 +72,7 @@ def _prepare(
     for option in options:
         if option not in known:
             raise UserError(
-                f"mask.{name}.{option}: unknown option{suggest(option, known)}; {chosen} takes: "
+                f"mask.{name}.{option}: unknown option{suggest(option, known)}; {chosen} has: "
                 f"context, target, {', '.join(known)}"
             )
     _try_out(name, strategy, Budget(context, target, max_draws=1), grid, options)
@@ -79,23 +80,23 @@ def _prepare(
 
 
 def _tokens(name: str, role: str, share: Any, grid: Grid) -> int:
-    """Give the tokens that a share of the spatial cells comes to."""
+    """Convert a share of the cells of a tubelet to tokens of the clip."""
     tubelets, rows, columns = grid
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise UserError(
-            f"mask.{name}.{role}={share!r}: wanted a share of the frame between 0 and 1"
+            f"mask.{name}.{role}={share!r}: wanted a share of the cells, above 0 and below 1"
         )
     cells = round(share * rows * columns)
     if cells == 0:
         raise UserError(
-            f"mask.{name}.{role}={share:.4g}: comes to 0 of the {rows} x {columns} cells; "
+            f"mask.{name}.{role}={share:.4g}: gives 0 of the {rows} x {columns} cells; "
             f"wanted at least {1 / (rows * columns):.4g}"
         )
     return cells * tubelets
 
 
 def _check_ids(name: str, drawn: Any, budget: Budget, grid: Grid) -> None:
-    """Refuse ids of a strategy from outside that are not what the budget says."""
+    """Raise UserError unless the ids of a draw have the right number, order, dtype and range."""
     context, target = map(np.asarray, drawn)
     if (len(context), len(target)) != (budget.context, budget.target):
         raise UserError(
@@ -106,20 +107,20 @@ def _check_ids(name: str, drawn: Any, budget: Budget, grid: Grid) -> None:
     for role, ids in (("context", context), ("target", target)):
         if ids.dtype != np.int32 or np.any(np.diff(ids) <= 0):
             raise UserError(
-                f"mask.{name}.strategy: its {role} ids are {ids.dtype} and not all rising; "
+                f"mask.{name}.strategy: {role} ids are {ids.dtype}, or not sorted and unique; "
                 "wanted int32, sorted and unique"
             )
     if len(np.unique(both)) < len(both) or both.min() < 0 or both.max() >= math.prod(grid):
         raise UserError(
-            f"mask.{name}.strategy: ids from {both.min()} to {both.max()}, {len(np.unique(both))} "
-            f"different ones; wanted {len(both)} different ones below {math.prod(grid)}"
+            f"mask.{name}.strategy: {len(np.unique(both))} different ids from {both.min()} to "
+            f"{both.max()}; wanted {len(both)} different ids, from 0, below {math.prod(grid)}"
         )
 
 
 def _try_out(
     name: str, strategy: Strategy, budget: Budget, grid: Grid, options: dict[str, Any]
 ) -> None:
-    """Refuse a budget that fewer than 1 % of the draws can hold, with what they offer."""
+    """Raise UserError if fewer than 1 % of the draws hold the budget; the text has their median."""
     rng = np.random.default_rng(0)
     fits, misfits = 0, []
     for _ in range(_TRIAL_DRAWS):
@@ -128,7 +129,7 @@ def _try_out(
         except DoesNotFit as misfit:
             misfits.append((misfit.context, misfit.target))
             continue
-        except UserError as error:  # a strategy knows its options, not the name of the mask
+        except UserError as error:  # a strategy does not know the name of its mask
             raise UserError(f"mask.{name}.{error}") from None
         _check_ids(name, drawn, budget, grid)
         fits += 1

@@ -1,7 +1,7 @@
-"""V-JEPA's masks: the union of a few blocks is the target, the rest the context. NumPy only.
+"""V-JEPA's masks: the target lies in the union of a few blocks, the context outside. NumPy only.
 
-Reference: vjepa2, src/masks/multiseq_multiblock3d.py, with a budget in place of its truncation,
-and a block size drawn for every sample in place of one for every batch.
+Source: vjepa2, src/masks/multiseq_multiblock3d.py. Differences: a fixed budget in place of
+truncation, and a block size for each clip in place of one for each batch.
 """
 
 import math
@@ -23,7 +23,7 @@ def block(
     aspect: Sequence[float] = (0.75, 1.5),
     cell: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hide one block that is bounded in space and time; options as in multi_block."""
+    """Hide one block that is limited in space and time; options as in multi_block."""
     return multi_block(
         grid, budget, rng, blocks=1, scale=scale, time=time, aspect=aspect, cell=cell
     )
@@ -40,21 +40,22 @@ def multi_block(
     aspect: Sequence[float] = (0.75, 1.5),
     cell: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one mask: sorted, disjoint (context_ids_K, target_ids_M), int32.
+    """Hide the union of several blocks; return (context_ids_K, target_ids_M).
 
-    blocks: blocks of one size, placed independently. scale: area of one, as a share of the
-    frame. time: its length, as a share of the clip. aspect: range of height / width, drawn
-    linearly (the crops' is drawn in logarithm). cell: blocks consist of cells of this many
-    tokens each way. Raises DoesNotFit after budget.max_draws draws that lack context or target.
+    blocks: number of blocks, all of one size, placed independently. scale: area of a block, as a
+    share of the frame. time: length of a block, as a share of the clip. aspect: (lowest, highest)
+    height / width, drawn uniformly. cell: blocks consist of squares of cell x cell tokens. Raises
+    UserError for a wrong option, and DoesNotFit after budget.max_draws draws that do not hold the
+    budget.
     """
     if not (isinstance(blocks, int) and blocks >= 1):
-        raise UserError(f"blocks={blocks!r}: wanted a whole number from 1")
+        raise UserError(f"blocks={blocks!r}: wanted a whole number, 1 or more")
     if not 0 < scale < 1:
-        raise UserError(f"scale={scale!r}: wanted a share of the frame between 0 and 1")
+        raise UserError(f"scale={scale!r}: wanted a share of the frame, above 0 and below 1")
     if not 0 < time <= 1:
         raise UserError(f"time={time!r}: wanted a share of the clip above 0, up to 1")
     if len(aspect) != 2 or not 0 < aspect[0] <= aspect[1]:
-        raise UserError(f"aspect={aspect!r}: wanted (lowest, highest) height / width above 0")
+        raise UserError(f"aspect={aspect!r}: wanted (lowest, highest) height / width, above 0")
     coarse = coarsen(grid, cell)
     for _ in range(budget.max_draws):
         hidden_THW = refine(cover(coarse, rng, blocks, scale, time, aspect), cell)
@@ -73,7 +74,7 @@ def cover(
     time: float,
     aspect: Sequence[float],
 ) -> np.ndarray:
-    """Draw a block size and places for the blocks: bool_THW, True where one lies."""
+    """Draw one block size and a place for each block; return bool THW, True inside a block."""
     tubelets, rows, columns = grid
     area = int(rows * columns * scale)
     ratio = rng.uniform(aspect[0], aspect[1])

@@ -1,4 +1,4 @@
-"""What a mask keeps and hides, and the trim of what was drawn to exactly that. NumPy only."""
+"""The budget of a mask, and how hidden tokens are trimmed to it. NumPy only."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ Grid = tuple[int, int, int]  # tubelets, rows, columns
 
 
 class Budget(NamedTuple):
-    """Tokens wanted of one draw, and how many pools may be drawn in search of them."""
+    """Context and target tokens of a mask; max_draws: draws that may fail before DoesNotFit."""
 
     context: int
     target: int
@@ -18,12 +18,12 @@ class Budget(NamedTuple):
 
 
 class DoesNotFit(UserError):
-    """What was drawn cannot hold the budget; `context` and `target` are the tokens it offers."""
+    """A draw does not hold the budget. context, target: tokens that it offers."""
 
     def __init__(self, budget: Budget, context: int, target: int):
         super().__init__(
-            f"no mask with {budget.context} context and {budget.target} target tokens; "
-            f"the last draw offered {context} and {target}"
+            f"wanted {budget.context} context and {budget.target} target tokens; "
+            f"the last draw has {context} and {target}"
         )
         self.context = context
         self.target = target
@@ -32,7 +32,10 @@ class DoesNotFit(UserError):
 def take(
     hidden_THW: np.ndarray, budget: Budget, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the target from the hidden tokens and the context from the others, or DoesNotFit."""
+    """Draw the target from the hidden tokens and the context from the others.
+
+    Returns (context_ids_K, target_ids_M). Raises DoesNotFit if either has too few tokens.
+    """
     target = int(np.count_nonzero(hidden_THW))
     context = hidden_THW.size - target
     if context < budget.context or target < budget.target:
@@ -45,9 +48,9 @@ def take(
 
 
 def trim(pool: np.ndarray, tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """Keep `tokens` ids of a sorted pool, each with the same chance, sorted.
+    """Return `tokens` random ids of a sorted pool, sorted, int32; each id is equally likely.
 
-    The reference cuts the sorted pool at its end instead, which drops the late tubelets
+    The reference keeps the first ids of the pool, which drops the last tubelets
     (vjepa2, src/masks/multiseq_multiblock3d.py).
     """
     kept = rng.choice(pool.size, tokens, replace=False, shuffle=False)
@@ -56,7 +59,7 @@ def trim(pool: np.ndarray, tokens: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def coarsen(grid: Grid, cell: int) -> Grid:
-    """Give the grid whose cells are `cell` x `cell` tokens; they have to tile the frame."""
+    """Return the grid of cells of cell x cell tokens; UserError if they do not tile the frame."""
     tubelets, rows, columns = grid
     if not (isinstance(cell, int) and cell >= 1 and rows % cell == columns % cell == 0):
         raise UserError(f"cell={cell!r}: wanted a divisor of the frame's {rows} x {columns} tokens")
@@ -64,5 +67,5 @@ def coarsen(grid: Grid, cell: int) -> Grid:
 
 
 def refine(coarse_THW: np.ndarray, cell: int) -> np.ndarray:
-    """Give every token what the cell over it has."""
+    """Return the value of its cell for every token; the inverse of coarsen."""
     return coarse_THW.repeat(cell, axis=1).repeat(cell, axis=2)

@@ -1,7 +1,7 @@
-"""Masks that hide as many whole parts of the clip as hold the target: tokens, tubes or tubelets.
+"""Masks that hide whole parts of a clip: tokens, tubes or tubelets. NumPy only.
 
-The parts are hidden whole and the target is trimmed to its budget inside them, so context never
-lies in a part that the target was drawn from. NumPy only.
+As few parts are hidden as hold the target. The target is then trimmed to its budget inside them, so
+no part contains both context and target.
 """
 
 import math
@@ -17,7 +17,7 @@ PLACES = ("future", "run", "random")
 def random(
     grid: Grid, budget: Budget, rng: np.random.Generator, *, cell: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hide tokens anywhere in space and time, or with `cell` squares of cell x cell of them."""
+    """Hide tokens, or squares of cell x cell tokens, anywhere in space and time."""
     coarse = coarsen(grid, cell)
     hidden_N = _some(math.prod(coarse), math.ceil(budget.target / cell**2), rng)
     return take(refine(hidden_N.reshape(coarse), cell), budget, rng)
@@ -26,7 +26,7 @@ def random(
 def spatial(
     grid: Grid, budget: Budget, rng: np.random.Generator, *, cell: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hide tubes: places in the frame, cell x cell tokens large, through all time."""
+    """Hide tubes: squares of cell x cell tokens at one place, in all tubelets."""
     tubelets, rows, columns = coarsen(grid, cell)
     hidden_N = _some(rows * columns, math.ceil(budget.target / (tubelets * cell**2)), rng)
     hidden_THW = np.broadcast_to(hidden_N.reshape(rows, columns), (tubelets, rows, columns))
@@ -43,14 +43,14 @@ def temporal(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hide whole tubelets.
 
-    place: future, so that the context is the past; run: neighbours, anywhere; random: any.
-    tubelets: how many to hide; 0: as few as hold the target.
+    place: future: the last tubelets; run: neighbouring tubelets anywhere; random: any tubelets.
+    tubelets: number to hide; 0: as few as hold the target. Raises UserError for other values.
     """
     if place not in PLACES:
         raise UserError(f"place={place!r}: wanted one of {', '.join(PLACES)}")
     length, rows, columns = grid
     if not (isinstance(tubelets, int) and 0 <= tubelets < length):
-        raise UserError(f"tubelets={tubelets!r}: wanted 0 to {length - 1} of the clip's {length}")
+        raise UserError(f"tubelets={tubelets!r}: wanted 0 to {length - 1}, of {length} in the clip")
     count = tubelets or math.ceil(budget.target / (rows * columns))
     if place == "random":
         hidden_T = _some(length, count, rng)
@@ -62,7 +62,7 @@ def temporal(
 
 
 def _some(parts: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose `count` of the parts, each with the same chance: bool, one a part."""
+    """Return bool of shape (parts,), True for `count` random parts; each is equally likely."""
     chosen = np.zeros(parts, bool)
     chosen[rng.choice(parts, count, replace=False, shuffle=False)] = True
     return chosen

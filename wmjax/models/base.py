@@ -14,6 +14,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from inspect import getattr_static
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -152,9 +153,29 @@ def family_named(name: str, trust: Sequence[str] = ANY) -> type[WorldModel]:
     if not (isinstance(found, type) and issubclass(found, WorldModel)):
         raise UserError(f"model.name={name!r}: wanted a subclass of wmjax.models.base.WorldModel")
     for method in ("create", "token_grid", "loss", "features"):
-        if getattr(found, method).__qualname__ == f"WorldModel.{method}":
+        if getattr_static(found, method) is getattr_static(WorldModel, method):
             raise UserError(f"model.name={name!r}: {found.__qualname__} does not define {method}")
+    for field in dataclasses.fields(found.Settings):
+        if field.name in ("name", "pretrained", *CHOICES):
+            raise UserError(
+                f"model.name={name!r}: its Settings have {field.name}, a key that all models share"
+            )
     return found
+
+
+def default_settings(name: str) -> dict[str, Any]:
+    """Return the keys of a family with their defaults."""
+    cls = family_named(name).Settings
+    try:
+        settings = cls()
+    except TypeError as error:
+        raise UserError(f"model.name={name!r}: every key of its Settings needs a default: {error}") from None
+    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
+
+
+def freeze_patterns(text: str) -> tuple[str, ...]:
+    """Return the patterns of optim.freeze, which are separated by commas."""
+    return tuple(filter(None, (each.strip() for each in text.split(","))))
 
 
 def settings_of(group: Mapping[str, Any], trust: Sequence[str] = ANY) -> Any:
@@ -164,7 +185,11 @@ def settings_of(group: Mapping[str, Any], trust: Sequence[str] = ANY) -> Any:
     """
     cls = family_named(group["name"], trust).Settings
     known = [field.name for field in dataclasses.fields(cls)]
-    own = {k: v for k, v in group.items() if k not in ("name", "pretrained", *CHOICES)}
+    own = {
+        key: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        for key, value in group.items()
+        if key not in ("name", "pretrained", *CHOICES)
+    }
     for key in own:
         if key not in known:
             raise UserError(
@@ -253,9 +278,10 @@ class Blueprint:
             for name, kind in kinds.items()
         }
         if not any(mask.values()):
+            by = f"optim.freeze={','.join(self.freeze)!r}" if self.freeze else "model.name"
             raise UserError(
-                f"optim.freeze={','.join(self.freeze)!r}: all {len(mask)} variables of "
-                f"{self.family.__qualname__} are frozen; nothing is left to train"
+                f"{by}: all {len(mask)} variables of {self.family.__qualname__} are frozen; "
+                "nothing is left to train"
             )
         return unflatten_dict(mask, sep="/")
 

@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def configuration(
-    model: "Model", dataset: str | None, overrides: list[str]
+    model: "Model", dataset: str | None, overrides: list[str], trust: tuple[str, ...] = ()
 ) -> ml_collections.ConfigDict:
     """Return the run's configuration, or base with what the weights say, on the chosen data."""
     if "data" in model.config:
