@@ -1,4 +1,4 @@
-"""A model in one line: `wmjax.load(where)`, then video in and features out.
+"""Inference: `wmjax.load(where)` returns a model that turns video into features.
 
 model = wmjax.load("runs/vjepa2_aloha")      # or a folder, OWNER/NAME on the Hub, a .pt file
 features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
@@ -29,11 +29,12 @@ Size = int | tuple[int, int]
 
 
 class Model:
-    """Frozen weights and what is computed with them; made by `load`.
+    """A loaded model for inference; made by `load`.
 
-    config: the configuration of the run; of other weights what their files say, with the keys of
-    the model under "model". labels: names of the classes, if any. notes: what was assumed of the
-    weights, and left out. params: the arrays by part, for example encoder and predictor.
+    config: the configuration of the run; for other weights "model", "classifier" and "clip" as
+    their files say. labels: names of the classes, or (). notes: what was assumed about the weights,
+    and what was dropped. params: arrays by part, such as encoder and predictor. token_grid(frames,
+    height, width): tokens of a clip along time, rows and columns; UserError if none fit.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Model:
         dtype: str | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        compute = Compute.of(source.model)  # dtype and kernels as here, not as where it was trained
+        # dtype and kernels are chosen for this machine, not for the one that trained the model.
+        compute = Compute.of(source.model)
         compute = dataclasses.replace(
             compute, dtype=dtype or "float32", remat="none", attention="auto", norm="auto"
         )
@@ -56,7 +58,7 @@ class Model:
         }
         self.labels = (probe or source).labels
         self.notes = source.notes + (probe.notes if probe else ())
-        self.token_grid = blueprint.token_grid  # (frames, height, width) -> time, rows, columns
+        self.token_grid = blueprint.token_grid
         self._where, self._clip, self._blueprint = source.where, source.clip, blueprint
 
         shapes, axes = dict(blueprint.shapes), dict(blueprint.axes)
@@ -65,8 +67,8 @@ class Model:
             width = blueprint.settings.encoder["width"]
             if settings["width"] != width:
                 raise UserError(
-                    f"{(probe or source).where}: a classifier of features {settings['width']} "
-                    f"wide; the encoder's are {width}"
+                    f"{(probe or source).where}: classifier for features of width "
+                    f"{settings['width']}; the encoder's have width {width}"
                 )
             classifier = nnx.eval_shape(
                 lambda: AttentiveClassifier(nnx.Rngs(0), **settings, compute=compute)
@@ -83,15 +85,15 @@ class Model:
             }
             return weights.load(origin, placed, blueprint.settings)
 
-        theirs = ("pooler", "head") if probe else ()
-        self.params = read(source, (part for part in source.parts if part not in theirs))
+        from_probe = ("pooler", "head") if probe else ()
+        self.params = read(source, (part for part in source.parts if part not in from_probe))
         if probe:
-            self.params |= read(probe, theirs)
+            self.params |= read(probe, from_probe)
 
         def built(params: base.Params) -> tuple[Any, base.Params]:
-            """Return model and target; parts that were not loaded are shapes, and not used."""
-            own = {part: params.get(part, shape) for part, shape in blueprint.shapes.items()}
-            return base.merge(blueprint.graph, own), blueprint.abstract.followed(own)
+            """Return model and target; parts that were not loaded stay shapes and are not used."""
+            parts = {part: params.get(part, shape) for part, shape in blueprint.shapes.items()}
+            return base.merge(blueprint.graph, parts), blueprint.abstract.followed(parts)
 
         def encode(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
             model, target = built(params)
@@ -129,11 +131,14 @@ class Model:
 
     @property
     def complete(self) -> bool:
-        """Whether every part of the model was loaded, so that it predicts."""
+        """Whether every part of the model was loaded; `terms` needs them all."""
         return self.params.keys() >= self._blueprint.shapes.keys()
 
     def target_features(self, video: Any) -> jax.Array:
-        """Return features as `encode` does, in the space that the model predicts in."""
+        """Return features in the space of the loss, where predictions live; else like `encode`.
+
+        video: as for encode, at its own size.
+        """
         video_BTHWC, single = self._clips(video, None)
         features_BND = self._targets(self.params, video_BTHWC)
         return features_BND[0] if single else features_BND
@@ -141,7 +146,7 @@ class Model:
     def terms(self, batch: WorldModelInput) -> dict[str, Term]:
         """Return the terms of the loss on a batch, with predictions and targets.
 
-        Raises UserError where a part of the model was not loaded.
+        Raises UserError if a part of the model was not loaded.
         """
         if not self.complete:
             parts = ", ".join(self._blueprint.shapes)
@@ -151,9 +156,10 @@ class Model:
     def encode(self, video: Any, *, size: Size | None = None) -> jax.Array:
         """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
 
-        video: THWC or BTHWC; uint8 RGB is normalised, floats are taken as normalised already. Any
-        length and size that tubelet and patch divide; tokens go by time, then rows, then columns.
-        size: of the frames after a centred crop and resize, for uint8 of any size.
+        video: THWC or BTHWC. uint8 RGB is normalised here; floats must be normalised already.
+        Length and size must be multiples of tubelet and patch. Tokens are ordered by time, row,
+        column. size: height and width in pixels, or one number for both, after a centre crop and
+        resize; uint8 only. None: the video's own size.
         """
         video_BTHWC, single = self._clips(video, size)
         features_BND = self._encode(self.params, video_BTHWC)
@@ -162,17 +168,17 @@ class Model:
     def predict(
         self, video: Any, context_ids: Any, target_ids: Any, *, size: Size | None = None
     ) -> jax.Array:
-        """Return features predicted for target tokens from the context tokens alone.
+        """Predict the features of target tokens from the context tokens alone.
 
-        video, size: as for encode. context_ids, target_ids: numbers of tokens, the same for all
-        clips (K,), (M,) or each its own (B, K), (B, M). Returns float32 (M, width) or
-        (B, M, width): what the target, layer-normed, is in training.
+        video, size: as for encode. context_ids, target_ids: token ids, (K,) and (M,) for all clips,
+        or (B, K) and (B, M) for each clip. Returns float32 (M, width) or (B, M, width), to be
+        compared with target_features. Raises UserError if the model does not predict masked tokens.
         """
         if not hasattr(self._blueprint.family, "predict"):
             name = self._blueprint.family.__qualname__
             raise UserError(f"{self._where}: {name} does not predict masked tokens")
         if "predictor" not in self.params:
-            raise UserError(f"{self._where}: an encoder without a predictor")
+            raise UserError(f"{self._where}: has an encoder but no predictor")
         video_BTHWC, single = self._clips(video, size)
         tokens = math.prod(self.token_grid(*video_BTHWC.shape[1:4]))
         ids = (
@@ -183,7 +189,10 @@ class Model:
         return prediction_BMD[0] if single else prediction_BMD
 
     def classify(self, video: Any, *, size: Size | None = None) -> jax.Array:
-        """Return float32 logits, (classes,) or (B, classes); video, size: as for encode."""
+        """Return float32 logits, (classes,) or (B, classes).
+
+        video, size: as for encode. Raises UserError if no classifier was loaded.
+        """
         if "head" not in self.params:
             raise UserError(f"{self._where}: has no classifier")
         video_BTHWC, single = self._clips(video, size)
@@ -191,13 +200,14 @@ class Model:
         return logits_BC[0] if single else logits_BC
 
     def preprocess(self, video: Any, size: Size | None = None) -> np.ndarray:
-        """Return uint8 RGB, THWC or BTHWC of any size, as float32 that is cropped and normalised.
+        """Crop, resize and normalise uint8 RGB, THWC or BTHWC of any size, to float32.
 
-        size: height and width in pixels, or one for both; None: as in training.
+        size: height and width in pixels, or one number for both; None: as in training. Encoding the
+        result equals encoding the uint8 video with the same size.
         """
         frames = _checked(video)
         if frames.dtype != np.uint8:
-            raise UserError(f"video of {frames.dtype}: preprocess takes uint8")
+            raise UserError(f"video of {frames.dtype}: wanted uint8 for preprocess")
         size = size or self._clip.get("size")
         if not size:
             raise UserError(f"{self._where}: does not say the size of its clips; give size=")
@@ -205,7 +215,7 @@ class Model:
         return (_resized(frames, size).astype(np.float32) / np.float32(255) - mean) / std
 
     def _clips(self, video: Any, size: Size | None) -> tuple[Any, bool]:
-        """Return a batch of clips at their size, and whether it was one clip without a batch."""
+        """Return a batch of resized clips, and whether the video was a single clip."""
         frames = _checked(video)
         if size is not None:
             if frames.dtype != np.uint8:
@@ -228,25 +238,26 @@ def load(
     mesh: Mesh | None = None,
     trust: Sequence[str] = (),
 ) -> Model:
-    """Load a model from wherever it is.
+    """Load a model for inference.
 
-    where: the workdir of a run (its newest checkpoint), a folder of `python -m wmjax.weights
-    import`, a folder of transformers with config.json and safetensors, OWNER/NAME on the Hugging
-    Face Hub, or a .pt file of Meta. encoder: which one of a .pt file. probe: where a classifier
-    lies by itself, as Meta's evaluations write them. dtype: of the products, float32 (default) or
-    bfloat16, for which GPUs have fused attention. mesh: devices that the parameters are split over,
-    as sharding.make_mesh arranges them; None: the default one. trust: packages outside wmjax that
-    may be imported where a run's configuration names them.
+    where: the workdir of a run (its newest checkpoint), a folder that `python -m wmjax.weights
+    import` wrote, a folder of transformers with config.json and safetensors, OWNER/NAME on the
+    Hugging Face Hub, or a .pt file of Meta. encoder: encoder to take from a .pt file:
+    target_encoder (the EMA) or encoder. probe: a separate classifier, such as the files that Meta's
+    evaluations write. dtype: of matrix products: float32 (default) or bfloat16, for which GPUs have
+    fused attention. mesh: shards the parameters over its devices, see sharding.make_mesh; None: the
+    default device. trust: packages outside wmjax from which the model that a run's configuration
+    names may be imported. Raises UserError if no format fits, or a name or shape does not.
     """
     source = weights.open_pretrained(where, encoder=encoder, trust=tuple(trust))
     if not source.step and "encoder" not in source.parts:
         raise UserError(
-            f"{source.where}: has {', '.join(source.parts)} and no encoder to feed them; "
-            "wanted an encoder, with this as probe="
+            f"{source.where}: has {', '.join(source.parts)} but no encoder; load an encoder and "
+            "give this as probe="
         )
     classifier = weights.open_pretrained(probe) if probe is not None else None
     if classifier and not classifier.classifier:
-        raise UserError(f"{classifier.where}: no classifier in it; wanted one for probe=")
+        raise UserError(f"{classifier.where}: has no classifier; probe= needs one")
     return Model(source, classifier, dtype, mesh)
 
 
@@ -260,12 +271,12 @@ def _checked(video: Any) -> Any:
     if frames.ndim not in (4, 5) or frames.shape[-1] != 3:
         raise UserError(f"video of shape {frames.shape}: wanted THWC or BTHWC with 3 channels")
     if frames.dtype != np.uint8 and not jnp.issubdtype(frames.dtype, jnp.floating):
-        raise UserError(f"video of {frames.dtype}: wanted uint8, or floats normalised already")
+        raise UserError(f"video of {frames.dtype}: wanted uint8, or floats that are normalised")
     return frames
 
 
 def _resized(frames: Any, size: Size) -> np.ndarray:
-    """Crop to the centre and scale, on the host, as held-out clips are in training."""
+    """Centre-crop and scale on the host, exactly as held-out clips in training."""
     height, width = (size, size) if isinstance(size, int) else size
     if frames.shape[-3:-1] == (height, width):
         return np.asarray(frames)
@@ -278,7 +289,9 @@ def _resized(frames: Any, size: Size) -> np.ndarray:
 def _token_ids(name: str, value: Any, batch: int, tokens: int) -> np.ndarray:
     ids = np.asarray(value)
     if ids.ndim not in (1, 2) or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{name} of shape {ids.shape}, {ids.dtype}: wanted whole numbers, a row")
+        raise UserError(
+            f"{name} of shape {ids.shape}, {ids.dtype}: wanted integers in one row, or a row a clip"
+        )
     if ids.min() < 0 or ids.max() >= tokens:
         raise UserError(f"{name} from {ids.min()} to {ids.max()}: the clip has {tokens} tokens")
     if ids.ndim == 2 and len(ids) != batch:

@@ -1,6 +1,6 @@
-"""The state that a run begins with: fresh, from pretrained weights, or from another run.
+"""Makes the initial train state: random, from pretrained weights, or from another run.
 
-Takes plain arguments; knows no configuration object.
+Takes plain arguments and knows no configuration object.
 """
 
 import dataclasses
@@ -17,22 +17,25 @@ from wmjax.step import Steps, TrainState
 
 
 def position_grid(pretrained: str) -> int:
-    """Return the side of the table of positions that an image model brings with it."""
+    """Return the side of an image model's table of positions, for model.position_grid.
+
+    Raises UserError unless the weights are those of an image model.
+    """
     source = weights.open_pretrained(pretrained)
     if not source.format.of_images:
         raise UserError(
-            f"model.pretrained={pretrained!r}: {source.format.name}: wanted an image model, ViT or "
-            f"DINOv2; weights of video models: --config.init_from={pretrained}"
+            f"model.pretrained={pretrained!r}: {source.format.name}; wanted an image model, ViT or "
+            f"DINOv2; for weights of video models: --config.init_from={pretrained}"
         )
     return source.model["position_grid"]
 
 
 def make_state(steps: Steps, *, init_from: str, pretrained: str) -> tuple[TrainState, str]:
-    """Return the state before step 1, and a line that says where it comes from ('': fresh).
+    """Return the state before step 1, and lines that state its origin; '': random.
 
-    init_from: weights as `wmjax.load` takes them, or the workdir of a run. Its optimiser state is
-    restored too, unless some parameters are frozen here. pretrained: image model that the encoder
-    begins as.
+    init_from: weights that `wmjax.load` accepts. The optimiser state of a run is restored too,
+    unless optim.freeze is set. pretrained: an image model that initialises the encoder. At most one
+    of the two is given; '': none. Raises UserError if the weights do not fit the model.
     """
     is_run = init_from and (Path(init_from).expanduser() / "checkpoints").is_dir()
     if is_run and not steps.blueprint.freeze:
@@ -40,7 +43,7 @@ def make_state(steps: Steps, *, init_from: str, pretrained: str) -> tuple[TrainS
         state = saved.restore(steps.abstract, f"init_from={init_from}")
         state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
         return state, (
-            f"begins as {init_from} was at step {saved.step}: {', '.join(state.params)}, target "
+            f"starting from step {saved.step} of {init_from}: {', '.join(state.params)}, target "
             "and optimizer state; steps and schedules count from 0"
         )
     if where := init_from or pretrained:
@@ -52,7 +55,7 @@ def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
     blueprint, abstract = steps.blueprint, steps.abstract
     target = weights.open_pretrained(where)
     source = target
-    if "encoder" in target.choices:  # beside its EMA
+    if "encoder" in target.choices:  # the trained encoder, besides its EMA
         source = weights.open_pretrained(where, encoder="encoder")
     shapes = combine(abstract.params, abstract.frozen)
     shapes = {part: tree for part, tree in shapes.items() if part in source.parts}
@@ -61,7 +64,8 @@ def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
     loaded = weights.load(source, shapes, blueprint.settings)
     state = steps.init()
     params = {**combine(state.params, state.frozen), **loaded}
-    followed = jax.tree.map(jnp.copy, blueprint.abstract.followed(params))  # both are donated
+    # A copy, because the train step donates parameters and target.
+    followed = jax.tree.map(jnp.copy, blueprint.abstract.followed(params))
     if target is not source:
         encoder = {"encoder": shapes["encoder"]}
         followed = weights.load(target, encoder, blueprint.settings)["encoder"]
@@ -70,7 +74,7 @@ def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
     fresh = [part for part in params if part not in loaded]
     return state, "\n".join(
         [
-            f"begins with {', '.join(loaded)} and target of {where}; fresh: "
+            f"starting with {', '.join(loaded)} and target of {where}; randomly initialised: "
             f"{', '.join([*fresh, 'optimizer state'])}",
             *(f"  {note}" for note in source.notes),
         ]

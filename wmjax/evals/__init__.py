@@ -1,10 +1,10 @@
 """Evaluations of a run: prediction against a baseline, health of the features, probes.
 
-An evaluator is a class that takes a Context; `eval.evaluators` lists those of a run, by a name from
-EVALUATORS or as package.module:Name. It has `every`, the steps between two of its reports in
-training (0: none; otherwise one is made at the end too), and is called with (step, state) for a
-Report. It raises Unavailable where it does not apply to the run. This room knows no data format and
-no ConfigDict.
+An evaluator is a class that is built from a Context. `eval.evaluators` lists the evaluators of a
+run: names from EVALUATORS, or package.module:Name. Its attribute `every` is the number of steps
+between its reports in training, with one more after the last step; 0: no reports. A call with
+(step, state) returns a Report. The constructor raises Unavailable if the evaluator does not apply
+to the run. This room knows no data format and no ConfigDict.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,14 +25,15 @@ EVALUATORS = {
 
 
 class Unavailable(UserError):
-    """An evaluator does not apply to this run; its line, if any, is printed and the run goes on."""
+    """The evaluator does not apply to this run. The run prints the message, if any, and goes on."""
 
 
 class Report(NamedTuple):
-    """What an evaluator found.
+    """The result of an evaluator.
 
-    row: figures, by name. text: for the console; empty: the figures themselves. pictures: draws
-    uint8 RGB arrays by name, called where they are shown. entry: for evals.jsonl; empty: the row.
+    row: figures by name, for metrics.jsonl and its sinks. text: for the console; "": --mode=eval
+    prints the row. pictures: a function that draws uint8 RGB arrays by name; called only if they
+    are shown. entry: for evals.jsonl; {}: --mode=eval writes the row, training writes nothing.
     """
 
     row: Row
@@ -42,12 +43,12 @@ class Report(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What an evaluator may use: the run's compiled steps, its data and its configuration.
+    """What an evaluator may use: compiled steps, data and configuration of the run.
 
     steps: step.Steps. sources: the splits train and validation, as data.source.Source. masks:
-    masking.Masks. config: the whole configuration, as plain dicts. open_batches(split): the batches
-    of a split from its first clip on, cropped to the centre; to be closed after use. shows: the run
-    has a sink for pictures.
+    masking.Masks. config: the whole configuration as plain dicts. open_batches(split): iterator of
+    the batches of a split, from its first clip, cropped to the centre; the evaluator closes it.
+    shows: True if the run has TensorBoard or W&B for pictures.
     """
 
     steps: Any
@@ -60,6 +61,8 @@ class Context(NamedTuple):
 
 
 class Evaluator(Protocol):
+    """The interface of an evaluator; see the top of this file."""
+
     every: int
 
     def __init__(self, context: Context) -> None: ...
@@ -70,12 +73,12 @@ class Evaluator(Protocol):
 def check(settings: Mapping[str, Any]) -> None:
     """Raise UserError for values of the `eval` group that are out of range."""
     check_above("eval.batches", settings["batches"])
-    check_least("eval.probe_clips", settings["probe_clips"], 10)  # a line is fitted to them
+    check_least("eval.probe_clips", settings["probe_clips"], 10)  # the fewest that can be fitted
     check_least("eval.probe_every", settings["probe_every"])
 
 
 def open_all(context: Context, tell: Callable[[str], None]) -> list[Evaluator]:
-    """Build the evaluators that eval.evaluators lists; `tell` those that do not apply."""
+    """Build the evaluators that eval.evaluators lists; `tell` why any does not apply."""
     found = []
     for name in filter(None, context.config["eval"]["evaluators"].split(",")):
         try:

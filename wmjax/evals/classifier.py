@@ -1,10 +1,10 @@
-"""Classes read off frozen features by attentive probes, trained with many settings at once.
+"""Attentive probes: classify clips from frozen features, with many settings trained at once.
 
-The protocol of facebookresearch/vjepa2 (evals/video_classification_frozen): one probe for each
-learning rate and weight decay, AdamW that decays every parameter, no warm-up, a cosine to 0. The
-figure is the best probe's top-1, so it is chosen on the clips that it is measured on; the table of
-all shows by how much. Unlike there, all probes start from the same weights and so differ by their
-settings alone. The caller encodes the clips:
+The protocol is that of facebookresearch/vjepa2 (evals/video_classification_frozen): one probe for
+each learning rate and weight decay, AdamW that decays every parameter, no warm-up, a cosine
+schedule to 0. The figure is the top-1 of the best probe. It is thus selected on the clips that it
+is measured on; the table of all probes shows how much that matters. Unlike upstream, all probes
+start from the same weights, so they differ by their settings only. The caller encodes the clips:
 
     probes = fit(batches, mesh, steps=9_000, seed=0, classes=174, heads=16, dtype=jnp.bfloat16)
     print(table(evaluate(probes, held_out_batches, mesh)))
@@ -37,14 +37,14 @@ DECAYS = (0.01, 0.1, 0.4, 0.8)
 
 
 class Probes(NamedTuple):
-    """Probes trained side by side: their parameters stacked, the rate and decay of each."""
+    """Probes trained side by side; parameters are stacked, settings are (rate, decay) of each."""
 
     graph: nnx.GraphDef
     params: base.Params
     settings: list[tuple[float, float]]
 
     def classifier(self, index: int) -> AttentiveClassifier:
-        """Return one of them by itself."""
+        """Return the classifier of one probe."""
         return base.merge(self.graph, jax.tree.map(lambda leaf: leaf[index], self.params))
 
 
@@ -60,12 +60,12 @@ def fit(
     dtype: str = "float32",
     **classifier: Any,
 ) -> Probes:
-    """Train a probe for every rate and decay, each step on the next batch of (BND, B).
+    """Train a probe for every rate and decay, on one batch a step.
 
-    batches: features, and labels that count from 0; -1 marks a row that is only filler. All of one
-    shape, or the step compiles again. dtype: of products, float32 or bfloat16.
-    classifier: the other settings of AttentiveClassifier.
-    Raises UserError where they end early or a label is no class.
+    batches: (features BND, labels B). Labels count from 0; -1 marks a filler row. Batches of
+    another shape compile the step again. dtype: of products, float32 or bfloat16. classifier: the
+    other settings of AttentiveClassifier. Raises UserError if the batches end before `steps`, or a
+    label is not below `classes`.
     """
     stream = iter(batches)
     first = next(stream, None)
@@ -125,10 +125,11 @@ def fit(
 
 
 def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh) -> dict[str, Any]:
-    """Score every probe on all batches of (BND or BVND, B), averaging the softmax over the views.
+    """Score every probe on all batches; the softmax is averaged over views.
 
-    labels: as for fit. Returns top1, learning_rate and weight_decay of the best probe, its index
-    as `best`, and as `all` the same three of every probe.
+    batches: (features BND or BVND, labels B as for fit). Returns top1, learning_rate and
+    weight_decay of the best probe, its index as `best`, and the same three figures of every probe
+    as `all`. Raises UserError if no row has a label.
     """
     right, count = [], 0
     for batch in batches:
@@ -147,11 +148,11 @@ def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh)
 
 
 def cross_entropy(logits_BL: jax.Array, labels_B: jax.Array) -> jax.Array:
-    """Return the mean over the rows that have a label; 0 where none has."""
-    there_B = labels_B >= 0
+    """Return the mean cross entropy of the rows that have a label; 0 if none has."""
+    valid_B = labels_B >= 0
     each_B = optax.softmax_cross_entropy_with_integer_labels(logits_BL, jnp.maximum(labels_B, 0))
-    count = jnp.sum(there_B, dtype=jnp.float32)
-    return jnp.sum(jnp.where(there_B, each_B, 0.0)) / jnp.maximum(count, 1.0)
+    count = jnp.sum(valid_B, dtype=jnp.float32)
+    return jnp.sum(jnp.where(valid_B, each_B, 0.0)) / jnp.maximum(count, 1.0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -162,7 +163,7 @@ def _count_right(
     features: jax.Array,
     labels_B: jax.Array,
 ) -> jax.Array:
-    """Return how many rows each probe names rightly (G,); one that diverged names none."""
+    """Count the rows that each probe classifies correctly, (G,); 0 for a probe that diverged."""
     B = len(features)
     rows = features.reshape(-1, *features.shape[-2:])
 
@@ -174,7 +175,7 @@ def _count_right(
         right_B = (jnp.argmax(share_BL, axis=1) == labels_B) & jnp.isfinite(share_BL[:, 0])
         return jnp.sum(right_B, dtype=jnp.int32)
 
-    return jax.lax.map(one, params)  # one after another: memory for one
+    return jax.lax.map(one, params)  # sequential, so that memory is needed for one probe only
 
 
 def _classes(params: base.Params) -> int:
@@ -182,7 +183,7 @@ def _classes(params: base.Params) -> int:
 
 
 def _placed(batch: tuple[Array, Array], classes: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Split a batch over the devices; refuse labels that are no class."""
+    """Split a batch over the devices; UserError for a label that is not below `classes`."""
     features, labels_B = batch[0], np.asarray(batch[1], np.int32)
     if labels_B.max() >= classes:
         raise UserError(f"the probe's labels: {labels_B.max()}, wanted below classes={classes}")
@@ -191,7 +192,7 @@ def _placed(batch: tuple[Array, Array], classes: int, mesh: Mesh) -> tuple[jax.A
 
 
 def table(scores: dict[str, Any]) -> str:
-    """Lay out the top-1 of all probes for the console: a line a learning rate, a column a decay."""
+    """Format top-1 for the console: a line for each learning rate, a column for each decay."""
     top1 = {(row["learning_rate"], row["weight_decay"]): row["top1"] for row in scores["all"]}
     rates, decays = (list(dict.fromkeys(values)) for values in zip(*top1, strict=True))
     lines = ["top-1 in %, by weight decay   " + "".join(f"{decay:>8g}" for decay in decays)]

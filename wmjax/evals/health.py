@@ -1,7 +1,7 @@
-"""Has the model collapsed? Figures of targets and predictions that fall when features say less.
+"""Detects collapse: measures how much the tokens of targets and predictions differ.
 
-V-JEPA 2 normalises each target token over its width, so every single token has variance 1. These
-figures measure how tokens differ from each other.
+V-JEPA 2 normalises each target token over its width, so every single token has variance 1. The
+variance within a token therefore shows nothing, and these figures compare tokens with each other.
 """
 
 import math
@@ -16,10 +16,10 @@ from wmjax.types import Term, WorldModelInput, WorldModelOutput
 
 
 class Side(NamedTuple):
-    """Targets or predictions of all terms.
+    """The targets, or the predictions, of all terms.
 
-    features: RMD of each term. ids: of the tokens, RM; None: none. valid_R: 1 for each valid row, 0
-    for the others.
+    features: RMD, one array a term. ids: token ids, RM; None for a term without ids. valid_R: 1 for
+    each valid row, 0 for the others.
     """
 
     features: list[jax.Array]
@@ -28,7 +28,7 @@ class Side(NamedTuple):
 
 
 def in_training(output: WorldModelOutput) -> dict[str, jax.Array]:
-    """Return the figures that cost one pass over the features: `health/...` float32 scalars."""
+    """Return the cheap figures, std and cosine, as float32 scalars named health/..."""
     figures = {}
     for name, side in _sides(output).items():
         figures[f"health/{name}_std"] = std(side)
@@ -39,7 +39,7 @@ def in_training(output: WorldModelOutput) -> dict[str, jax.Array]:
 def in_validation(
     output: WorldModelOutput, batch: WorldModelInput, tokens: int
 ) -> dict[str, jax.Array]:
-    """Return all figures. tokens: of a whole clip."""
+    """Return all figures as float32 scalars named health/...; tokens: of a whole clip."""
     figures = in_training(output)
     instants = len(batch.observation.view_mask_BV)
     for name, side in _sides(output).items():
@@ -50,9 +50,9 @@ def in_validation(
 
 
 def std(side: Side) -> jax.Array:
-    """Deviation of tokens from the mean token: the root of its mean square over the width.
+    """Return the standard deviation of the tokens around the mean token, over all dimensions.
 
-    Targets: 1 where tokens share nothing, 0 where all are equal.
+    For normalised targets: 1 if tokens have nothing in common, 0 if all are equal.
     """
     mean_D, count = _mean(side.features, side.valid_R)
     squares = sum(
@@ -63,17 +63,17 @@ def std(side: Side) -> jax.Array:
 
 
 def cosine(side: Side) -> jax.Array:
-    """Mean cosine of the angle between two different tokens of the batch."""
+    """Return the mean cosine between two different tokens of the batch."""
     units = [
         f / jnp.maximum(jnp.linalg.norm(f, axis=-1, keepdims=True), 1e-12) for f in side.features
     ]
     mean_D, count = _mean(units, side.valid_R)
-    # |sum|^2 also contains each token's product with itself, which is 1.
+    # |sum|^2 also contains the product of each token with itself, which is 1.
     return (count * jnp.sum(jnp.square(mean_D)) - 1.0) / jnp.maximum(count - 1.0, 1.0)
 
 
 def covariance(side: Side) -> jax.Array:
-    """Covariance of the tokens of a batch, (D, D)."""
+    """Return the covariance of the tokens of a batch, (D, D)."""
     mean_D, count = _mean(side.features, side.valid_R)
     centred = [f - mean_D[None, None] for f in side.features]
     products = (jnp.einsum("rmd,rme,r->de", f, f, side.valid_R) for f in centred)
@@ -81,14 +81,13 @@ def covariance(side: Side) -> jax.Array:
 
 
 def effective_rank(covariance_DD: jax.Array) -> jax.Array:
-    """exp of the entropy of the singular values' shares: 1 for a line, D for a ball.
+    """Return exp(entropy) of the normalised singular values: 1 for a line, D for a ball.
 
-    Source: Roy and Vetterli, The effective rank, 2007; RankMe (Garrido et al., 2023). RankMe takes
-    the features themselves. Here they are centred, because a mean that all tokens share would count
-    as a direction.
+    Source: Roy and Vetterli, The effective rank, 2007; RankMe (Garrido et al., 2023). RankMe uses
+    uncentred features. Here they are centred, because the common mean would count as a direction.
     """
     eigenvalues_D = jnp.linalg.eigvalsh(covariance_DD)
-    # Smaller eigenvalues are rounding noise, whose square roots would add up.
+    # Eigenvalues below this are rounding noise; their square roots would add up.
     noise = jnp.finfo(jnp.float32).eps * len(covariance_DD) * eigenvalues_D[-1]
     singular_D = jnp.sqrt(jnp.where(eigenvalues_D <= noise, 0.0, eigenvalues_D))  # keeps NaN
     share_D = singular_D / jnp.maximum(jnp.sum(singular_D), 1e-30)
@@ -96,11 +95,12 @@ def effective_rank(covariance_DD: jax.Array) -> jax.Array:
 
 
 def clip_share(side: Side, instants: int, tokens: int) -> jax.Array:
-    """Share of the variance that is between clips, at one position of one camera.
+    """Return the share of the variance that lies between clips, at one position of one camera.
 
-    0: features depend on the position and not on the content. Positions that fewer than two clips
-    of the batch have are left out; 1 where all are, as in a microbatch of one clip.
-    instants: B of the batch; a side has B rows, or a row for each view of an instant.
+    0 means that features depend on the position but not on the content. Positions that fewer than
+    two clips of the batch have do not count; if there are no others, as in a microbatch of one
+    clip, the result is 1. instants: B of the batch; a side has a row for each instant, or for each
+    view of an instant. tokens: of a whole clip.
     """
     views = len(side.features[0]) // instants
     places, count_P = [], jnp.zeros(views * tokens)
@@ -114,7 +114,7 @@ def clip_share(side: Side, instants: int, tokens: int) -> jax.Array:
         places.append((f, place_RM, weight_RM))
     mean_PD = total_PD / jnp.maximum(count_P, 1.0)[:, None]
     several_P = (count_P > 1.5).astype(jnp.float32)
-    # Each mean is fitted to count_P tokens, which takes one from the degrees of freedom.
+    # Each mean is fitted to count_P tokens, which costs one degree of freedom.
     unbiased_P = several_P * count_P / jnp.maximum(count_P - 1.0, 1.0)
     mean_D = jnp.sum(total_PD * several_P[:, None], axis=0) / jnp.maximum(
         jnp.sum(count_P * several_P), 1.0
@@ -128,19 +128,20 @@ def clip_share(side: Side, instants: int, tokens: int) -> jax.Array:
     return jnp.where(total == 0, 1.0, jnp.minimum(within / jnp.maximum(total, 1e-30), 1.0))
 
 
-# Of the targets only: the predictions of a healthy model stay near their mean for its first
-# hundreds of steps. A model 48 wide had over 2,000 steps on generated shapes a cosine of at most
-# 0.66, rank 12 and more, clip share 0.84 and more; on PushT, nine tenths of whose picture never
-# change, 0.991, 24 and 0.49. Collapsed on purpose it passed a cosine of 0.998 by step 125.
+# Alarms look at targets only: a healthy model predicts nearly the mean for its first hundreds of
+# steps. Measured with a model of width 48 over 2,000 steps: on generated shapes a cosine of at most
+# 0.66, rank at least 12, clip share at least 0.84; on PushT, where nine tenths of the picture never
+# change, 0.991, 24 and 0.49. Collapsed on purpose, it passed a cosine of 0.998 by step 125.
 MAX_COSINE = 0.998
 MIN_RANK = 2.0
 MIN_CLIP_SHARE = 0.01
 
 
 def alarms(row: Mapping[str, float]) -> list[str]:
-    """Say in words which figures of a report, of training or validation, mean collapse.
+    """Return a text for each figure of a report that indicates collapse.
 
-    Where some are not finite, that in place of it: they say nothing of the features.
+    row: of training or validation. If any figure is not finite, the only text reports divergence,
+    because the figures then say nothing about the features.
     """
     if bad := [name for name, value in row.items() if not math.isfinite(value)]:
         first = min(bad, key=lambda name: ("loss" not in name, name))
@@ -152,23 +153,24 @@ def alarms(row: Mapping[str, float]) -> list[str]:
     def figure(name: str) -> float | None:
         return row.get(f"health/target_{name}", row.get(f"validation/health/target_{name}"))
 
-    said = []
+    texts = []
     if (value := figure("cosine")) is not None and value > MAX_COSINE:
-        said.append(f"targets have collapsed to one token: mean cosine {value:.3f} between any two")
+        texts.append(f"targets have collapsed to one token: mean cosine {value:.3f} between tokens")
     if (value := figure("rank")) is not None and value < MIN_RANK:
-        said.append(f"targets have collapsed to a line: effective rank {value:.1f}")
+        texts.append(f"targets have collapsed to a line: effective rank {value:.1f}")
     if (value := figure("clip_share")) is not None and value < MIN_CLIP_SHARE:
-        said.append(
-            f"targets say where they are and not what is there: {value:.1%} of their variance is "
+        texts.append(
+            f"targets encode the position but not the content: {value:.1%} of their variance is "
             "between clips"
         )
-    return said
+    return texts
 
 
 def _sides(output: WorldModelOutput) -> dict[str, Side]:
-    """Return targets and predictions of the terms that have both; {} where none has.
+    """Return targets and predictions of the terms that have both; {} if none has.
 
-    Terms with another number of rows than the first are left out; equal rows are equally valid.
+    Terms with another number of rows than the first one are left out. The valid mask of the first
+    term is used for all.
     """
     terms = predicted(output)
     terms = [term for term in terms if len(_target(term)) == len(_target(terms[0]))]
@@ -187,7 +189,7 @@ def _target(term: Term) -> jax.Array:
 
 
 def _mean(features: list[jax.Array], valid_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the mean token (D,) and the count of tokens, without a copy of all features."""
+    """Return the mean token (D,) and the number of valid tokens, without copying the features."""
     total_D = jnp.asarray(sum(jnp.einsum("rmd,r->d", f, valid_R) for f in features))
     count = jnp.maximum(jnp.sum(valid_R), 1.0) * sum(f.shape[1] for f in features)
     return total_D / count, count

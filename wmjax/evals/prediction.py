@@ -1,4 +1,4 @@
-"""How well features are predicted: by term of the loss, by time, and against the mean token."""
+"""Prediction error: by loss term, by time, and relative to predicting the mean token."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def in_training(output: WorldModelOutput) -> dict[str, jax.Array]:
 
 
 def predicted(output: WorldModelOutput) -> list[Term]:
-    """Return the terms that predict features and have their targets, all of the first's width."""
+    """Return the terms with predictions and targets whose width equals that of the first one."""
     terms = output.terms.values()
     found = [t for t in terms if t.prediction_RMD is not None and t.target_RMD is not None]
     return [t for t in found if t.target_RMD.shape[-1] == found[0].target_RMD.shape[-1]]  # type: ignore[union-attr]
@@ -28,11 +28,11 @@ def valid_rows(term: Term) -> jax.Array:
 
 
 def in_validation(output: WorldModelOutput, grid: TokenGrid) -> dict[str, jax.Array]:
-    """Return L1 errors as shares of the mean, so that batches may be averaged; see `finish`.
+    """Return L1 errors in a form that can be averaged over batches; `finish` turns them to figures.
 
-    l1: of the prediction. l1_mean_token: of the mean of the term's target tokens in this batch as
-    the prediction of each of them. error_at/T, share_at/T: the part of l1 and the share of the
-    tokens in tubelet T, of terms with token ids. Empty for a model without predicted features.
+    l1: of the prediction. l1_mean_token: of a constant prediction, the term's mean target token in
+    this batch. error_at/T: part of l1 in tubelet T. share_at/T: share of the tokens in tubelet T.
+    The last two count terms with token ids only. {} for a model without predicted features.
     """
     times, cells = grid[0], grid[1] * grid[2]
     terms = predicted(output)
@@ -42,7 +42,7 @@ def in_validation(output: WorldModelOutput, grid: TokenGrid) -> dict[str, jax.Ar
         z_RMD, h_RMD = jnp.asarray(term.prediction_RMD), jnp.asarray(term.target_RMD)
         valid_R = valid_rows(term)
         rows = jnp.maximum(jnp.sum(valid_R), 1.0)
-        # The weight of a token. Terms have equal weights, as the masks in the loss of V-JEPA.
+        # Weight of a token. Terms weigh the same, like the masks in V-JEPA's loss.
         weight = 1.0 / (rows * h_RMD.shape[1] * len(terms))
         mean_D = jnp.einsum("rmd,r->d", h_RMD, valid_R) / (rows * h_RMD.shape[1])
         error_RM = jnp.mean(jnp.abs(z_RMD - h_RMD), axis=-1) * valid_R[:, None] * weight
@@ -64,10 +64,11 @@ def in_validation(output: WorldModelOutput, grid: TokenGrid) -> dict[str, jax.Ar
 
 
 def finish(row: Row) -> Row:
-    """Turn averaged sums into figures to read: by_time/T (mean L1 in tubelet T) and relative.
+    """Turn averaged sums into readable figures: by_time/T and relative.
 
-    relative: L1 of the prediction over that of the mean token. 1: the model has learned nothing.
-    Absent where all targets are equal. A tubelet without targets has no by_time.
+    by_time/T: mean L1 in tubelet T; absent for a tubelet without targets. relative: L1 of the
+    prediction divided by that of the mean token; 1 means that the model has learned nothing; absent
+    if all targets are equal.
     """
     sums = {k: v for k, v in row.items() if k.startswith(("error_at/", "share_at/"))}
     kept = {k: v for k, v in row.items() if k not in sums}

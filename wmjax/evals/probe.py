@@ -1,9 +1,9 @@
-"""The linear probe: ridge regression of known labels from frozen features, on held-out clips.
+"""The linear probe: ridge regression from frozen features to recorded labels.
 
-Features of the model, of random weights and raw pixels are compared by one rule. A sample is a
-tubelet of a clip, and its numbers are centred. The ridge is chosen on the training split: each
-episode is predicted by a line fitted to the other episodes. The figure is R2 on the validation
-split. An angle that jumps by a full turn is fitted as its point on the circle.
+Features of the model, features of random weights and raw pixels are compared by the same protocol.
+A sample is a tubelet of a clip; features are centred. The ridge is selected by cross-validation
+over the episodes of the training split. The figure is R2 on the validation split. An angle that
+wraps around by a full turn is fitted as cosine and sine.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,26 +20,26 @@ from wmjax.models.base import Params, WorldModel
 from wmjax.step import TrainState
 from wmjax.types import Array, TokenGrid, WorldModelInput
 
-CELLS = 4  # the coarse grid's rows and columns: features are averaged over each of its cells
-RIDGES = 10.0 ** np.arange(-5, 6)  # in units of the mean eigenvalue of the samples' products
-FEW = 5  # episodes; with fewer it is clips that are told by the others
-TURNS = (2 * np.pi, 360.0)  # what an angle jumps by
-TEST_SHARE = 0.5  # held-out clips, as a share of the training ones
+CELLS = 4  # rows and columns of the coarse grid over whose cells features are averaged
+RIDGES = 10.0 ** np.arange(-5, 6)  # in units of the mean eigenvalue of the Gram matrix
+FEW = 5  # episodes; with fewer, cross-validation leaves out clips in place of episodes
+TURNS = (2 * np.pi, 360.0)  # a full turn, in radians and degrees
+TEST_SHARE = 0.5  # validation clips for each training clip
 
 Weights = tuple[Params, Params, Params]  # trained, frozen, target
-Scores = dict[str, dict[str, Any]]  # label -> r2, the mean over its numbers; more: see `score`
+Scores = dict[str, dict[str, Any]]  # label -> figures, as `score` returns them
 
 
 class Probe:
-    """The probe of one run, always on the same clips."""
+    """The evaluator that fits linear probes, always on the same clips."""
 
     def __init__(self, context: Context) -> None:
-        """Compile nothing yet."""
+        """Prepare jitted functions, compiled on first use."""
         sources, settings = context.sources, context.config["eval"]
         if not all(source.label_sizes for source in sources.values()):
             raise Unavailable("no label of eval.labels is in all of the data, in one size")
         self.every = settings["probe_every"]
-        steps, seed = context.steps, context.config["seed"]  # random weights: as the run began
+        steps, seed = context.steps, context.config["seed"]  # the seed of the run's random weights
         blueprint, mesh, state = steps.blueprint, steps.mesh, steps.abstract
         weights = state.params, state.frozen, state.target
         shardings = jax.tree.map(lambda leaf: leaf.sharding, weights)
@@ -73,10 +73,10 @@ class Probe:
         return Report(row(scores), table(scores), entry={"probe": scores})
 
     def scores(self, state: TrainState) -> dict[str, Scores]:
-        """Return the table: {"trained", "random", "pixels"} -> label -> scores."""
+        """Return {"trained", "random", "pixels"} -> label -> figures."""
         features: dict[str, dict[str, np.ndarray]] = {"trained": {}, "random": {}, "pixels": {}}
         models: dict[str, Weights] = {"trained": (state.params, state.frozen, state.target)}
-        if not self._baselines:  # they do not change: computed once
+        if not self._baselines:  # computed once, because they do not depend on the state
             models["random"] = self._random()
         truth = {}
         for split in self._clips:
@@ -89,7 +89,7 @@ class Probe:
         return {"trained": fit_all(features["trained"], truth), **self._baselines}
 
     def read(self, weights: Weights, split: str) -> tuple[np.ndarray, ...]:
-        """Return features, pixels (each clips x tubelets x numbers), dataset and sample ids."""
+        """Return features, pixels (both clips x tubelets x numbers) and (dataset, sample) ids."""
         parts: list[tuple[np.ndarray, ...]] = []
         clips = self._clips[split]
         batches: Iterator[WorldModelInput] = self._open(split)
@@ -103,7 +103,7 @@ class Probe:
     def _truth(
         self, split: str, ids: np.ndarray, tubelets: int
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the clips' episodes and labels (clips x tubelets x frames x numbers)."""
+        """Return the episodes of the clips and their labels, clips x tubelets x frames x numbers."""
         asked = (self._labels[split](*pair) for pair in ids.tolist())
         episodes, labels = zip(*asked, strict=True)
         stacked = {name: np.stack([each[name] for each in labels]) for name in labels[0]}
@@ -114,7 +114,7 @@ class Probe:
 
 
 def pooled(model: WorldModel, target: Params, batch: WorldModelInput, grid: TokenGrid) -> jax.Array:
-    """Return target features averaged over a coarse grid: (B, tubelets, V * cells * D), float32."""
+    """Average target features over a coarse grid: (B, tubelets, V * cells * D), float32."""
     B, V, *clip = batch.observation.video_BVTHWC.shape
     video = jnp.asarray(batch.observation.video_BVTHWC).reshape(B * V, *clip)
     x = model.target_features(target, video).reshape(B, V, *grid, -1)
@@ -124,7 +124,10 @@ def pooled(model: WorldModel, target: Params, batch: WorldModelInput, grid: Toke
 
 
 def scaled(batch: WorldModelInput, like: tuple[int, ...]) -> jax.Array:
-    """Return each tubelet's mean frame, scaled down to about as many numbers as `like` has."""
+    """Return the mean frame of each tubelet, scaled down to about as many numbers as features.
+
+    like: shape of the features, (B, tubelets, numbers).
+    """
     B, V, T, H, W, C = batch.observation.video_BVTHWC.shape
     _, time, numbers = like
     shrink = min(1.0, (numbers / (V * H * W * C)) ** 0.5)
@@ -136,7 +139,7 @@ def scaled(batch: WorldModelInput, like: tuple[int, ...]) -> jax.Array:
 
 
 def _average(size: int) -> jax.Array:
-    """Return the matrix that averages `size` cells over CELLS ranges, as even as they can be."""
+    """Return the matrix that averages `size` cells into at most CELLS ranges of similar length."""
     cells = min(CELLS, size)
     first = np.arange(cells) * size // cells
     last = -(-(np.arange(cells) + 1) * size // cells)
@@ -151,8 +154,8 @@ def fit_all(
 ) -> Scores:
     """Fit every label on the training split and score it on the validation split.
 
-    features[split]: clips x tubelets x numbers. truth[split]: episode of each clip, and labels
-    by name, clips x tubelets x frames x numbers, of which the tubelets' means are fitted.
+    features[split]: clips x tubelets x numbers. truth[split]: episode of each clip, and labels by
+    name, clips x tubelets x frames x numbers. The mean label of each tubelet is fitted.
     """
     tubelets = features["train"].shape[1]
     episodes, labels = truth["train"]
@@ -172,10 +175,10 @@ def fit_all(
 
 
 def turns(values: np.ndarray) -> np.ndarray:
-    """Return the full turn of each number that is an angle, 0 of the others.
+    """Return the full turn of each number that is an angle, and 0 for the others.
 
-    values: clips x tubelets x frames x numbers. An angle stays within one turn, and there is a
-    frame after which it has gone nearly all of it.
+    values: clips x tubelets x frames x numbers. A number is an angle if its range is at most one
+    turn and it changes by more than 3/4 of a turn between two frames.
     """
     moved = values.reshape(len(values), -1, values.shape[-1])
     span = np.ptp(moved, axis=(0, 1))
@@ -187,9 +190,9 @@ def turns(values: np.ndarray) -> np.ndarray:
 
 
 def columns(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Return samples x columns: the tubelets' means of each number, of an angle's cosine and sine.
+    """Return tubelet means as samples x columns, with angles as cosine and sine.
 
-    The cosines stand where the angles did, and the sines after all numbers.
+    Cosines take the columns of the angles; sines follow after all numbers.
     """
     angle = turn > 0
     phase = values[..., angle] * (2 * np.pi / turn[angle])
@@ -200,12 +203,15 @@ def columns(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
 
 
 class Lines:
-    """Ridge regressions in x, samples x numbers, whatever its width: in the samples' own space."""
+    """Ridge regressions from x, solved in the dual: the cost hardly depends on the width of x."""
 
     def __init__(self, x: np.ndarray, groups: np.ndarray) -> None:
-        """Do what takes long, once for all labels. groups: of the samples, told apart by number."""
+        """Decompose the Gram matrix, once for all labels.
+
+        x: samples x numbers. groups: the group of each sample, for leave-one-group-out errors.
+        """
         self._mean = x.mean(axis=0, dtype=np.float64)
-        self._x = x - self._mean  # float64: the smallest ridges tell no more than float32 rounds
+        self._x = x - self._mean  # float64, because the smallest ridges are below float32 rounding
         gram = self._x @ self._x.T
         self._unit = np.trace(gram) / len(x) or 1.0
         values, self._vectors = np.linalg.eigh(gram / self._unit)
@@ -213,9 +219,10 @@ class Lines:
         self._groups = [np.flatnonzero(groups == group) for group in np.unique(groups)]
 
     def held_out_errors(self, y: np.ndarray) -> np.ndarray:
-        """Return mean squared errors, RIDGES x columns of y, of each group by all the others' line.
+        """Return leave-one-group-out mean squared errors, RIDGES x columns of y.
 
-        No line is fitted again: what the whole one misses in a group tells what the others' would.
+        Nothing is fitted again: the held-out residuals of a group follow from the residuals of the
+        full fit and the group's block of the hat matrix.
         """
         turned = self._vectors.T @ (y - y.mean(axis=0)).astype(np.float64)
         errors = np.zeros((len(RIDGES), y.shape[1]))
@@ -224,23 +231,26 @@ class Lines:
             missed = self._vectors @ (missing[:, None] * turned)
             for group in self._groups:
                 own = self._vectors[group]
-                left = (own * missing) @ own.T - 1 / len(y)  # of the mean as well
+                left = (own * missing) @ own.T - 1 / len(y)  # 1 / len(y) leaves the mean out too
                 sum += (np.linalg.solve(left, missed[group]) ** 2).sum(axis=0)
         return errors / len(y)
 
     def turn(self, x_new: np.ndarray) -> np.ndarray:
-        """Return other samples as `fit` takes them, for all labels."""
+        """Project new samples into the form that `fit` takes, once for all labels."""
         return (x_new - self._mean) @ self._x.T @ self._vectors
 
     def fit(self, y: np.ndarray, ridges: np.ndarray, turned_new: np.ndarray) -> np.ndarray:
-        """Return what the lines fitted to y's columns, with a ridge each, say of other samples."""
+        """Fit each column of y with its own ridge, and return predictions for new samples.
+
+        turned_new: new samples, as `turn` returns them.
+        """
         mean = y.mean(axis=0)
         turned = self._vectors.T @ (y - mean).astype(np.float64)
         return turned_new @ (turned / (self._values[:, None] + ridges)) / self._unit + mean
 
 
 def choose(errors: np.ndarray) -> np.ndarray:
-    """Return the best of RIDGES for each column: of those that are alike, the largest."""
+    """Return the best of RIDGES for each column; the largest of those within 1e-4 of the best."""
     as_good = errors <= (1 + 1e-4) * errors.min(axis=0)
     return np.where(as_good, RIDGES[:, None], 0).max(axis=0)
 
@@ -248,11 +258,11 @@ def choose(errors: np.ndarray) -> np.ndarray:
 def score(
     fitted: np.ndarray, y_test: np.ndarray, varied: np.ndarray, angle: np.ndarray
 ) -> dict[str, Any]:
-    """Return the figures of one label.
+    """Return the figures of one label: r2, r2_each and angles.
 
-    fitted, y_test: columns(); varied: which columns did in training; angle: which numbers are
-    angles. r2: mean over the numbers that vary; r2_each: null for those that do not; angles: their
-    places.
+    fitted, y_test: samples x columns, as `columns` returns them. varied: which columns vary in the
+    training split. angle: which numbers are angles. r2: mean over the numbers that vary; None if
+    none does. r2_each: None for a number that does not vary. angles: indices of the angles.
     """
     missed = ((fitted - y_test) ** 2).mean(axis=0)
     spread = ((y_test - y_test.mean(axis=0)) ** 2).mean(axis=0)
@@ -269,7 +279,7 @@ def score(
 
 
 def table(scores: Mapping[str, Scores]) -> str:
-    """Lay out R2 for the console: a line a source of features, a column a label."""
+    """Format R2 for the console: a line for each kind of features, a column for each label."""
     labels = list(next(iter(scores.values())))
     wide = [max(len(label), 6) for label in labels]
     lines = ["R2 on held-out clips  " + "  ".join(labels)]
@@ -282,7 +292,7 @@ def table(scores: Mapping[str, Scores]) -> str:
 
 
 def row(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """Return the table as one report's scalars: probe/LABEL/SOURCE."""
+    """Return R2 as scalars for a report: probe/LABEL/KIND, KIND being trained, random or pixels."""
     return {
         f"probe/{label}/{name}": score["r2"]
         for name, by_label in scores.items()

@@ -1,4 +1,4 @@
-"""Validation: loss, prediction error and health over the same held-out clips every time."""
+"""Validation: loss, prediction error and health, always over the same held-out clips."""
 
 import contextlib
 
@@ -9,7 +9,10 @@ from wmjax.step import TrainState
 
 
 class Validation:
-    """Mean figures over the first eval.batches held-out batches, and what their stream reports."""
+    """Averages all figures over the first eval.batches held-out batches.
+
+    The row is prefixed with validation/ and also contains what the stream of batches reports.
+    """
 
     def __init__(self, context: Context) -> None:
         self.every = context.config["train"]["eval_every"]

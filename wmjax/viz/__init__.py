@@ -1,9 +1,9 @@
-"""Pictures of masks, features, predictions and runs: numbers first, drawn thinly.
+"""Pictures of masks, features, predictions and runs. Numbers are computed apart from drawing.
 
     features.py, frames.py, curves.py    the numbers, in NumPy
-    look.py                              what a model makes of some clips
-    draw.py, video.py, page.py           PNG, mp4 and one HTML page of them
-    validation.py                        the same pictures of a run, while it trains
+    look.py                              features and predictions of a model for some clips
+    draw.py, video.py, page.py           PNG, mp4, and one HTML page with all of them
+    validation.py                        the evaluator that draws the same pictures in training
 
-Matplotlib is the extra `viz`; it is loaded where something is drawn.
+Matplotlib is the extra `viz`; it is imported only when something is drawn.
 """

@@ -1,8 +1,8 @@
-"""The door: `python -m wmjax.viz RUN_OR_MODEL --dataset=DIR --out=DIR`: pictures, and one page.
+"""The command line: `python -m wmjax.viz RUN_OR_MODEL` draws pictures and one HTML page of them.
 
 python -m wmjax.viz runs/debug_world_model                   on the run's own held-out clips
 python -m wmjax.viz facebook/vjepa2-vitl-fpc64-256 --dataset=DIR
-python -m wmjax.viz runs/one runs/two runs/three             the curves of all in one figure
+python -m wmjax.viz runs/one runs/two runs/three             one figure with the curves of all
 """
 
 import argparse
@@ -17,50 +17,65 @@ from wmjax.errors import UserError
 from wmjax.viz import curves, page
 from wmjax.viz.page import Section
 
-if TYPE_CHECKING:  # jax is loaded once the flags are read
+if TYPE_CHECKING:  # jax is imported after the flags are parsed
     from wmjax.inference import Model
     from wmjax.viz.look import Look
 
-_FPS = 4.0  # of the videos, whatever the recording's: slow enough to compare six pictures
+_FPS = 4.0  # of the videos: slow enough to compare six tiles
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = door.parser(
-        "python -m wmjax.viz", "Draw what a model sees, predicts and learned; one page of it all."
+        "python -m wmjax.viz",
+        "Draw masks, features, predictions and curves of a model, and one HTML page of them all.",
     )
     parser.add_argument(
         "models",
         metavar="RUN_OR_MODEL",
         nargs="+",
         help="a run's workdir, an imported folder, a folder of transformers, OWNER/NAME on the "
-        "Hugging Face Hub, or a .pt file; further ones are runs whose curves are drawn too",
+        "Hugging Face Hub, or a .pt file; any further ones are runs, for their curves only",
     )
     parser.add_argument(
         "--dataset",
         metavar="DIR",
-        help="a LeRobot dataset; default: the run's own data, or generated video",
+        help="a LeRobot dataset; default: the run's own data, or generated video for other weights",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="default: RUN/viz, or runs/viz")
     parser.add_argument(
-        "--clips", type=int, default=16, metavar="N", help="that are looked at (16); one is shown"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder to write; default: RUN/viz, or runs/viz for other weights",
+    )
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=16,
+        metavar="N",
+        help="clips to encode, 2 or more; the first is shown, all are searched for similar frames; "
+        "default: 16",
     )
     parser.add_argument(
         "--trust",
         metavar="PACKAGE",
         action="append",
         default=[],
-        help="import the model that the run's configuration names from this package",
+        help="allow to import the model that the run's configuration names from this package, "
+        "which runs its code; may be repeated; default: none",
     )
     flags, overrides = door.parse(parser, argv)
     if flags.clips < 2:
-        raise UserError(f"--clips={flags.clips}: wanted 2 or more, to compare them")
+        raise UserError(f"--clips={flags.clips}: wanted 2 or more, because clips are compared")
     return flags, overrides
 
 
 def configuration(
     model: "Model", dataset: str | None, overrides: list[str], trust: tuple[str, ...] = ()
 ) -> ml_collections.ConfigDict:
-    """Return the run's configuration, or base with what the weights say, on the chosen data."""
+    """Return the run's configuration, or `base` updated from the weights, on the chosen data.
+
+    overrides: KEY=VALUE, applied last.
+    """
     if "data" in model.config:
         config = configs.from_plain(model.config)
     else:
@@ -81,7 +96,7 @@ def configuration(
 def see(
     name: str, dataset: str | None, overrides: list[str], clips: int, trust: tuple[str, ...]
 ) -> tuple["Look", list[tuple[str, str]]]:
-    """Load the model and look at clips; return that and facts to tell."""
+    """Load a model and encode clips; return the result and (name, value) facts for the page."""
     from wmjax import assemble
     from wmjax.data.settings import size
     from wmjax.inference import load
@@ -106,19 +121,23 @@ def see(
     print(f"encoding {len(read)} clips ...", flush=True)
     seen = look(model, read, masks)
     if not seen.finite:
-        raise UserError(f"{name}: gives features that are not finite: it has diverged")
+        raise UserError(f"{name}: features are not finite: the model has diverged")
     facts = [
         ("model", name),
         ("held-out data", source.describe()),
-        ("shown", f"{seen.names[0]} of {len(seen.names)} looked at"),
-        ("tokens", f"{' x '.join(map(str, seen.grid))}, {seen.target_BND.shape[-1]} wide"),
+        ("clip shown", f"{seen.names[0]}, the first of {len(seen.names)} encoded"),
+        (
+            "tokens",
+            f"{' x '.join(map(str, seen.grid))} (time, rows, columns), width "
+            f"{seen.target_BND.shape[-1]}",
+        ),
         *(("note", note) for note in model.notes),
     ]
     return seen, facts
 
 
 def write_pictures(seen: "Look", out: Path) -> list[Section]:
-    """Draw everything that shows the clips into `out`."""
+    """Write all pictures and videos of the clips into `out`; return them for the page."""
     from wmjax.viz import draw, features, frames
     from wmjax.viz.video import write_mp4
 
@@ -144,38 +163,40 @@ def write_pictures(seen: "Look", out: Path) -> list[Section]:
     for name in seen.hidden:
         path = out / f"clip_{name}.mp4"
         write_mp4(path, draw.panels(seen, name, basis), _FPS)
-        text = f"The whole clip under this mask, {_FPS:g} frames a second."
-        sections.append(Section(f"Video: mask {name}", text, path))
+        text = f"The whole clip and the predictions of this loss term, {_FPS:g} frames a second."
+        sections.append(Section(f"Video: {name}", text, path))
     return sections
 
 
 TEXTS = {
     "masks": (
         "Masks",
-        "Blue tokens are the context, which the encoder sees; orange ones are the target, whose "
-        "features are predicted from it; dark ones are neither. The numbers are tokens of a clip.",
+        "Blue tokens are the context, which the encoder sees. Orange tokens are the target, whose "
+        "features are predicted. Dark tokens are neither. The labels count the tokens of a clip.",
     ),
     "features": (
-        "Features, three principal components as colour",
-        "Equal colours: similar features. One basis, fitted to the targets of all clips that were "
-        "looked at, colours every frame, target and prediction. The first component is lightness, "
-        "the second blue to yellow, the third green to magenta. Predictions are shown where the "
-        "mask hides the frame; a prediction that is greyer than its target is less sure.",
+        "Features: three principal components as colours",
+        "Similar colours mean similar features. One PCA basis, fitted to the target features of "
+        "all encoded clips, colours targets and predictions. The first component is lightness, the "
+        "second runs from blue to yellow, the third from green to magenta. Predictions are shown "
+        "at the predicted tokens only. A prediction that is greyer than its target is closer to "
+        "the mean token.",
     ),
     "similarity": (
-        "One patch against all others",
-        "Cosine between the features of the marked patch, where the clip moves most, and those of "
-        "every other patch, after the mean token is taken away.",
+        "Similarity of one patch to all others",
+        "Cosine between the features of the outlined patch and those of every patch, after "
+        "subtracting the mean token. The outlined patch is the one that moves most in the middle "
+        "of the clip.",
     ),
     "retrieval": (
         "Nearest frames in other clips",
-        "Left: the middle of a clip. Beside it the frames of the other clips whose mean features "
-        "are most like it, with the cosine.",
+        "Left: the middle frame of a clip. Beside it: the frames of other clips whose mean "
+        "features are most similar, with their cosine.",
     ),
     "error": (
-        "Error of the prediction",
-        "Mean absolute difference between predicted and target features at the hidden tokens; "
-        "grey: not predicted.",
+        "Prediction error",
+        "Mean absolute difference between predicted and target features at the predicted tokens. "
+        "Grey tokens are not predicted.",
     ),
 }
 
@@ -185,7 +206,7 @@ def run(argv: list[str]) -> int:
     flags, overrides = parse(argv)
     from wmjax.viz import draw
 
-    draw.need()  # before a model is loaded
+    draw.need()  # fail before a model is loaded
     first, *others = flags.models
     is_run = (Path(first) / curves.METRICS).is_file()
     out = flags.out or (Path(first) / "viz" if is_run else Path("runs") / "viz")
@@ -199,17 +220,17 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
     sections = write_pictures(seen, out)
     if all(hidden.prediction_MD is None for hidden in seen.hidden.values()):
-        print("no predictions in these weights: no prediction and no error is drawn")
+        print("these weights do not predict: predictions and errors are not drawn")
     if any(runs.values()):
         draw.save(draw.reports(runs), out / "curves.png")
-        text = f"From {curves.METRICS}, over the steps of {', '.join(runs)}."
+        text = f"Figures of {curves.METRICS} over the steps of {', '.join(runs)}."
         sections.append(Section("Loss and health", text, out / "curves.png"))
     else:
-        print(f"no {curves.METRICS} in {first}: no curves are drawn")
+        print(f"{first}: no metrics in {curves.METRICS}; curves are not drawn")
     page.write(out / "index.html", f"wmjax: {first}", facts, sections)
     for section in sections:
         print(section.file)
-    print(f"{out / 'index.html'}  (everything on one page)")
+    print(f"{out / 'index.html'}  (all of them on one page)")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl as series, and says which of them share a panel."""
+"""Reads metrics.jsonl as series, and groups them into panels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from wmjax.errors import UserError
 from wmjax.run.files import read_json_lines
 
 METRICS = "metrics.jsonl"
-# Title of a panel -> {name of a line: its key in metrics.jsonl}.
+# Title of a panel -> {label of a line: its key in metrics.jsonl}.
 PANELS: Mapping[str, Mapping[str, str]] = {
     "loss": {"training": "loss", "validation": "validation/loss"},
     "error relative to the mean-token error (1: nothing learned)": {
@@ -48,7 +48,7 @@ def read(workdir: Path) -> Run:
 
 
 def series(run: Run, key: str) -> Series:
-    """Return the steps that have `key`, and its values there."""
+    """Return the steps of the rows that have `key`, and its values."""
     found = [(row["step"], row[key]) for row in run if key in row]
     steps, values = np.array(found, float).reshape(-1, 2).T
     return steps, values

@@ -1,4 +1,4 @@
-"""Figures of what the other files computed. Matplotlib is loaded here, when something is drawn."""
+"""Draws figures of what the other files compute. Matplotlib is imported when drawing starts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,23 +14,24 @@ from wmjax.viz.look import Hidden, Look
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = 8  # tubelets that a figure shows, evenly spread
-_STRIP = 26  # pixels of a caption's height in a video
-_PICTURE = 128  # pixels across that small frames are enlarged to
-_HEAT = "cividis"  # lightness alone tells its values apart
+_COLUMNS = 8  # most tubelets that a figure shows, evenly spaced
+_STRIP = 26  # height in pixels of a caption in a video
+_PICTURE = 128  # width in pixels to which small frames are enlarged
+_HEAT = "cividis"  # its values differ in lightness, so that colour vision is not needed
 _DPI = 110
-_SAVED_DPI = 160  # a page is wider than most figures, and enlarges them
-# Of runs: Okabe and Ito's, those first that who sees red and green alike tells apart best, and
-# marks, of which there are not as many, so that a run that shares its colour has another.
+_SAVED_DPI = 160  # higher, because a page enlarges most figures
+# Colours of runs, from Okabe and Ito's palette; the easiest to tell apart for red-green
+# colour-blind people come first. The number of marks differs from that of colours, so that runs
+# with the same colour get different marks.
 _LINES = ("#0072B2", "#E69F00", "#000000", "#009E73", "#56B4E9", "#D55E00", "#CC79A7")
 _MARKS = "osD^v"
-_STYLES = (("-", "full"), ("--", "none"))  # of what a panel shows: line, how marks are filled
+_STYLES = (("-", "full"), ("--", "none"))  # of the series in a panel: line style, fill of marks
 
-Row = tuple[str, Sequence[np.ndarray]]  # what is written beside a row of pictures, and those
+Row = tuple[str, Sequence[np.ndarray]]  # label of a row, and its pictures
 
 
 def need() -> None:
-    """Raise UserError naming the extra where matplotlib is not installed."""
+    """Raise UserError, which names the extra, unless matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -40,7 +41,7 @@ def need() -> None:
 
 
 def masks(look: Look) -> "Figure":
-    """A row a mask: what is context, what is target."""
+    """Draw context and target tokens, one row a mask."""
     shown = _shown(look)
     video = look.video_BTHWC[0]
     rows: list[Row] = [("frames", video[shown * look.tubelet])]
@@ -54,14 +55,14 @@ def masks(look: Look) -> "Figure":
 
 
 def clips(look: Look) -> "Figure":
-    """A row a clip."""
+    """Draw the frames, one row a clip."""
     frames_T = _shown(look) * look.tubelet
     rows = [(n, v[frames_T]) for n, v in zip(look.names, look.video_BTHWC, strict=True)]
     return _table(rows, _tubelets(look))
 
 
 def components(look: Look, basis: Basis) -> "Figure":
-    """Principal components of the target's features as colours, and of what is predicted."""
+    """Draw target and predicted features, with principal components as colours."""
     shown = _shown(look)
     video = look.video_BTHWC[0]
     rows: list[Row] = [
@@ -76,7 +77,7 @@ def components(look: Look, basis: Basis) -> "Figure":
 
 
 def errors(look: Look) -> "Figure":
-    """Error of the prediction at the tokens that each mask hides; frames in grey elsewhere."""
+    """Draw the error of each loss term at its predicted tokens; frames in grey elsewhere."""
     shown = _shown(look)
     found = error_maps(look)
     top = max(float(np.nanmax(error_THW)) for error_THW in found.values())
@@ -90,7 +91,7 @@ def errors(look: Look) -> "Figure":
 
 
 def similarity(look: Look, token: int) -> "Figure":
-    """Cosine of one token, marked, to all others of its clip."""
+    """Draw the cosine between one token, which is outlined, and all tokens of its clip."""
     shown = _shown(look)
     mean_D = look.target_BND.reshape(-1, look.target_BND.shape[-1]).mean(axis=0)
     cosine_THW = features.similarity(look.target_BND[0], token, mean_D).reshape(look.grid)
@@ -105,13 +106,16 @@ def similarity(look: Look, token: int) -> "Figure":
 
 
 def retrieval(look: Look, queries: int = 4, found: int = 5) -> "Figure":
-    """Frames of the first clips, each beside those most like it, one of each other clip."""
+    """Draw frames of the first `queries` clips, each beside the `found` most similar frames.
+
+    Each other clip contributes at most one frame.
+    """
     t = look.grid[0] // 2
     of_frames = features.frame_features(look.target_BND, look.grid)
     rows: list[list[tuple[str, np.ndarray]]] = []
     for clip in range(min(queries, len(of_frames))):
         frame = t * look.tubelet
-        label = f"looked for: {look.names[clip]}\nframe {frame}"
+        label = f"query: {look.names[clip]}\nframe {frame}"
         row = [(label, look.video_BTHWC[clip, frame])]
         for other, at, cosine in features.nearest_frames(of_frames, clip, t, found):
             frame = at * look.tubelet
@@ -129,7 +133,7 @@ def retrieval(look: Look, queries: int = 4, found: int = 5) -> "Figure":
 
 
 def reports(runs: Mapping[str, curves.Run]) -> "Figure":
-    """Loss and health of runs over their steps, a colour and a mark a run."""
+    """Draw loss and health of runs over their steps; each run has a colour and a mark."""
     panels = {
         title: lines
         for title, lines in curves.PANELS.items()
@@ -143,7 +147,7 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
             for key, (style, fill) in zip(lines.values(), _STYLES, strict=False):
                 steps, values = curves.series(run, key)
                 every = max(1, len(steps) // 10)
-                at = every * i // len(runs), every  # beside those of the others, if lines coincide
+                at = every * i // len(runs), every  # marks stay visible where lines coincide
                 axis.plot(steps, values, style, **look, fillstyle=fill, markevery=at)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
@@ -163,7 +167,7 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
 
 
 def overview(look: Look, basis: Basis) -> dict[str, "Figure"]:
-    """One figure a mask, for reports in training: frames, mask, features, prediction, error."""
+    """Draw one figure a loss term, for training: frames, mask, target, prediction, error."""
     shown = _shown(look)
     video = look.video_BTHWC[0]
     found = error_maps(look)
@@ -182,13 +186,16 @@ def overview(look: Look, basis: Basis) -> dict[str, "Figure"]:
 
 
 def panels(look: Look, name: str, basis: Basis) -> np.ndarray:
-    """Every frame of the clip as six captioned pictures, two by three, for a video: THWC."""
+    """Return a video of the shown clip in captioned tiles, uint8 THWC.
+
+    Six tiles: frames, mask, context, target, prediction, error. Four without a prediction.
+    """
     video, hidden = look.video_BTHWC[0], look.hidden[name]
     of_mask = _roles(look, hidden)
     pictures = {
         "frames": video,
         f"mask {name}": frames.paint_roles(video, of_mask),
-        "what the encoder sees": frames.show_context(video, of_mask),
+        "context (encoder input)": frames.show_context(video, of_mask),
         "target, PCA": frames.spread(target_colours(look, basis), video),
     }
     if hidden.prediction_MD is not None:
@@ -211,21 +218,21 @@ def panels(look: Look, name: str, basis: Basis) -> np.ndarray:
 
 
 def target_colours(look: Look, basis: Basis) -> np.ndarray:
-    """Colours of the target's features of every token, THWC."""
+    """Return the PCA colours of the target's features, one a token: uint8 THWC."""
     return features.colours(basis(look.target_BND[0])).reshape(*look.grid, 3)
 
 
 def prediction_colours(look: Look, hidden: Hidden, basis: Basis) -> np.ndarray:
-    """Frames with the colours of what is predicted, dark elsewhere."""
+    """Return frames with the PCA colours of predicted tokens, dark grey elsewhere: uint8 THWC."""
     colours_ND = np.zeros((*look.grid, 3), np.uint8)
     prediction_MD = np.asarray(hidden.prediction_MD)
     colours_ND.reshape(-1, 3)[hidden.target_ids_M] = features.colours(basis(prediction_MD))
-    there = _roles(look, hidden) == frames.TARGET
-    return frames.lay_over(look.video_BTHWC[0], colours_ND, there)
+    predicted = _roles(look, hidden) == frames.TARGET
+    return frames.lay_over(look.video_BTHWC[0], colours_ND, predicted)
 
 
 def error_maps(look: Look) -> dict[str, np.ndarray]:
-    """Error of every mask whose targets are predicted, THW."""
+    """Return the error of each loss term that has predictions and targets, THW."""
     return {
         name: features.errors(
             hidden.prediction_MD,
@@ -243,7 +250,7 @@ def paint_error(video_THWC: np.ndarray, error_THW: np.ndarray, top: float) -> np
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Colours of numbers, uint8 RGB; NaN is as the lowest."""
+    """Map numbers from low to high to uint8 RGB; NaN gets the colour of `low`."""
     import matplotlib
 
     share = np.nan_to_num((values - low) / max(high - low, 1e-12))
@@ -258,7 +265,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def pixels(figure: "Figure") -> np.ndarray:
-    """Render a figure: uint8 RGB."""
+    """Render a figure as uint8 RGB, HWC."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -276,9 +283,9 @@ def _figure(width: float, height: float) -> Any:
 def _table(
     rows: Sequence[Row], columns: Sequence[str], bar: tuple[float, float, str] | None = None
 ) -> Any:
-    """Rows of pictures under column titles; bar: ends and name of a scale of colours.
+    """Draw rows of pictures under column titles. bar: low end, high end and label of a colour bar.
 
-    All are one image: matplotlib takes seconds for as many axes.
+    All pictures form one image, because one axis a picture would take matplotlib seconds.
     """
     height, width = np.max([pictures[0].shape[:2] for _, pictures in rows], axis=0)
     times = max(1, round(_PICTURE / width))
@@ -326,17 +333,17 @@ def _legend(figure: Any, named: Mapping[str, int]) -> None:
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    """A strip of text as an image, HWC."""
+    """Render a line of text as an image, uint8 HWC."""
     from matplotlib.figure import Figure
 
-    # Half a pixel more, which is cut off, so that rounding does not take a whole one.
+    # The extra half pixel is truncated; without it rounding could lose a whole pixel.
     figure = Figure(figsize=((width + 0.5) / _DPI, (_STRIP + 0.5) / _DPI), dpi=_DPI)
     figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
     return pixels(figure)
 
 
 def _line_looks(count: int) -> list[dict[str, Any]]:
-    """How the line of each run looks, whatever it shows."""
+    """Return colour and mark of each run's lines."""
     return [
         {"color": _LINES[i % len(_LINES)], "marker": _MARKS[i % len(_MARKS)], "markersize": 4}
         for i in range(count)
@@ -348,7 +355,7 @@ def _roles(look: Look, hidden: Hidden) -> np.ndarray:
 
 
 def _shown(look: Look) -> np.ndarray:
-    """Numbers of the tubelets that figures show."""
+    """Return the indices of the tubelets that figures show."""
     T = look.grid[0]
     return np.unique(np.linspace(0, T - 1, min(T, _COLUMNS)).round().astype(int))
 

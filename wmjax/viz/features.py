@@ -1,6 +1,6 @@
-"""Numbers behind the pictures of features: one PCA for all, similarity, retrieval, error.
+"""Computes the numbers behind pictures of features: PCA, similarity, retrieval, error.
 
-NumPy on arrays of any origin; nothing is drawn here.
+NumPy only; nothing is drawn here.
 """
 
 from typing import NamedTuple
@@ -10,27 +10,27 @@ import numpy as np
 from wmjax.masking import Grid
 from wmjax.types import Array
 
-_FITTED = 4096  # tokens that a basis is fitted to: more would show no more
-_REACH = 98  # percentile of a component's sizes that takes its full colour
+_FITTED = 4096  # most tokens that a basis is fitted to
+_REACH = 98  # percentile of |component| that is drawn in full colour
 
 
 class Basis(NamedTuple):
-    """Three principal components: fitted once, then used on whatever is compared."""
+    """Three principal components, fitted once and used for all features that are compared."""
 
     mean_D: np.ndarray
     components_D3: np.ndarray
-    reach_3: np.ndarray  # size of a component at which its colour is full
+    reach_3: np.ndarray  # |component| that is drawn in full colour
 
     def __call__(self, features_XD: Array) -> np.ndarray:
-        """Return components of features of any rank, X3, within -1 and 1 where usual."""
+        """Project features of any rank to X3; most values are within -1 and 1."""
         return (np.asarray(features_XD) - self.mean_D) @ self.components_D3 / self.reach_3
 
 
 def fit_basis(features_XD: Array) -> Basis:
-    """Fit the components of largest variance to tokens, evenly taken, the largest first.
+    """Fit the three components of largest variance, the largest first, to evenly spaced tokens.
 
-    Signs are fixed (the largest entry of a component is positive), so that equal features always
-    give equal colours.
+    The largest entry of each component is made positive, so that equal features always give equal
+    colours.
     """
     tokens_ND = np.asarray(features_XD).reshape(-1, np.shape(features_XD)[-1])
     tokens_ND = tokens_ND[:: -(-len(tokens_ND) // _FITTED)].astype(np.float64)
@@ -45,10 +45,10 @@ def fit_basis(features_XD: Array) -> Basis:
 
 
 def colours(components_X3: np.ndarray) -> np.ndarray:
-    """Show three components as uint8 RGB: lightness, blue to yellow, green to magenta.
+    """Map three components to uint8 RGB: lightness, blue to yellow, green to magenta.
 
-    In OKLab (Ottosson, 2020), where equal steps look equal; who sees red and green alike loses the
-    third component only.
+    Uses OKLab (Ottosson, 2020), in which equal steps look equal. Red-green colour-blind people lose
+    the third component only.
     """
     first, second, third = np.moveaxis(np.clip(components_X3, -1, 1), -1, 0)
     L, a, b = 0.62 + 0.26 * first, 0.11 * third, 0.13 * second
@@ -70,15 +70,15 @@ def colours(components_X3: np.ndarray) -> np.ndarray:
 
 
 def similarity(features_ND: Array, token: int, mean_D: Array) -> np.ndarray:
-    """Cosine between one token and each, N, of what they have beyond the mean token."""
+    """Return the cosine between one token and every token, N, after subtracting the mean token."""
     units_ND = _units(np.asarray(features_ND) - np.asarray(mean_D))
     return units_ND @ units_ND[token]
 
 
 def frame_features(features_BND: Array, grid: Grid) -> np.ndarray:
-    """Describe every tubelet of clips by its mean token, BTD.
+    """Return the mean token of every tubelet, BTD, less its mean over the clips.
 
-    The mean over the clips at a tubelet is taken away: it says when in a clip, not what is there.
+    That mean depends on the time in a clip, not on the content. A single clip keeps it.
     """
     features = np.asarray(features_BND)
     frames_BTD = features.reshape(len(features), grid[0], -1, features.shape[-1]).mean(axis=2)
@@ -88,9 +88,9 @@ def frame_features(features_BND: Array, grid: Grid) -> np.ndarray:
 def nearest_frames(
     features_BTD: Array, clip: int, t: int, count: int
 ) -> list[tuple[int, int, float]]:
-    """Return the tubelets most like one: (clip, tubelet, cosine), the most like first.
+    """Return the tubelets most similar to one: (clip, tubelet, cosine), the most similar first.
 
-    Of every other clip its best one, for the frames of a clip are like one another.
+    Each other clip gives its best tubelet only, because the frames of a clip resemble each other.
     """
     units_BTD = _units(np.asarray(features_BTD))
     cosine_BT = units_BTD @ units_BTD[clip, t]
@@ -101,7 +101,7 @@ def nearest_frames(
 
 
 def errors(prediction_MD: Array, target_MD: Array, target_ids_M: Array, grid: Grid) -> np.ndarray:
-    """Mean |prediction - target| of the predicted tokens, THW; NaN elsewhere."""
+    """Return mean |prediction - target| of each predicted token, THW; NaN elsewhere."""
     error_M = np.abs(np.asarray(prediction_MD) - np.asarray(target_MD)).mean(axis=-1)
     error_THW = np.full(grid, np.nan)
     error_THW.ravel()[np.asarray(target_ids_M)] = error_M
@@ -109,9 +109,9 @@ def errors(prediction_MD: Array, target_MD: Array, target_ids_M: Array, grid: Gr
 
 
 def _largest(matrix_DD: np.ndarray, count: int) -> np.ndarray:
-    """Eigenvectors of the largest eigenvalues, the largest first, by block power iteration.
+    """Return the eigenvectors of the largest eigenvalues, the largest first.
 
-    All of a matrix 1,024 wide take 40 times as long.
+    Block power iteration takes a fortieth of the time of a full decomposition at width 1,024.
     """
     rng = np.random.default_rng(0)
     block = rng.normal(size=(len(matrix_DD), min(4 * count, len(matrix_DD))))

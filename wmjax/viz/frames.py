@@ -1,6 +1,6 @@
-"""From tokens to pixels: which role a token has, and frames painted with what is known of them.
+"""Paints frames by token: roles in a mask, colours, outlines.
 
-NumPy only. Colours are of Okabe and Ito, which those see apart too who are colour-blind.
+NumPy only. Colours are from the palette of Okabe and Ito, which colour-blind people can tell apart.
 """
 
 import numpy as np
@@ -9,11 +9,11 @@ from wmjax.masking import Grid
 from wmjax.types import Array
 
 NEITHER, CONTEXT, TARGET = 0, 1, 2
-COLOURS = np.array([(0, 0, 0), (86, 180, 233), (230, 159, 0)])  # of the roles: black, blue, orange
+COLOURS = np.array([(0, 0, 0), (86, 180, 233), (230, 159, 0)])  # by role: black, blue, orange
 
 
 def roles(context_ids_K: Array, target_ids_M: Array, grid: Grid) -> np.ndarray:
-    """Say of every token what a mask makes of it: NEITHER, CONTEXT or TARGET, THW."""
+    """Return the role of every token in a mask, THW: NEITHER, CONTEXT or TARGET."""
     roles_THW = np.full(grid, NEITHER)
     roles_THW.ravel()[np.asarray(context_ids_K)] = CONTEXT
     roles_THW.ravel()[np.asarray(target_ids_M)] = TARGET
@@ -21,32 +21,32 @@ def roles(context_ids_K: Array, target_ids_M: Array, grid: Grid) -> np.ndarray:
 
 
 def spread(cells_THW: np.ndarray, video_THWC: np.ndarray) -> np.ndarray:
-    """Give every pixel of every frame the value of its token; further axes stay."""
+    """Repeat the value of each token over its pixels and frames; further axes stay."""
     for axis, size in enumerate(video_THWC.shape[:3]):
         cells_THW = cells_THW.repeat(size // cells_THW.shape[axis], axis=axis)
     return cells_THW
 
 
 def paint_roles(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
-    """Show frames in grey, tinted by role: uint8."""
+    """Return frames in grey, tinted by role: uint8 THWC."""
     tint_THWC = COLOURS[spread(roles_THW, video_THWC)]
     return (0.65 * tint_THWC + 0.35 * 255 * _grey(video_THWC)).astype(np.uint8)
 
 
 def show_context(video_THWC: np.ndarray, roles_THW: np.ndarray) -> np.ndarray:
-    """Show what the encoder sees: the frames where the context is, black elsewhere."""
+    """Return what the encoder sees: the frames at context tokens, black elsewhere."""
     return video_THWC * (spread(roles_THW, video_THWC) == CONTEXT)[..., None].astype(np.uint8)
 
 
-def lay_over(video_THWC: np.ndarray, colours_THWC: np.ndarray, there_THW: np.ndarray) -> np.ndarray:
-    """Show tokens' colours where they are there, and the frames in dark grey elsewhere: uint8."""
+def lay_over(video_THWC: np.ndarray, colours_THWC: np.ndarray, valid_THW: np.ndarray) -> np.ndarray:
+    """Return the colours of valid tokens over the frames in dark grey: uint8 THWC."""
     dim_THWC = np.broadcast_to(50 * _grey(video_THWC), video_THWC.shape).astype(np.uint8)
-    there = spread(there_THW, video_THWC)[..., None]
-    return np.where(there, spread(colours_THWC, video_THWC), dim_THWC)
+    valid = spread(valid_THW, video_THWC)[..., None]
+    return np.where(valid, spread(colours_THWC, video_THWC), dim_THWC)
 
 
 def outline(video_THWC: np.ndarray, token: int, grid: Grid) -> np.ndarray:
-    """Draw a line around a token, white in black, in the frames that it is of: uint8."""
+    """Draw a white line with black edges around a token, in the frames that it covers: uint8."""
     line = max(1, video_THWC.shape[1] // grid[1] // 10)
     t, row, column = np.unravel_index(token, grid)
     T, H, W = (size // cells for size, cells in zip(video_THWC.shape[:3], grid, strict=True))
@@ -61,7 +61,7 @@ def outline(video_THWC: np.ndarray, token: int, grid: Grid) -> np.ndarray:
 
 
 def busiest(video_THWC: np.ndarray, grid: Grid) -> int:
-    """Return the token of the middle tubelet under which the frames change most."""
+    """Return the token of the middle tubelet whose pixels change most between frames."""
     T, H, W = grid
     grey_TYX = _grey(video_THWC)[..., 0]
     change_YX = np.abs(np.diff(grey_TYX, axis=0)).reshape(-1, *grey_TYX.shape[1:])
@@ -72,5 +72,5 @@ def busiest(video_THWC: np.ndarray, grid: Grid) -> int:
 
 
 def _grey(video_THWC: np.ndarray) -> np.ndarray:
-    """Lightness of the pixels, one channel, 0 to 1."""
+    """Return the luma of the pixels, one channel from 0 to 1."""
     return np.asarray(video_THWC, np.float32) @ np.array([[0.299], [0.587], [0.114]]) / 255

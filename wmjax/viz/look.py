@@ -1,6 +1,6 @@
-"""What a model computes of some clips: features of all tokens, and predictions of hidden ones.
+"""Computes features of all tokens of some clips, and predictions of hidden tokens.
 
-Knows sources of clips, masks and loaded models; no configuration.
+Knows sources, masks and loaded models, but no configuration.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from wmjax.types import Term, WorldModelInput
 
 
 class Hidden(NamedTuple):
-    """What one term of the loss predicts of the clip that is shown.
+    """The prediction of one loss term for the clip that is shown.
 
-    context_ids_K: tokens that its mask shows to the encoder; none without a mask. target_ids_M:
-    tokens that it predicts. prediction_MD: None where a part of the model is missing. target_MD:
-    their true features; None where the term has none.
+    context_ids_K: ids of the tokens that the encoder sees; empty for a term without a mask.
+    target_ids_M: ids of the predicted tokens. prediction_MD: their predicted features; None if the
+    weights lack a part of the model. target_MD: their true features; None if the term has none.
     """
 
     context_ids_K: np.ndarray
@@ -32,10 +32,11 @@ class Hidden(NamedTuple):
 
 @dataclasses.dataclass
 class Look:
-    """Clips as the model sees them; the first is the one that is shown.
+    """Features and predictions for B clips. The first clip is the one that pictures show.
 
-    target_BND: features of every token in the space of the loss. hidden: of the first clip, by the
-    name of the loss term. names: of the clips.
+    video_BTHWC: uint8 RGB. target_BND: features of every token in the space of the loss. grid:
+    tokens along time, rows, columns. hidden: predictions for the first clip, by loss term. names:
+    of the clips.
     """
 
     video_BTHWC: np.ndarray
@@ -46,12 +47,12 @@ class Look:
 
     @property
     def tubelet(self) -> int:
-        """Frames of a token."""
+        """Frames that one token covers."""
         return self.video_BTHWC.shape[1] // self.grid[0]
 
     @property
     def finite(self) -> bool:
-        """Whether there is anything to draw: a model that diverged has no features."""
+        """Whether all features and predictions are finite; False for a model that diverged."""
         predictions = [h.prediction_MD for h in self.hidden.values() if h.prediction_MD is not None]
         return all(np.isfinite(array).all() for array in (self.target_BND, *predictions))
 
@@ -65,9 +66,10 @@ def read_clips(
     seed: int,
     skip: bool,
 ) -> list[dict]:
-    """Read clips from all over a source, cropped to the centre; `seed` decides which.
+    """Read `count` random clips of a source, cropped to the centre.
 
-    size: height and width. skip: others take the place of those that cannot be read.
+    size: height and width in pixels. seed: selects clips and draws masks. skip: True replaces
+    unreadable clips by others; False raises.
     """
     reader = Reader(source, masks, height=size[0], width=size[1], seed=seed, skip=skip)
     numbers = np.random.default_rng(seed).permutation(source.draws)[:count].tolist()
@@ -75,9 +77,9 @@ def read_clips(
 
 
 def look(model: Model, clips: Sequence[dict], masks: Masks) -> Look:
-    """Encode the clips one by one, and predict what the terms of the loss predict of the first.
+    """Encode the clips one by one, and compute the loss terms of the first one.
 
-    A clip is shown from its first camera that recorded it.
+    Each clip is shown from its first camera with a valid view.
     """
     videos, targets, names = [], [], []
     for clip in clips:
@@ -99,15 +101,16 @@ def look(model: Model, clips: Sequence[dict], masks: Masks) -> Look:
 def hidden_by(
     terms: Mapping[str, Term], context: Mapping[str, np.ndarray], camera: int
 ) -> dict[str, Hidden]:
-    """Return what each term with token ids predicts of the first instant, seen from a camera.
+    """Return the prediction of each term with token ids, for one camera of the first instant.
 
-    terms: of a batch. context: ids that the masks of the first instant show, by the term's name.
+    terms: of a batch. context: context ids of the first instant, by mask; masks and terms share
+    names.
     """
     found = {}
     for name, term in terms.items():
         if term.prediction_RMD is None or term.ids_RM is None:
             continue
-        # A row is a view, and the first instant's come first; or an instant with all its views.
+        # Rows are views, the first instant's first; or each row is an instant with all its views.
         row = camera if len(term.ids_RM) > camera else 0
         target = None if term.target_RMD is None else np.asarray(term.target_RMD[row])
         found[name] = Hidden(

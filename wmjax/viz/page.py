@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: pictures and videos inlined, nothing loaded from outside."""
+"""Writes one HTML page with all pictures and videos inlined; it loads nothing from outside."""
 
 import base64
 import html
@@ -22,21 +22,23 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; fon
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 img, video { width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; box-sizing: border-box; }
-div { overflow-x: auto; } /* a phone scrolls a picture sideways: its labels stay legible */
+div { overflow-x: auto; } /* a phone scrolls pictures sideways, so that labels stay legible */
 div img { min-width: 44rem; }
 """
 
 
 class Section(NamedTuple):
+    """One picture or video of the page. text: how to read it; file: a .png or .mp4."""
+
     title: str
-    text: str  # how to read it
-    file: Path  # a .png or .mp4
+    text: str
+    file: Path
 
 
 def write(
     path: Path, title: str, facts: Sequence[tuple[str, str]], sections: list[Section]
 ) -> None:
-    """Write the page; facts are name and value."""
+    """Write the page. facts: (name, value) pairs, listed at its top."""
     rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts)
     body = "\n".join(map(_section, sections))
     path.write_text(

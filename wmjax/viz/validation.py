@@ -1,4 +1,4 @@
-"""Pictures of a run at its validation: features and predictions of a few held-out clips."""
+"""Draws features and predictions of a few held-out clips when a run is validated."""
 
 import contextlib
 
@@ -15,15 +15,15 @@ from wmjax.viz import draw
 from wmjax.viz.features import fit_basis
 from wmjax.viz.look import Look, hidden_by
 
-CLIPS = 4  # of a batch: one is shown; the basis of colours is fitted to all
+CLIPS = 4  # clips that are encoded; the first is shown, the colour basis is fitted to all
 
 
 class Pictures:
-    """The evaluator that draws the first held-out clips, for TensorBoard and W&B."""
+    """The evaluator that draws the first held-out clip, for TensorBoard and W&B."""
 
     def __init__(self, context: Context) -> None:
         if not context.shows:
-            raise Unavailable("")  # nowhere to show them
+            raise Unavailable("")  # neither TensorBoard nor W&B is on: skipped without a line
         try:
             draw.need()
         except UserError as error:
@@ -39,10 +39,10 @@ class Pictures:
 
 
 class Looker:
-    """Computes what a run's model sees and predicts of the first clips of a batch."""
+    """Computes features and predictions of a run's model for the first clips of a batch."""
 
     def __init__(self, steps: Steps, grid: TokenGrid) -> None:
-        """Compile nothing yet. grid: of the clips."""
+        """Prepare a jitted function, compiled on first use. grid: tokens of a clip."""
         blueprint, mesh = steps.blueprint, steps.mesh
         where = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
 
@@ -73,7 +73,7 @@ class Looker:
         self._grid = grid
 
     def __call__(self, state: TrainState, batch: WorldModelInput) -> Look:
-        """Look at the first clips of a batch; every process has to call this."""
+        """Return features and predictions of the first clips. A collective: all processes call."""
         few, features, terms = jax.device_get(self._look(state, batch))
         views = few.observation.view_mask_BV.argmax(axis=1)
         clips = np.arange(len(views))
@@ -89,8 +89,8 @@ class Looker:
 
 
 def pictures(seen: Look) -> dict[str, np.ndarray]:
-    """Return a picture for each term, uint8 RGB; none of a model that has diverged."""
-    if not seen.finite:  # its loss says so
+    """Return a picture for each loss term, uint8 RGB; {} if the model has diverged."""
+    if not seen.finite:  # health.alarms reports it
         return {}
     figures = draw.overview(seen, fit_basis(seen.target_BND))
     return {name: draw.pixels(figure) for name, figure in figures.items()}

@@ -1,10 +1,11 @@
-"""Weights in and out: Hugging Face and Meta's V-JEPA 2, image transformers, and folders of ours.
+"""Weights in and out: Hugging Face, Meta's V-JEPA 2, image transformers, runs, our own folders.
 
     source = open_pretrained("facebook/vjepa2-vitl-fpc64-256")
-    params = load(source, abstract, model)       # sharded as the abstract parameters are
+    params = load(source, abstract, settings)    # each array on the sharding of its abstract leaf
     export(params, model, "out", frames=16, size=256)
 
-A format is a table from names to our paths (tables.py). Models are all that this room knows.
+A format is a table from names in a file to paths of our parameters (tables.py). This room imports
+models, nn, run.checkpoint and run.files only: no configuration object and no data.
 """
 
 from wmjax.weights.export import export

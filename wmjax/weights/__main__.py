@@ -1,4 +1,4 @@
-"""The door: `python -m wmjax.weights import SRC DIR`, `export DIR OUT` and `show SRC`."""
+"""The command line: `python -m wmjax.weights import SRC DIR`, `export DIR OUT`, `show SRC`."""
 
 import argparse
 import json
@@ -22,22 +22,34 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2}
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = door.Parser(
         prog="python -m wmjax.weights",
-        description="Weights in and out: of transformers, of Meta, of a run.",
+        description="Convert weights: to and from transformers, from Meta's files, from a run.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="{import,export,show}", required=True)
-    source = "a folder (safetensors), OWNER/NAME on the Hugging Face Hub, or a .pt file of Meta"
-    reads = commands.add_parser("import", help="from any format to a folder of wmjax")
-    reads.add_argument("source", metavar="SRC", help=source)
-    reads.add_argument("folder", metavar="DIR", type=Path, help="a new one")
-    writes = commands.add_parser(
-        "export", help="from a run or an imported folder to one for transformers"
+    source = (
+        "a folder with safetensors, a run's workdir, OWNER/NAME on the Hugging Face Hub, or a .pt "
+        "file of Meta"
     )
-    writes.add_argument("folder", metavar="DIR", type=Path, help="an imported one, or a run's")
-    writes.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-    writes.add_argument("--frames", type=int, help="of a clip, where DIR does not say")
-    writes.add_argument("--size", type=int, help="of a clip in pixels, where DIR does not say")
-    shows = commands.add_parser("show", help="names, shapes and sizes")
+    reads = commands.add_parser("import", help="convert any format into a folder of wmjax")
+    reads.add_argument("source", metavar="SRC", help=source)
+    reads.add_argument("folder", metavar="DIR", type=Path, help="folder to write")
+    writes = commands.add_parser(
+        "export", help="convert a run or an imported folder into one for transformers"
+    )
+    writes.add_argument(
+        "folder", metavar="DIR", type=Path, help="imported folder, or workdir of a run"
+    )
+    writes.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    writes.add_argument(
+        "--frames", type=int, metavar="N", help="frames of a clip; default: as DIR says"
+    )
+    writes.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="height and width of a clip; default: as DIR says",
+    )
+    shows = commands.add_parser("show", help="list names, shapes and sizes")
     shows.add_argument("source", metavar="SRC", help=source)
     for command in (reads, shows, writes):
         command.add_argument(
@@ -45,19 +57,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
             metavar="PACKAGE",
             action="append",
             default=[],
-            help="import the model of a run from this package",
+            help="allow to import the run's model from this package, which runs its code; may be "
+            "repeated; default: none",
         )
     for command in (reads, shows):
         command.add_argument(
             "--encoder",
             default="target_encoder",
-            help="which one of a .pt file (target_encoder, the EMA; or encoder)",
+            help="encoder to take from a .pt file: target_encoder (default, the EMA) or encoder",
         )
     return parser.parse_args(argv)
 
 
 def import_folder(source: Pretrained, folder: Path) -> None:
-    """Write a source as model.safetensors under our paths, and model.json beside it."""
+    """Write model.safetensors, named by our paths, and model.json into a folder."""
     leaves = leaves_of(abstract_params(source))
     arrays = assemble(source, leaves)
     try:
@@ -87,7 +100,9 @@ def export_folder(
     source = open_pretrained(folder, trust=trust)
     frames, size = frames or source.clip.get("frames"), size or source.clip.get("size")
     if not frames or not size:
-        raise UserError(f"{folder}: frames and size of its clips unknown: give --frames and --size")
+        raise UserError(
+            f"{folder}: does not say frames and size of its clips; give --frames and --size"
+        )
     if source.model.get("name", "vjepa2") != "vjepa2":
         raise UserError(
             f"{folder}: model.name={source.model['name']!r}: transformers has no such model; "
@@ -106,11 +121,11 @@ def export_folder(
         config=source.config,
         metrics={"step": source.step, **metrics} if source.step else None,
     )
-    return "\n".join([f"{out}: the weights of {folder}", *source.notes])
+    return "\n".join([f"wrote the weights of {folder} to {out}", *source.notes])
 
 
 def last_metrics(file: Path, step: int) -> dict[str, float]:
-    """Return the last value by this step of the loss, of validation and of probes."""
+    """Return the newest loss, validation and probe figures up to and including a step."""
     found: dict[str, float] = {}
     for row in read_json_lines(file):
         if row["step"] <= step:
@@ -123,21 +138,21 @@ def last_metrics(file: Path, step: int) -> dict[str, float]:
 
 
 def show(source: Pretrained) -> str:
-    """Return a table of the names in a source, layers joined, and what becomes of them."""
+    """Return a table of all tensors, a line for all layers, and the parameters they become."""
     form, tensors = source.format, source.tensors
-    homes = [
-        (pattern, row.ours) for row in form.rows for pattern in (*row.theirs, row.other) if pattern
+    paths = [
+        (pattern, row.path) for row in form.rows for pattern in (*row.names, row.other) if pattern
     ]
     lines = []
     for name, shape in tensors.shapes.items():
-        fits = [ours for pattern, ours in homes if matches(pattern, name)]
-        home = ", ".join(fits) or ("left out" if form.ignores(name) else "unknown")
-        lines.append(f"{name} {shape} {tensors.dtypes[name]} -> {home}")
+        fits = [path for pattern, path in paths if matches(pattern, name)]
+        found = ", ".join(fits) or ("dropped" if form.ignores(name) else "unknown")
+        lines.append(f"{name} {shape} {tensors.dtypes[name]} -> {found}")
     return "\n".join([*summarise(lines), describe(source)])
 
 
 def describe(source: Pretrained) -> str:
-    """Say what a source is, how large, and what was assumed."""
+    """Describe a source: format, parts, sizes, model and what was assumed."""
     shapes, types = source.tensors.shapes, source.tensors.dtypes
     count = sum(math.prod(shape) for shape in shapes.values())
     size = sum(math.prod(shape) * ITEM_BYTES.get(types[name], 4) for name, shape in shapes.items())
@@ -170,7 +185,7 @@ def run(argv: list[str]) -> int:
         print(show(source))
         return 0
     import_folder(source, flags.folder)
-    print(f"{describe(source)}\nwritten to {flags.folder}")
+    print(f"{describe(source)}\nwrote {flags.folder}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""To Hugging Face: a folder that transformers opens as its V-JEPA 2, with or without classes."""
+"""Exports a V-JEPA 2, with or without a classifier, as a folder that transformers opens."""
 
 import json
 import math
@@ -28,15 +28,15 @@ def export(
     config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write model.safetensors, config.json and README.md, the model card, into a folder.
+    """Write model.safetensors, config.json and the model card README.md into a folder.
 
-    params: encoder and predictor, and with a classifier pooler and head; arrays that this process
-    holds whole, fetched one by one. model: the `model` group
-    that they were made with; classifier: its keyword arguments.
-    frames, size: of the clips; transformers counts positions in square frames of this size. labels:
-    names of the classes. config, metrics: plain, what the card tells of the training.
+    params: encoder and predictor; with a classifier also pooler and head. Arrays are fetched one by
+    one, and each must be fully addressable from this process. model: the `model` group that built
+    them. frames, size: of a clip; size is the side of a square frame in pixels, for which
+    transformers computes positions. classifier: keyword arguments of the AttentiveClassifier.
+    labels: names of the classes. config, metrics: of the training, for the model card.
 
-    Raises UserError for a model that transformers would compute in another way.
+    Raises UserError for a model that transformers would compute differently.
     """
     form = VJEPA2_CLASSIFIER if classifier else VJEPA2
     blueprint = _blueprint(model)
@@ -68,21 +68,21 @@ def export(
 def names_and_shapes(
     form: Format, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of theirs, in the order of the table; shapes: ours, by path."""
-    return {name: shape for row in form.rows for name, shape in wanted(row, shapes[row.ours], {})}
+    """Return name -> shape of the tensors in a file, in table order; shapes: of ours, by path."""
+    return {name: shape for row in form.rows for name, shape in wanted(row, shapes[row.path], {})}
 
 
 def _tensors(form: Format, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
     for row in form.rows:
-        host = np.asarray(leaves[row.ours])
-        assert row.layout.theirs is not None
+        host = np.asarray(leaves[row.path])
+        assert row.layout.write is not None
         for layer in host if row.stacked else host[None]:
-            for part in np.split(layer, len(row.theirs), axis=-1):
-                yield row.layout.theirs(part)
+            for part in np.split(layer, len(row.names), axis=-1):
+                yield row.layout.write(part)
 
 
 def _blueprint(model: Mapping[str, Any]) -> base.Blueprint:
-    """Read a `model` group; UserError where it is no V-JEPA 2."""
+    """Return the blueprint of a `model` group; UserError unless it is a V-JEPA 2."""
     name = model.get("name", "vjepa2")
     if name != "vjepa2":
         raise UserError(f"model.name={name!r}: transformers has no such model; wanted vjepa2")
@@ -100,8 +100,8 @@ def _check(
     for key, value in wants.items():
         if sizes[key] != value:
             raise UserError(
-                f"model.{key}={sizes[key]!r}: transformers computes {value!r} and no other, so "
-                "that its features would not be this model's"
+                f"model.{key}={sizes[key]!r}: transformers computes {value!r} only; its features "
+                "would differ from this model's"
             )
     parts = {"encoder", "predictor", *(("pooler", "head") if classifier else ())}
     if params.keys() != parts:
@@ -110,21 +110,21 @@ def _check(
     for path, leaf in leaves_of(blueprint.shapes).items():
         if path not in made or made[path].shape != leaf.shape:
             found = made[path].shape if path in made else "absent"
-            raise UserError(f"{path}: {found}; wanted {leaf.shape}, as these arguments make it")
+            raise UserError(f"{path}: {found}; wanted {leaf.shape}, as the `model` group says")
     if classifier and classifier["heads"] != sizes["heads"]:
         raise UserError(
-            f"heads={classifier['heads']} of the classifier: transformers gives it as many as the "
-            f"encoder has, {sizes['heads']}"
+            f"heads={classifier['heads']} of the classifier: transformers uses the number of the "
+            f"encoder, {sizes['heads']}"
         )
     if labels and classifier and len(labels) != classifier["classes"]:
         raise UserError(f"{len(labels)} labels for {classifier['classes']} classes")
 
 
 def transformers_config(sizes: Mapping[str, Any], frames: int, size: int) -> dict[str, Any]:
-    """Return config.json."""
+    """Return the content of config.json; sizes: as load.describe returns."""
     width, hidden = sizes["width"], sizes["hidden"]
     ratio = hidden / width
-    if int(width * ratio) != hidden:  # transformers cuts the product to a whole number
+    if int(width * ratio) != hidden:  # transformers rounds the product down
         ratio = math.nextafter(ratio, math.inf)
     return {
         "architectures": ["VJEPA2Model"],
@@ -158,7 +158,7 @@ tags: [video, vjepa2, wmjax]
 
 # V-JEPA 2 trained with wmjax
 
-{width} wide, {depth} blocks; clips of {frames} frames of {size} x {size} pixels, patches of
+Width {width}, {depth} blocks. Clips of {frames} frames of {size} x {size} pixels; patches of
 {tubelet} x {patch} x {patch}. The weights are float32.
 
 ```python
@@ -173,7 +173,7 @@ with torch.no_grad():
     output = model(video{arguments}).{output}
 ```
 
-transformers counts positions in square frames of {size} pixels: give it no others.
+Use square frames of {size} pixels only: transformers computes positions for this size.
 """
 
 

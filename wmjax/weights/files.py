@@ -1,6 +1,6 @@
-"""Files of tensors, read one tensor at a time: safetensors, and torch's .pt; and written.
+"""Reads tensors one at a time from safetensors and torch's .pt files; writes safetensors.
 
-Nothing here knows whose names they are. jax is not imported.
+Knows no format: names are plain text. Does not use jax.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  by it NumPy, and so safetensors, know bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors uses
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -23,7 +23,7 @@ _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Tensors(NamedTuple):
-    """What a file holds. read: a tensor by its name, in its own dtype, as an array of its own."""
+    """The tensors of a file by name; read(name) returns a copy of one, in its own dtype."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -31,7 +31,7 @@ class Tensors(NamedTuple):
 
 
 def find(source: str) -> Path:
-    """Return a folder or a file by its path, or the folder of a model on the Hub, OWNER/NAME."""
+    """Return a path that exists, or else download the model OWNER/NAME from the Hub."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -44,13 +44,13 @@ def find(source: str) -> Path:
         patterns,
         kind="model",
         revision="",
-        where=f"{source}: no such folder, and as a model of the Hub",
+        where=f"{source}: no such folder; as a model on the Hub",
         instead="give a folder",
     )
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file; `what` names it where it is absent."""
+    """Return the object in a JSON file; what: names it in errors."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -69,51 +69,51 @@ def open_safetensors(folder: Path) -> Tensors:
     elif (folder / _INDEX).is_file():
         files = _shards(folder)
     else:
-        raise UserError(f"{folder}: no {MODEL} and no {_INDEX} in it")
-    tensors, home = Tensors({}, {}, lambda name: home[name].get_tensor(name)), {}
+        raise UserError(f"{folder}: contains neither {MODEL} nor {_INDEX}")
+    tensors, shard_of = Tensors({}, {}, lambda name: shard_of[name].get_tensor(name)), {}
     for file in files:
         try:
             opened = safe_open(file, framework="numpy")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: no safetensors file, or not all of it: {error}") from None
+            raise UserError(f"{file}: not a complete safetensors file: {error}") from None
         for name in opened.keys():  # noqa: SIM118  not a dict
             view = opened.get_slice(name)
-            home[name] = opened
+            shard_of[name] = opened
             tensors.shapes[name] = tuple(view.get_shape())
             tensors.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
     return tensors
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Return the files that the index of a folder names, all of them there and in the folder."""
+    """Return the shards that a folder's index names; UserError unless all are in the folder."""
     named = read_json(folder / _INDEX, "the index of the shards").get("weight_map")
     names = sorted(set(named.values())) if isinstance(named, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise UserError(f"{folder / _INDEX}: wanted a weight_map to names of files beside it")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise UserError(f"{folder}: {_INDEX} names shards that are not there: {', '.join(absent)}")
+        raise UserError(f"{folder}: missing shards that {_INDEX} names: {', '.join(absent)}")
     return [folder / name for name in names]
 
 
 def open_torch(path: Path) -> dict[str, Any]:
-    """Return what torch.save wrote, its tensors left in the file, by the weights-only reader."""
+    """Load a torch.save file with the weights-only reader; tensors stay in the mapped file."""
     try:
         import torch
     except ImportError:
         raise UserError(
-            f"{path}: torch reads such files and is not installed: {how_to_install('torch')}"
+            f"{path}: reading it needs torch, which is not installed: {how_to_install('torch')}"
         ) from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what an unreadable file raises differs with what is wrong
+    except Exception as error:  # torch raises many types for damaged files
         if type(error).__name__ == "UnpicklingError":
             raise UserError(
-                f"{path}: refused: it holds more than tensors and plain values, and reading that "
-                "could run code in it"
+                f"{path}: refused: it holds more than tensors and plain values, and reading it "
+                "could run code"
             ) from None
         raise UserError(
-            f"{path}: not read by torch.load: {type(error).__name__}: {reason(error)}"
+            f"{path}: torch.load failed: {type(error).__name__}: {reason(error)}"
         ) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds {type(found).__name__}; wanted a dict of state dicts")
@@ -121,11 +121,11 @@ def open_torch(path: Path) -> dict[str, Any]:
 
 
 def torch_tensors(tensors: Mapping[str, Any]) -> Tensors:
-    """Wrap the tensors of state dicts."""
+    """Wrap torch tensors as Tensors."""
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name].detach()
-        # torch and NumPy share no bfloat16; float32 holds every number of it.
+        # torch cannot hand bfloat16 to NumPy; float32 represents it exactly.
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
     return Tensors(
@@ -138,12 +138,12 @@ def torch_tensors(tensors: Mapping[str, Any]) -> Tensors:
 def write_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]
 ) -> None:
-    """Write float32 tensors, made one by one in the order of their shapes.
+    """Write float32 tensors, which arrive one by one in the order of `shapes`.
 
-    The safetensors package would want all of them in memory at once. The file appears when it is
-    whole.
+    The safetensors package needs all of them in memory at once. The file gets its name only when it
+    is complete.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 requires it
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))

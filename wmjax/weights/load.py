@@ -1,4 +1,4 @@
-"""From opened weights to our parameters, one at a time and straight onto their devices."""
+"""Loads opened weights as our parameters, one at a time, straight onto their devices."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,20 +17,22 @@ from wmjax.nn.compute import Compute
 from wmjax.weights.pretrained import Pretrained
 from wmjax.weights.tables import TensorMap
 
-_SHOWN = 40  # lines of names in one error
+_SHOWN = 40  # most lines of names that one error lists
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
 def load(source: Pretrained, abstract: Params, settings: Any) -> Params:
-    """Load all of `abstract` from the source; its other parts are left alone.
+    """Load the parameters that `abstract` names; other parts of the source are not read.
 
-    abstract: nested dict of shapes, of the model's parts, pooler and head. Each leaf is placed on
-    its `.sharding`, if it has one, before the next is read. So the host holds one parameter, with
-    all its layers, and one tensor of the file at a time. float16 and bfloat16 become float32.
-    settings: those of the model that `abstract` belongs to.
+    abstract: nested dict of shapes: parts of the model, or pooler and head of a classifier.
+    settings: of the model that `abstract` belongs to. float16 and bfloat16 become float32.
 
-    Raises UserError for a model of other sizes, heads or positions, and for names that are missing,
-    unused or of another shape: all of them in one.
+    Each array is placed on the `.sharding` of its leaf, if any, before the next one is read. The
+    host then holds one parameter (all its layers) and one tensor of the file at a time. A run's
+    checkpoint is an exception: its arrays are read all at once.
+
+    Raises UserError for a model of other sizes, heads or positions. One error lists all names that
+    are missing, unused or of another shape.
     """
     check(source, settings, tuple(abstract))
     leaves = leaves_of(abstract)
@@ -41,7 +43,7 @@ def load(source: Pretrained, abstract: Params, settings: Any) -> Params:
 
 
 def abstract_params(source: Pretrained) -> Params:
-    """Return the shapes of all parts that the source has, as its own keys make them."""
+    """Return the shapes of all parts of a source, built from its own `model` keys."""
     parts: Params = {}
     if source.model:
         parts |= source.blueprint(Compute()).shapes
@@ -55,41 +57,41 @@ def abstract_params(source: Pretrained) -> Params:
 
 
 def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
-    """Raise UserError unless these parts of a model with these settings compute what theirs do.
+    """Raise UserError unless `settings` and the source agree on what these parts compute.
 
-    Shapes show most of it; they do not show heads and positions.
+    Heads and positions matter most, because no shape reveals them.
     """
     if not source.model:  # a probe alone
         return
-    theirs = settings_of({"name": "vjepa2", **source.model}, source.trust)
-    if type(theirs) is not type(settings):
+    found = settings_of({"name": "vjepa2", **source.model}, source.trust)
+    if type(found) is not type(settings):
         raise UserError(
-            f"{source.where}: weights of another model: {type(theirs).__qualname__} of "
-            f"{type(theirs).__module__}; wanted {type(settings).__module__}"
+            f"{source.where}: weights of another model: {type(found).__qualname__} of "
+            f"{type(found).__module__}; wanted {type(settings).__module__}"
         )
-    if not isinstance(settings, VJEPA2Settings):  # all of one run's own weights
+    if not isinstance(settings, VJEPA2Settings):  # its weights come from its own runs only
         return
     keys = []
     if "encoder" in parts:
         keys += ["width", "depth", "heads", "hidden", "position_grid"]
-        if not source.format.of_images:  # whose kernels are resized
+        if not source.format.of_images:  # kernels of image models are resized
             keys += ["patch", "tubelet"]
     if "predictor" in parts:
         keys += ["predictor_width", "predictor_depth", "predictor_heads", "num_mask_tokens"]
-    our_values, their_values = describe(settings), describe(theirs)
-    if "predictor" in parts or not their_values["position_grid"]:
+    wanted_values, found_values = describe(settings), describe(found)
+    if "predictor" in parts or not found_values["position_grid"]:
         keys.append("rope")
     different = [
-        f"model.{key}={our_values[key]!r}, found {their_values[key]!r}"
+        f"model.{key}={wanted_values[key]!r}, found {found_values[key]!r}"
         for key in keys
-        if our_values[key] != their_values[key] and key not in source.assumed
+        if wanted_values[key] != found_values[key] and key not in source.assumed
     ]
     if different:
         raise UserError(f"{source.where}: weights of another model:\n{'; '.join(different)}")
 
 
 def describe(settings: VJEPA2Settings) -> dict[str, Any]:
-    """Return all that decides what a V-JEPA 2 computes, with its size resolved."""
+    """Return the keys that decide what a V-JEPA 2 computes; model.size becomes numbers."""
     keys = ["patch", "tubelet", "rope", "num_mask_tokens", "mask_index"]
     keys += ["predictor_width", "predictor_depth", "predictor_heads"]
     values = {key: getattr(settings, key) for key in keys}
@@ -97,12 +99,13 @@ def describe(settings: VJEPA2Settings) -> dict[str, Any]:
 
 
 def assemble(source: Pretrained, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, array) of every parameter; leaves: by path, anything with a shape, float32.
+    """Yield (path, host array) for every parameter.
 
-    UserError before the first where the names do not come out even.
+    leaves: path -> anything with a shape, and a dtype unless it is float32. Raises UserError before
+    the first array is read if names, shapes or dtypes do not fit.
     """
     _match(source, leaves)
-    rows = {row.ours: row for row in source.format.rows}
+    rows = {row.path: row for row in source.format.rows}
     for path, leaf in leaves.items():
         host = np.zeros(leaf.shape, getattr(leaf, "dtype", np.float32))
         if path in rows:
@@ -111,27 +114,28 @@ def assemble(source: Pretrained, leaves: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _fill(host: np.ndarray, row: TensorMap, source: Pretrained) -> None:
+    """Read the tensors of one parameter into `host`."""
     if not host.ndim:
-        host[...] = source.tensors.read(row.theirs[0])
+        host[...] = source.tensors.read(row.names[0])
         return
     layers = host if row.stacked else host[None]
-    for index, (layer, names) in enumerate(zip(layers, row.names(len(layers)), strict=True)):
-        parts = np.split(layer, len(names), axis=-1)  # views
+    for index, (layer, names) in enumerate(zip(layers, row.layer_names(len(layers)), strict=True)):
+        parts = np.split(layer, len(names), axis=-1)  # views into host
         other = source.tensors.read(row.other.replace("*", str(index))) if row.other else None
         for part, name in zip(parts, names, strict=True):
-            part[...] = row.layout.ours(source.tensors.read(name), part.shape, other)
+            part[...] = row.layout.read(source.tensors.read(name), part.shape, other)
 
 
 def _match(source: Pretrained, leaves: Mapping[str, Any]) -> None:
-    """Raise one UserError for all names that are missing, unused or not of the shape wanted."""
+    """Raise one UserError for all names that are missing, unused, or of another shape or dtype."""
     form, tensors = source.format, source.tensors
-    rows = {row.ours: row for row in form.rows}
+    rows = {row.path: row for row in form.rows}
     faults, used = [], set()
     for path, leaf in leaves.items():
         if path in form.zeros:
             continue
         if path not in rows:
-            faults.append(f"no name in this format: {path}")
+            faults.append(f"not in this format: {path}")
             continue
         for name, shape in wanted(rows[path], leaf.shape, tensors.shapes):
             used.add(name)
@@ -148,31 +152,34 @@ def _match(source: Pretrained, leaves: Mapping[str, Any]) -> None:
             faults.append(f"unused: {name} {tensors.shapes[name]}")
     if faults:
         lines = summarise(faults)
-        more = [f"and {len(lines) - _SHOWN} lines more"] if len(lines) > _SHOWN else []
+        more = [f"and {len(lines) - _SHOWN} more lines"] if len(lines) > _SHOWN else []
         raise UserError(
             "\n".join(
-                [f"{source.where}: does not fit as {form.name}:", *lines[:_SHOWN], *more],
+                [f"{source.where}: tensors do not fit {form.name}:", *lines[:_SHOWN], *more],
             )
         )
 
 
-def _fits(found: str, ours: str) -> bool:
-    return found == ours or (ours == "float32" and found in _FLOATS)
+def _fits(found: str, dtype: str) -> bool:
+    return found == dtype or (dtype == "float32" and found in _FLOATS)
 
 
 def wanted(
     row: TensorMap, shape: tuple[int, ...], found: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the names and shapes of theirs that make a parameter of ours of this shape."""
-    for index, names in enumerate(row.names(shape[0] if shape else 1)):
+    """Yield name and shape of each tensor in a file that makes up one parameter.
+
+    shape: of the parameter. found: shapes in the file by name; image models may have any patch.
+    """
+    for index, names in enumerate(row.layer_names(shape[0] if shape else 1)):
         for name in names:
-            yield name, row.layout.shape(row.one(shape), found.get(name, ()))
-        if row.layout.other:
-            yield row.other.replace("*", str(index)), row.layout.other(shape)
+            yield name, row.layout.file_shape(row.part_shape(shape), found.get(name, ()))
+        if row.layout.other_shape:
+            yield row.other.replace("*", str(index)), row.layout.other_shape(shape)
 
 
 def summarise(lines: list[str]) -> list[str]:
-    """Join lines that differ in the number of a layer only, as in "layer.{0..23}.norm1"."""
+    """Merge lines that differ only in the layer number, as in "layer.{0..23}.norm1"."""
     numbers: dict[str, list[int]] = {}
     for line in lines:
         found = re.search(r"(?<=\.)\d+(?=[. ])", line)
@@ -182,7 +189,7 @@ def summarise(lines: list[str]) -> list[str]:
 
 
 def _spans(numbers: list[int]) -> str:
-    """Write numbers as 3 or {0..23} or {0..3,7}."""
+    """Format numbers as 3, {0..23} or {0..3,7}."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:
@@ -202,9 +209,9 @@ def _path(path: tuple) -> str:
 
 
 def _place(host: np.ndarray, leaf: Any) -> jax.Array:
-    """Put an array where the leaf says; every process places its own shards."""
+    """Put an array on the sharding of its leaf; every process places its own shards."""
     if (sharding := getattr(leaf, "sharding", None)) is None:
         array = jax.device_put(host)
     else:
         array = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-    return jax.block_until_ready(array)  # until then the host's copy is not free
+    return jax.block_until_ready(array)  # the copy on the host is needed until then

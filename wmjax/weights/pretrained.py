@@ -1,4 +1,4 @@
-"""Open pretrained weights: which format they are in, and the model that they belong to."""
+"""Opens pretrained weights: finds their format and the model that they belong to."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -25,22 +25,22 @@ from wmjax.weights.files import (
 from wmjax.weights.images import Pixels
 from wmjax.weights.tables import Format
 
-CONFIG = "model.json"  # beside the weights in a folder of ours
-_SPEC = InputSpec(16, 256, 256)  # of weights that take clips of any size
-_PREFIXES = ("module.backbone.", "module.", "backbone.")  # of wrappers in Meta's checkpoints
+CONFIG = "model.json"  # beside the weights in an imported folder
+_SPEC = InputSpec(16, 256, 256)  # for weights that take clips of any size
+_PREFIXES = ("module.backbone.", "module.", "backbone.")  # that wrappers add to Meta's names
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Opened weights; only names and shapes are read yet.
+    """Opened weights, of which only names and shapes are read yet.
 
-    model: the `model` group of a configuration that builds such a model; of an image model the keys
-    of the encoder only. classifier: keyword arguments of its AttentiveClassifier, or {}.
-    labels: names of its classes. clip: {"frames", "size"} of a clip in training, or {} where the
-    files do not say. assumed: keys of model that neither the files nor the shapes tell.
-    notes: what was assumed, and what is left out. choices: keys of the encoders in a file that has
-    several. config, step: of the run that they come from. spec, statistics: what that run's model
-    was built for. trust: packages outside wmjax whose model may be imported.
+    where: path that errors name. model: the `model` group that builds the model; for an image model
+    the keys of the encoder only; {}: a classifier alone. classifier: keyword arguments of the
+    AttentiveClassifier, or {}. labels: names of the classes. clip: "frames" and "size" of a
+    training clip, or {} if the files do not say. assumed: keys of `model` that are a guess, because
+    neither files nor shapes say them. notes: lines to print: what was assumed, changed or dropped.
+    choices: encoders that a .pt file offers. config, step, spec, statistics: of the run that the
+    weights come from. trust: packages outside wmjax whose model may be imported.
     """
 
     where: str
@@ -60,19 +60,19 @@ class Pretrained:
     trust: tuple[str, ...] = ()
 
     def blueprint(self, compute: Compute) -> Blueprint:
-        """Return what the model is built from, to be computed in this way."""
+        """Return the blueprint of the model, computed as `compute` says."""
         group = {"name": "vjepa2", **self.model}
         built = Blueprint.of(group, self.spec, self.statistics, trust=self.trust)
         return dataclasses.replace(built, compute=compute)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the parts of our tree that it has: encoder, predictor, pooler, head."""
+        """Top-level parts of our tree that the weights contain, such as encoder and predictor."""
         return tuple(
             dict.fromkeys(
-                row.ours.partition(".")[0]
+                row.path.partition(".")[0]
                 for row in self.format.rows
-                if row.names(1)[0][0] in self.tensors.shapes
+                if row.layer_names(1)[0][0] in self.tensors.shapes
             )
         )
 
@@ -80,13 +80,13 @@ class Pretrained:
 def open_pretrained(
     source: str | Path, *, encoder: str = "target_encoder", trust: tuple[str, ...] = ()
 ) -> Pretrained:
-    """Open a folder, a model of the Hub (OWNER/NAME), a .pt file, or the workdir of a run.
+    """Open a folder, a model on the Hub (OWNER/NAME), a .pt file, or the workdir of a run.
 
-    Of a run it is the newest checkpoint, with the EMA target in place of what it follows.
+    A run gives its newest checkpoint, with the EMA target in place of the parameters it follows.
 
-    encoder: which encoder of Meta's checkpoint to take: target_encoder (the EMA, which all of its
-    evaluations use) or encoder. trust: packages outside wmjax whose model a run may name. Raises
-    UserError where it is no model that wmjax knows.
+    encoder: encoder to take from Meta's checkpoint: target_encoder (the EMA, which all of Meta's
+    evaluations use) or encoder. trust: packages outside wmjax from which the model of a run may be
+    imported. Raises UserError if no format fits.
     """
     path = find(str(source))
     if path.is_file():
@@ -97,7 +97,7 @@ def open_pretrained(
         return _run(path, trust)
     config = read_json(
         path / "config.json",
-        "a model in safetensors, with its configuration, or the workdir of a run",
+        "a model in safetensors with its configuration, or the workdir of a run",
     )
     kind = config.get("model_type")
     readers = {
@@ -133,21 +133,21 @@ def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
     data, model = config["data"], {k: v for k, v in config["model"].items() if k != "pretrained"}
     size = data["image_size"], data.get("image_width") or data["image_size"]
     spec = InputSpec(data["frames"], *size)
-    if "spec" in saved.meta:  # absent in checkpoints of older commits
+    if "spec" in saved.meta:  # checkpoints of older commits have none
         spec = InputSpec(**saved.meta["spec"])
     statistics = saved.meta.get("statistics", ())
     freeze = tuple(filter(None, config.get("optim", {}).get("freeze", "").split(",")))
     names = _saved_names(Blueprint.of(model, spec, statistics, freeze, trust))
-    held: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
 
-    def read(ours: str) -> Any:
-        if names[ours] not in held:  # all at once: an array by itself takes as long
-            held.update(saved.read(names.values()))
-        return held.pop(names[ours])
+    def read(path: str) -> Any:
+        if names[path] not in arrays:  # reading one array takes as long as reading all
+            arrays.update(saved.read(names.values()))
+        return arrays.pop(names[path])
 
     tensors = Tensors(
-        {ours: saved.shapes[name] for ours, name in names.items()},
-        {ours: saved.dtypes[name] for ours, name in names.items()},
+        {path: saved.shapes[name] for path, name in names.items()},
+        {path: saved.dtypes[name] for path, name in names.items()},
         read,
     )
     return Pretrained(
@@ -166,25 +166,25 @@ def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
 
 
 def _origins(names: Mapping[str, str]) -> str:
-    """Name the parts of a run's model, and those that are an EMA target; names: see above."""
+    """List the parts of a run's model and mark the EMA targets; names: as _saved_names returns."""
     parts = dict.fromkeys(path.partition(".")[0] for path in names)
     ema = {path.partition(".")[0] for path, name in names.items() if name.startswith("target.")}
     return ", ".join(f"{part} (the EMA target)" if part in ema else part for part in parts)
 
 
 def _saved_names(blueprint: Blueprint) -> dict[str, str]:
-    """Return the name in a checkpoint of each variable of a run's model, by our path."""
+    """Return path -> name in the checkpoint for each variable of a run's model."""
     trained = flatten_dict(blueprint.mask, sep=".")
     names = {path: f"{'params' if yes else 'frozen'}.{path}" for path, yes in trained.items()}
     paths = unflatten_dict({path: path for path in trained}, sep=".")
-    for place, path in flatten_dict(blueprint.abstract.followed(paths), sep=".").items():
+    for target_path, path in flatten_dict(blueprint.abstract.followed(paths), sep=".").items():
         if trained[path]:
-            names[path] = f"target.{place}"
+            names[path] = f"target.{target_path}"
     return names
 
 
 def _value(folder: Path, config: Mapping[str, Any], key: str, default: float) -> Any:
-    """Return a number of config.json; transformers leaves out what is as by default."""
+    """Return a number of config.json, which lacks keys that have their default in transformers."""
     value, wanted = config.get(key, default), type(default)
     if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else int):
         raise UserError(f"{folder / 'config.json'}: {key}={value!r}: wanted {wanted.__name__}")
@@ -194,11 +194,11 @@ def _value(folder: Path, config: Mapping[str, Any], key: str, default: float) ->
 
 
 def _only(folder: Path, config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse values that would make another function of the same weights."""
+    """Raise UserError for values with which the same weights would compute something else."""
     for key, value in wanted.items():
         if (found := config.get(key, value)) != value:
             raise UserError(
-                f"{folder / 'config.json'}: {key}={found!r}: our model has {value!r} only"
+                f"{folder / 'config.json'}: {key}={found!r}: wmjax supports {value!r} only"
             )
 
 
@@ -213,7 +213,7 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretra
         "width": width,
         "depth": get("num_hidden_layers", 24),
         "heads": heads,
-        "mlp_ratio": int(width * get("mlp_ratio", 4.0)) / width,  # cut to whole units there
+        "mlp_ratio": int(width * get("mlp_ratio", 4.0)) / width,  # transformers rounds down
         "patch": get("patch_size", 16),
         "tubelet": get("tubelet_size", 2),
         "rope": "tiled",
@@ -253,11 +253,11 @@ def _dinov2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretra
 
 
 def _pixels(folder: Path) -> Pixels | None:
-    """Return how the model's images are normalised; None where the folder does not say."""
+    """Return the pixel normalisation of an image model; None if the folder does not say."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None
-    found = read_json(path, "how images are normalised")
+    found = read_json(path, "image_mean and image_std")
     mean_std = []
     for key in Pixels._fields:
         value = found.get(f"image_{key}")
@@ -288,38 +288,38 @@ def _image(
         "patch": patch,
         "position_grid": side // patch,
     }
-    wrapped = f"{config['model_type']}."  # in a model with a head
+    wrapped = f"{config['model_type']}."  # prefix of names in a model with a head
     prefix = wrapped if any(name.startswith(wrapped) for name in tensors.shapes) else ""
     pixels = _pixels(folder)
     table = table_of(prefix, pixels or Pixels())
     dropped = [name for name in tensors.shapes if table.ignores(name)]
     notes = [
-        f"an image model: its patch kernel of {patch} px is resized to model.patch and spread over "
-        "the tubelet; frames look alike to it until time is learned",
-        f"left out: {', '.join(dropped)}",
+        f"image model: its patch kernel of {patch} px is resized to model.patch and spread over "
+        "the tubelet; positions in time start at 0",
+        f"dropped: {', '.join(dropped)}",
     ]
     if pixels is None:
-        notes.append("no preprocessor_config.json: pixels taken as normalised as ours are")
+        notes.append("no preprocessor_config.json: assumed the pixel normalisation of wmjax")
     elif pixels != Pixels():
-        notes.append("its normalisation of pixels is folded into the patch embedding")
+        notes.append("its pixel normalisation is folded into the patch embedding")
     if config["model_type"] == "dinov2_with_registers":
-        notes.append("positions are resized as Dinov2Model does, without antialiasing")
+        notes.append("positions are resized as in Dinov2Model, without antialiasing")
     if (eps := _value(folder, config, "layer_norm_eps", eps)) != EPS:
-        notes.append(
-            f"layer norms have epsilon {eps:g} there and {EPS:g} here, a negligible change"
-        )
+        notes.append(f"layer norm epsilon: {EPS:g} in place of {eps:g}, a negligible change")
     return Pretrained(str(folder), table, tensors, model, notes=tuple(notes))
 
 
 def _meta(path: Path, encoder: str) -> Pretrained:
     if path.suffix not in (".pt", ".pth", ".tar"):
-        raise UserError(f"{path}: no model: wanted a folder, OWNER/NAME on the Hub, or a .pt file")
+        raise UserError(
+            f"{path}: not a model; wanted a folder, OWNER/NAME on the Hub or a .pt file"
+        )
     found = open_torch(path)
     if "classifiers" in found:
         return _meta_classifier(path, found)
     if encoder not in found or not isinstance(found[encoder], dict):
         raise UserError(
-            f"{path}: no {encoder!r} in it; there are: {', '.join(map(str, found)) or 'no names'}"
+            f"{path}: has no {encoder!r}; it has: {', '.join(map(str, found)) or 'no names'}"
         )
     named = _state_dict(encoder, found[encoder])
     if isinstance(found.get("predictor"), dict):
@@ -330,7 +330,8 @@ def _meta(path: Path, encoder: str) -> Pretrained:
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != rank:
             raise UserError(
-                f"{path}: no V-JEPA 2: {name} is {shapes.get(name, 'absent')}; wanted {rank} axes"
+                f"{path}: not a V-JEPA 2: {name} is {shapes.get(name, 'absent')}; wanted {rank} "
+                "axes"
             )
         return shapes[name]
 
@@ -350,7 +351,7 @@ def _meta(path: Path, encoder: str) -> Pretrained:
     notes, assumed = [f"the encoder is {encoder}"], []
     if heads is None:
         assumed.append("heads")
-        notes.append(f"heads: {model['heads']} assumed, 64 wide; the file does not say")
+        notes.append(f"assumed {model['heads']} heads of width 64; the file does not say")
     if "predictor" in found:
         predictor_width, _ = shape("predictor.predictor_embed.weight", 2)
         model |= {
@@ -361,7 +362,10 @@ def _meta(path: Path, encoder: str) -> Pretrained:
         }
         if predictor_width != 384:
             assumed.append("predictor_heads")
-            notes.append(f"heads of the predictor: {model['predictor_heads']} assumed, 32 wide")
+            notes.append(
+                f"assumed {model['predictor_heads']} heads of width 32 in the predictor; the file "
+                "does not say"
+            )
     return Pretrained(
         str(path),
         tables.meta(encoder),
@@ -374,14 +378,16 @@ def _meta(path: Path, encoder: str) -> Pretrained:
 
 
 def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Pretrained:
-    """Open the probes of an evaluation: twenty were trained at once; the first is taken."""
+    """Open the first of the probes that Meta's evaluation trains at once (twenty, usually)."""
     probes = found["classifiers"]
     if not isinstance(probes, list) or not probes or not isinstance(probes[0], dict):
-        raise UserError(f"{path}: its classifiers are no list of state dicts")
+        raise UserError(f"{path}: classifiers: wanted a list of state dicts")
     tensors = torch_tensors(_state_dict("classifiers.0", probes[0]))
     head = tensors.shapes.get("classifiers.0.linear.weight")
     if head is None or len(head) != 2:
-        raise UserError(f"{path}: no attentive probe: classifiers.0.linear.weight is {head}")
+        raise UserError(
+            f"{path}: not an attentive probe: classifiers.0.linear.weight is {head}; wanted 2 axes"
+        )
     classifier = {
         "width": head[1],
         "heads": 16,
@@ -391,13 +397,13 @@ def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Pretrained:
     }
     notes = (
         f"the first of {len(probes)} probes",
-        "heads: 16 assumed, as all of Meta's evaluations have; the file does not say",
+        "assumed 16 heads, as in all of Meta's evaluations; the file does not say",
     )
     return Pretrained(str(path), tables.META_CLASSIFIER, tensors, {}, classifier, notes=notes)
 
 
 def _state_dict(key: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of one state dict, named KEY.NAME without the prefixes of wrappers."""
+    """Return the tensors of a state dict as KEY.NAME, without the prefixes of wrappers."""
     named = {}
     for name, tensor in tensors.items():
         prefix = next((p for p in _PREFIXES if name.startswith(p)), "")

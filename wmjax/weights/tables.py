@@ -1,6 +1,6 @@
-"""The formats of weights: each a table from the names in a file to the paths of our parameters.
+"""Formats of weights: a table each, from the names in a file to the paths of our parameters.
 
-A row serves both directions. No files are touched here, and nothing runs on a device.
+One row serves reading and writing. Works on NumPy arrays; opens no file.
 """
 
 import re
@@ -15,73 +15,75 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How a tensor of theirs lies in ours, both without the axis of the layers.
+    """Converts between a tensor in a file and a parameter, both without the layer axis.
 
-    shape: of theirs, from (shape of ours, shape found); ours: from (theirs, shape of ours, the
-    other tensor of the row); theirs: from ours, or None where that is not a way to go. other: shape
-    of the other tensor where it has no row of its own.
+    file_shape(our shape, shape found): shape that the tensor must have. read(tensor, our shape,
+    other tensor of the row): the parameter. write(parameter): the tensor; None: cannot be written.
+    other_shape(our shape): shape of the other tensor; None: another row checks it, or there is no
+    other tensor.
     """
 
-    shape: Callable[[Shape, Shape], Shape]
-    ours: Callable[[np.ndarray, Shape, Any], np.ndarray]
-    theirs: Callable[[np.ndarray], np.ndarray] | None = None
-    other: Callable[[Shape], Shape] | None = None
+    file_shape: Callable[[Shape, Shape], Shape]
+    read: Callable[[np.ndarray, Shape, Any], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray] | None = None
+    other_shape: Callable[[Shape], Shape] | None = None
 
 
 def _permuted(*axes: int) -> Layout:
-    """Lay out our axes in this order to get theirs."""
+    """Return the layout whose file has our axes in this order."""
     back = [axes.index(axis) for axis in range(len(axes))]
     return Layout(
         lambda ours, _: tuple(ours[axis] for axis in axes),
-        lambda theirs, *_: theirs.transpose(back),
+        lambda tensor, *_: tensor.transpose(back),
         lambda ours: ours.transpose(axes),
     )
 
 
-SAME = Layout(lambda ours, _: ours, lambda theirs, *_: theirs, lambda ours: ours)
+SAME = Layout(lambda ours, _: ours, lambda tensor, *_: tensor, lambda ours: ours)
 LINEAR = _permuted(1, 0)
 CONV3D = _permuted(4, 3, 0, 1, 2)
-# With LayerScale, the other tensor, multiplied into it.
-SCALED = Layout(SAME.shape, images.scaled, other=lambda ours: ours[-1:])
-SCALED_LINEAR = Layout(LINEAR.shape, images.scaled_linear, other=lambda ours: ours[-1:])
+# The other tensor is the gain of LayerScale; reading multiplies it in.
+SCALED = Layout(SAME.file_shape, images.scaled, other_shape=lambda ours: ours[-1:])
+SCALED_LINEAR = Layout(LINEAR.file_shape, images.scaled_linear, other_shape=lambda ours: ours[-1:])
 POSITIONS = Layout(images.position_shape, images.positions)
 
 
 class TensorMap(NamedTuple):
-    """One of our parameters and what it is in a file.
+    """One of our parameters and the tensors of a file that it is made of.
 
-    ours: its path, as in encoder.norm.scale. theirs: names; `*` counts our first axis, the layers,
-    and several names are parts side by side along our last axis. other: a further tensor that the
-    layout takes.
+    path: of the parameter, as in encoder.norm.scale. names: of the tensors. `*` stands for the
+    layer number, which is our first axis. Several names are parts side by side along our last axis,
+    such as query, key and value. other: one more tensor that the layout needs.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    path: str
+    names: tuple[str, ...]
     layout: Layout = SAME
     other: str = ""
 
     @property
     def stacked(self) -> bool:
-        return "*" in self.theirs[0]
+        return "*" in self.names[0]
 
-    def names(self, depth: int) -> list[tuple[str, ...]]:
-        """Return the names of the parts, layer by layer; what is not stacked has one."""
+    def layer_names(self, depth: int) -> list[tuple[str, ...]]:
+        """Return the names of the parts for each layer; one layer if the row is not stacked."""
         layers = range(depth if self.stacked else 1)
-        return [tuple(name.replace("*", str(i)) for name in self.theirs) for i in layers]
+        return [tuple(name.replace("*", str(i)) for name in self.names) for i in layers]
 
-    def one(self, shape: Shape) -> Shape:
-        """Return the shape of one part of one layer, laid out as ours."""
+    def part_shape(self, shape: Shape) -> Shape:
+        """Return the shape of one part of one layer, in our layout; shape: of the parameter."""
         inner = shape[1:] if self.stacked else shape
-        if len(self.theirs) == 1:
+        if len(self.names) == 1:
             return inner
-        return *inner[:-1], inner[-1] // len(self.theirs)
+        return *inner[:-1], inner[-1] // len(self.names)
 
 
 class Format(NamedTuple):
-    """A table with its name. ignored: patterns of names that we have no use for.
+    """A table and its name.
 
-    zeros: our paths that the format knows nothing of and that begin at zero. of_images: for an
-    encoder alone, whose patch may have any size.
+    ignored: patterns of names that are dropped. zeros: our paths that the format does not have;
+    they are loaded as zeros. of_images: True for an image model, which gives an encoder only and
+    may have another patch size.
     """
 
     name: str
@@ -91,10 +93,10 @@ class Format(NamedTuple):
     of_images: bool = False
 
     def part(self, name: str) -> str | None:
-        """Return the part of our model, as in "encoder", that a name of theirs belongs to."""
+        """Return the part of our model, such as "encoder", that a name in a file belongs to."""
         for row in self.rows:
-            if any(matches(pattern, name) for pattern in (*row.theirs, row.other)):
-                return row.ours.partition(".")[0]
+            if any(matches(pattern, name) for pattern in (*row.names, row.other)):
+                return row.path.partition(".")[0]
         return None
 
     def ignores(self, name: str) -> bool:
@@ -102,63 +104,63 @@ class Format(NamedTuple):
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Say whether a name fits a pattern, in which `*` is a number and a final `.` any rest."""
+    """Return whether a name fits a pattern: `*` is a number, a final `.` allows any suffix."""
     expression = re.escape(pattern).replace(r"\*", r"\d+") + (".*" if pattern.endswith(".") else "")
     return re.fullmatch(expression, name) is not None
 
 
-def _norm(ours: str, theirs: str) -> list[TensorMap]:
+def _norm(path: str, name: str) -> list[TensorMap]:
     return [
-        TensorMap(f"{ours}.scale", (f"{theirs}.weight",)),
-        TensorMap(f"{ours}.bias", (f"{theirs}.bias",)),
+        TensorMap(f"{path}.scale", (f"{name}.weight",)),
+        TensorMap(f"{path}.bias", (f"{name}.bias",)),
     ]
 
 
-def _linear(ours: str, *theirs: str, gain: str = "") -> list[TensorMap]:
+def _linear(path: str, *names: str, gain: str = "") -> list[TensorMap]:
     kernel, bias = (SCALED_LINEAR, SCALED) if gain else (LINEAR, SAME)
     return [
-        TensorMap(f"{ours}.kernel", tuple(f"{name}.weight" for name in theirs), kernel, gain),
-        TensorMap(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), bias, gain),
+        TensorMap(f"{path}.kernel", tuple(f"{name}.weight" for name in names), kernel, gain),
+        TensorMap(f"{path}.bias", tuple(f"{name}.bias" for name in names), bias, gain),
     ]
 
 
-def _tubelets(ours: str, theirs: str) -> list[TensorMap]:
+def _tubelets(path: str, name: str) -> list[TensorMap]:
     return [
-        TensorMap(f"{ours}.kernel", (f"{theirs}.weight",), CONV3D),
-        TensorMap(f"{ours}.bias", (f"{theirs}.bias",)),
+        TensorMap(f"{path}.kernel", (f"{name}.weight",), CONV3D),
+        TensorMap(f"{path}.bias", (f"{name}.bias",)),
     ]
 
 
-def _patches(ours: str, theirs: str, pixels: images.Pixels) -> list[TensorMap]:
+def _patches(path: str, name: str, pixels: images.Pixels) -> list[TensorMap]:
     kernel = Layout(images.patch_shape, pixels.kernel)
-    bias = Layout(SAME.shape, pixels.bias)
+    bias = Layout(SAME.file_shape, pixels.bias)
     return [
-        TensorMap(f"{ours}.kernel", (f"{theirs}.weight",), kernel),
-        TensorMap(f"{ours}.bias", (f"{theirs}.bias",), bias, f"{theirs}.weight"),
+        TensorMap(f"{path}.kernel", (f"{name}.weight",), kernel),
+        TensorMap(f"{path}.bias", (f"{name}.bias",), bias, f"{name}.weight"),
     ]
 
 
 def _blocks(
-    ours: str,
-    theirs: str,
+    path: str,
+    name: str,
     qkv: tuple[str, ...],
     proj: str,
     norms: tuple[str, str] = ("norm1", "norm2"),
     mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2"),
     gains: tuple[str, str] = ("", ""),
 ) -> list[TensorMap]:
-    """Return the rows of a stack; names are within a block of theirs."""
+    """Return the rows of a stack of blocks; names are relative to a block in the file."""
 
-    def full(name: str) -> str:
-        return name and f"{theirs}.{name}"
+    def full(inner: str) -> str:
+        return inner and f"{name}.{inner}"
 
     return [
-        *_norm(f"{ours}.norm1", full(norms[0])),
-        *_linear(f"{ours}.attention.qkv", *map(full, qkv)),
-        *_linear(f"{ours}.attention.proj", full(proj), gain=full(gains[0])),
-        *_norm(f"{ours}.norm2", full(norms[1])),
-        *_linear(f"{ours}.mlp.fc1", full(mlp[0])),
-        *_linear(f"{ours}.mlp.fc2", full(mlp[1]), gain=full(gains[1])),
+        *_norm(f"{path}.norm1", full(norms[0])),
+        *_linear(f"{path}.attention.qkv", *map(full, qkv)),
+        *_linear(f"{path}.attention.proj", full(proj), gain=full(gains[0])),
+        *_norm(f"{path}.norm2", full(norms[1])),
+        *_linear(f"{path}.mlp.fc1", full(mlp[0])),
+        *_linear(f"{path}.mlp.fc2", full(mlp[1]), gain=full(gains[1])),
     ]
 
 
@@ -206,9 +208,9 @@ VJEPA2_CLASSIFIER = Format(
 
 
 def meta(encoder: str) -> Format:
-    """Return the table of Meta's checkpoints, whose encoder is under this key.
+    """Return the table of Meta's checkpoints; encoder: the key of the encoder to read.
 
-    Released files may hold fixed position tables, which no model with RoPE reads.
+    Released files may contain fixed position tables. Models with RoPE do not use them.
     """
     qkv = ("attn.qkv",)
     return Format(
@@ -280,18 +282,18 @@ def _image(
 
 
 def vit(prefix: str, pixels: images.Pixels) -> Format:
-    """Return the table of ViTModel; prefix: of its names in a model with a head."""
+    """Return the table of ViTModel; prefix: of the names where the model has a head."""
     norms, mlp = ("layernorm_before", "layernorm_after"), ("intermediate.dense", "output.dense")
     return _image("ViTModel of transformers", prefix, pixels, norms, mlp)
 
 
 def dinov2(prefix: str, pixels: images.Pixels) -> Format:
-    """Return the table of Dinov2Model; prefix: of its names in a model with a head."""
+    """Return the table of Dinov2Model; prefix: of the names where the model has a head."""
     norms, mlp = ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2")
     gains = ("layer_scale1.lambda1", "layer_scale2.lambda1")
     return _image("Dinov2Model of transformers", prefix, pixels, norms, mlp, gains)
 
 
 def own(names: list[str]) -> Format:
-    """Return the table of a folder of wmjax: names are our paths."""
+    """Return the table of wmjax's own weights, whose names are our paths."""
     return Format("wmjax", tuple(TensorMap(name, (name,)) for name in names))
