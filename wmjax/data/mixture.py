@@ -1,4 +1,4 @@
-"""Several datasets as one source, brought to one shape: what a dataset lacks is filler and masked.
+"""Several datasets as one source of clips with one shape; missing values are zeros and masked.
 
 NumPy only; knows no file format.
 """
@@ -12,14 +12,15 @@ from wmjax.data.source import Dataset, Picture, Source
 
 
 class Mixture(Source):
-    """Clips of named sources that differ in views, stride, and the sizes of state and action.
+    """Clips of several named sources, padded to one shape.
 
-    Every clip has the most of each: views without frames, and zeros whose mask is False, fill it.
-    Its labels are those that all of them have, in one size.
+    Each size (views, stride, state_size, action_size) is the largest of the sources. Missing views
+    have no frames; missing numbers are zeros with mask False. label_sizes: labels that all sources
+    have in the same size.
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float]):
-        """weights: shares of the clips drawn, whatever the datasets' sizes and their sum."""
+        """weights: relative shares of the clips drawn; they need not add up to 1."""
         self._sources, self._names = list(sources.values()), list(sources)
         self.notes = [note for source in self._sources for note in source.notes]
         self._weights = [weights[name] / sum(weights.values()) for name in sources]
@@ -58,12 +59,12 @@ class Mixture(Source):
 
     def labels(self, dataset: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
         episode, labels = self._sources[dataset].labels(0, index)
-        # Every episode of every dataset gets a number of its own.
+        # Unique over all datasets.
         episode = episode * len(self._sources) + dataset
         return episode, {name: labels[name] for name in self.label_sizes}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a clip of one of the sources, padded to the sizes of all."""
+        """Return clip `index`, padded to the sizes of the mixture."""
         return self.read(index, lambda frame: frame)
 
     def read(self, index: int, picture: Picture) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class Mixture(Source):
         ]
 
     def describe(self) -> str:
-        """Say what was opened, a line a dataset, and the shape that clips of all have."""
+        """Return a line for the common shape of the clips, and a line for each dataset."""
         members = zip(self._names, self._weights, self._sources, strict=True)
         return "\n".join(
             [
@@ -107,7 +108,7 @@ def _starts(lengths: list[int]) -> np.ndarray:
 
 
 def _locate(starts: np.ndarray, index: int) -> tuple[int, int]:
-    """Return which part holds `index`, and its place there."""
+    """Return (number of the part that contains index, index in that part)."""
     part = int(np.searchsorted(starts, index, side="right")) - 1
     return part, int(index - starts[part])
 

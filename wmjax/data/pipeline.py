@@ -1,8 +1,8 @@
-"""The path of a batch: order of the draws -> clips, read ahead -> batch -> devices.
+"""The path of a batch: shuffled draws -> clips, read ahead -> batch -> devices.
 
-A Grain graph, read top to bottom in `Pipeline`. All randomness is keyed by (seed, purpose,
-position in the endless stream), so epochs differ, resumes do not, and no two processes draw the
-same crop. jax is loaded only where batches are placed.
+`Pipeline` builds it as a Grain graph. Every random draw is keyed by (seed, purpose, position in the
+endless stream). So each epoch has new crops and masks, a resumed run repeats the same ones, and no
+two processes draw the same. jax is imported in `Pipeline` only.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from wmjax.data.source import Source
 from wmjax.data.workers import Workers
 from wmjax.masking import Masks
 
-_MIX = 64  # clips within which a mixture is shuffled, each dataset having its share of them
+_MIX = 64  # a mixture is shuffled within windows of this many clips
 
 
 class Pipeline:
-    """An endless iterator of WorldModelInput batches whose position is one number.
+    """An endless iterator of WorldModelInput batches on the devices.
 
-    position counts the clips of the global stream that were handed out: it does not depend on the
-    number of processes, so a run goes on elsewhere exactly where it was.
+    position: number of clips delivered from the global stream. It does not depend on the number of
+    processes, so a run resumes with the same clips on another number of hosts.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Pipeline:
     ) -> None:
         """Build the graph and start reading at `position`.
 
-        batch_size: clips in the global batch; sharding: of its first axis over the mesh.
-        crop_scale, crop_aspect: as in Reader. threads: of this process, that read clips; workers:
-        processes that do in their place. prefetch: clips read ahead, at least one for each; 0: two
-        batches. on_error: 'raise', or 'skip' clips that cannot be read, as in Reader and Skips.
+        batch_size: clips of the global batch. sharding: of a batch over the mesh. crop_scale,
+        crop_aspect: as in Reader. threads: reader threads of this process. workers: reader
+        processes, in place of the threads; 0: none. prefetch: clips read ahead, at least one for
+        each thread or worker; 0: two batches. on_error: 'raise'; 'skip' replaces clips that cannot
+        be read (see Reader). max_skip_share: largest share of replaced clips (see Skips).
         """
         import jax
 
@@ -106,7 +107,7 @@ class Pipeline:
         return self
 
     def __next__(self) -> Any:
-        self._skips.check()  # before the position moves on
+        self._skips.check()  # before the position advances
         batch, drawn, skipped = next(self._iterator)
         self._skips.count(int(drawn.sum()), skipped)
         self._drawn += drawn
@@ -114,9 +115,10 @@ class Pipeline:
         return batch
 
     def report(self) -> dict[str, float]:
-        """Tell of the clips since the last report: shares of a mixture's datasets, clips skipped.
+        """Return figures of the clips since the last report, counted in this process.
 
-        Counted on the host, over the clips of this process.
+        mixture/NAME: share of the clips from a dataset of a mixture. data_skipped: clips replaced,
+        with on_error='skip'.
         """
         drawn, self._drawn = self._drawn, np.zeros_like(self._drawn)
         skipped, self._skipped = self._skipped, 0
@@ -128,31 +130,31 @@ class Pipeline:
 
     @property
     def position(self) -> int:
-        """Clips of the global stream handed out so far."""
+        """Clips of the global stream delivered so far."""
         return self._iterator.get_state()["next_index"] * self._processes
 
     @property
     def worker_pids(self) -> list[int]:
-        """The processes that read clips; none where threads of this one do."""
+        """Process ids of the workers; empty where threads read."""
         return self._workers.pids if self._workers else []
 
     def close(self) -> None:
         """Stop the reading threads and processes."""
-        if self._workers:  # first: threads wait for what they were asked
+        if self._workers:  # first, because threads wait for replies of the workers
             self._workers.close()
         self._iterator.close()
 
 
 def _order(source: Source, seed: int) -> grain.MapDataset:
-    """Stream the numbers of the draws without end: each dataset shuffled anew every pass, mixed."""
+    """Return an endless stream of draws: each dataset shuffled anew in every pass, then mixed."""
     streams = [
         grain.MapDataset.source(dataset.draws).seed(seed + i).shuffle().repeat()
         for i, dataset in enumerate(source.datasets)
     ]
     if len(streams) == 1:
         return streams[0]
-    # Grain takes weights in hundredths of the least: 0.7 to 0.3 is 233 to 100.
+    # Grain rounds weights to hundredths of the smallest: 0.7 and 0.3 become 233 and 100.
     mixed = grain.MapDataset.mix(streams, [dataset.weight for dataset in source.datasets])
-    # Mixed by a fixed pattern, in which every second clip, say, may be of one dataset: processes
-    # take every n-th clip, and each is to see, and decode, of all.
+    # Grain mixes by a fixed pattern, and process i of n takes every n-th clip. Without this shuffle
+    # a process could get clips of one dataset only.
     return grain.experimental.WindowShuffleMapDataset(mixed, window_size=_MIX, seed=seed)

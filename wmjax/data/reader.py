@@ -1,7 +1,7 @@
-"""From the number of a draw to the arrays of a clip: window -> frames -> crop and scale -> masks.
+"""Reads the arrays of a clip: window -> decoded frames -> crop and scale -> masks.
 
-All randomness is keyed by (seed, purpose, position in the stream). NumPy and libav, never jax:
-worker processes run this.
+Every random draw is keyed by (seed, purpose, position in the stream). Worker processes run this
+room, so it imports NumPy and libav and never jax.
 """
 
 import functools
@@ -14,18 +14,20 @@ from wmjax.data.source import Source
 from wmjax.errors import ClipError
 from wmjax.masking import Masks
 
-Clip = dict[str, Any]  # arrays by name, as Reader.dtype has them
+Clip = dict[str, Any]  # arrays by name; names and shapes: Reader.dtype
 
-_CROP, _MASK, _DRAW = 0, 1, 2  # purposes that a random stream is keyed by
-_ATTEMPTS = 20  # others tried in the place of one clip
+_CROP, _MASK, _DRAW = 0, 1, 2  # purposes, part of the key of a random stream
+_ATTEMPTS = 20  # replacements tried for one clip
 
 
 class Reader:
-    """Reads the clips of a stream, each by its position and the number drawn there.
+    """Reads clips of a stream, each given by its position and its draw.
 
-    crop_scale: area of the random crop as a share of the frame; None: the largest centred one.
-    skip: a clip that cannot be read gives way to another of the same dataset, chosen by (seed,
-    position, attempt), so that a run reads the same clips again.
+    height, width: of a clip in pixels. crop_scale: (lowest, highest) area of the random crop, as a
+    share of the frame; None: the largest centred crop. crop_aspect: (lowest, highest) width /
+    height of the random crop. skip: replace a clip that cannot be read by another clip of its
+    dataset. The replacement depends on (seed, position, attempt), so a resumed run reads the same
+    clips.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Reader:
 
     @property
     def dtype(self) -> np.dtype:
-        """Name, type and shape of all that a clip consists of."""
+        """Name, dtype and shape of each array of a clip, as a structured dtype."""
         source, sizes = self._source, self._masks.sizes.values()
         state_TS = (source.frames, source.state_size)
         action_TPA = (source.frames, source.stride, source.action_size)
@@ -69,9 +71,9 @@ class Reader:
         )
 
     def read(self, position: int, number: int) -> tuple[Clip, list[ClipError]]:
-        """Return the clip of draw `number` at `position`, and what could not be read before it.
+        """Return the clip of draw `number` at `position`, and the errors of clips that it replaces.
 
-        Threads may call this at once.
+        Raises ClipError if the clip cannot be read and is not skipped. Thread-safe.
         """
         index, sample, errors = self._sample(position, number)
         part, index_in_part = self._source.locate(index)
@@ -100,7 +102,7 @@ class Reader:
         return clip, errors
 
     def _box(self, position: int, height: int, width: int) -> Box:
-        """Draw the crop of a clip with frames of this size."""
+        """Draw the crop of a clip whose frames have this size."""
         out_aspect = self._width / self._height
         if self._crop_scale is None:
             return centre_box(height, width, out_aspect)
@@ -108,7 +110,7 @@ class Reader:
         return random_box(rng, height, width, self._crop_scale, self._crop_aspect, out_aspect)
 
     def _sample(self, position: int, number: int) -> tuple[int, dict[str, Any], list[ClipError]]:
-        """Return index and sample of draw `number`, frames scaled, or of another in its place."""
+        """Return (index, sample with scaled frames, errors) of draw `number` or its replacement."""
         box = functools.partial(self._box, position)
         draws = next(d.draws for d in self._source.datasets if number in d.draws)
         errors: list[ClipError] = []

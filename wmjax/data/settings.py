@@ -1,4 +1,4 @@
-"""The keys of the `data` group: their checks, and sources from outside wmjax.
+"""The `data` group of a configuration: checks of its values, and sources from outside wmjax.
 
 Takes the group as a plain dict; knows no ConfigDict and no jax.
 """
@@ -16,14 +16,14 @@ from wmjax.plugins import resolve
 
 SOURCES = ("lerobot", "synthetic")
 SIZES = ("views", "frames", "stride", "state_size", "action_size")
-# Keys in which the datasets of a mixture may differ.
+# Keys that data.members may set for one dataset of a mixture.
 OF_A_MEMBER = ("cameras", "state", "action", "fps", "stride", "ends", "clips_per_episode")
 
 Data = Mapping[str, Any]
 
 
 def check(data: Data) -> None:
-    """Raise UserError for values that are out of range or contradict each other."""
+    """Raise UserError for values of the `data` group that are out of range or contradictory."""
     if ":" not in data["source"]:
         check_choice("data.source", data["source"], SOURCES)
     check_choice("data.reader", data["reader"], ("native", "lerobot"))
@@ -31,7 +31,7 @@ def check(data: Data) -> None:
     check_choice("data.on_error", data["on_error"], ("raise", "skip"))
     for key in ("frames", "image_size", "batch_size", "threads"):
         check_above(f"data.{key}", data[key])
-    if not data["stride"]:  # which takes the place of fps
+    if not data["stride"]:  # with a stride, fps is not used
         check_above("data.fps", data["fps"])
     for key in ("image_width", "stride", "clips_per_episode", "prefetch"):
         check_least(f"data.{key}", data[key])
@@ -43,12 +43,15 @@ def check(data: Data) -> None:
 
 
 def size(data: Data) -> tuple[int, int]:
-    """Return height and width of the clips in pixels; an empty data.image_width means square."""
+    """Return (height, width) of a clip in pixels; an empty data.image_width means square."""
     return data["image_size"], data["image_width"] or data["image_size"]
 
 
 def mixture(data: Data) -> dict[str, tuple[str, float]]:
-    """Return folder and weight of each dataset in data.mixture, by the folder's name."""
+    """Parse data.mixture: {name of the folder: (folder, weight)}.
+
+    Raises UserError for a wrong entry, or two folders of the same name.
+    """
     members: dict[str, tuple[str, float]] = {}
     for item in data["mixture"].split(","):
         root, _, text = item.strip().rpartition(":")
@@ -57,12 +60,14 @@ def mixture(data: Data) -> dict[str, tuple[str, float]]:
         except ValueError:
             weight = 0.0
         if not root or not 0 < weight < float("inf"):
-            raise UserError(f"data.mixture: {item!r}: wanted DIR:WEIGHT with a weight above 0")
+            raise UserError(
+                f"data.mixture: found {item!r}, wanted DIR:WEIGHT with a weight above 0"
+            )
         name = Path(root).name
         if name in members:
             raise UserError(
                 f"data.mixture: two folders are called {name}: {members[name][0]} and {root}; "
-                "wanted different names, by which reports tell them apart"
+                "wanted different names, because reports use them"
             )
         members[name] = root, weight
     return members
@@ -71,13 +76,13 @@ def mixture(data: Data) -> dict[str, tuple[str, float]]:
 def _check_origin(data: Data) -> None:
     if data["source"] == "lerobot" and not (data["root"] or data["repo_id"] or data["mixture"]):
         raise UserError(
-            "data.root is empty: give the dataset's folder with --config.data.root=DIR, or its "
-            "name on the Hub with --config.data.repo_id=OWNER/NAME"
+            "data.root is empty: wanted a dataset's folder, --config.data.root=DIR, or its name on "
+            "the Hub, --config.data.repo_id=OWNER/NAME"
         )
     if data["source"] == "synthetic" and (data["root"] or data["repo_id"]):
         raise UserError(
             f"data.source='synthetic' with data.root={data['root']!r} and data.repo_id="
-            f"{data['repo_id']!r}: generated video reads neither; to read the recording: "
+            f"{data['repo_id']!r}: generated video reads no dataset; to read one: "
             "--config.data.source=lerobot"
         )
     if data["repo_id"] and (data["root"] or data["mixture"]):
@@ -86,16 +91,14 @@ def _check_origin(data: Data) -> None:
             f"data.mixture={data['mixture']!r}: wanted exactly one of them"
         )
     if data["revision"] and not data["repo_id"]:
-        raise UserError(
-            f"data.revision={data['revision']!r}: goes with data.repo_id, which is empty"
-        )
+        raise UserError(f"data.revision={data['revision']!r}: wanted data.repo_id, which is empty")
 
 
 def _check_members(data: Data) -> None:
     if data["mixture"] and (data["root"] or data["source"] != "lerobot"):
         raise UserError(
             f"data.mixture={data['mixture']!r} with data.root={data['root']!r} and "
-            f"data.source={data['source']!r}: wanted a mixture alone, of lerobot"
+            f"data.source={data['source']!r}: wanted an empty data.root and data.source='lerobot'"
         )
     names = list(mixture(data)) if data["mixture"] else []
     for name, settings in data["members"].items():
@@ -107,21 +110,22 @@ def _check_members(data: Data) -> None:
         for key in settings:
             if key not in OF_A_MEMBER:
                 raise UserError(
-                    f"data.members.{name}.{key}: not a setting of one dataset"
+                    f"data.members.{name}.{key}: cannot differ between datasets"
                     f"{suggest(key, OF_A_MEMBER)}; there are: {', '.join(OF_A_MEMBER)}"
                 )
 
 
 def options_of(source: str) -> dict[str, Any]:
-    """Return the options of a source from outside, package.module:Name, with their defaults."""
+    """Return the arguments with defaults of a source from outside: {name: default}."""
     parameters = inspect.signature(resolve("data.source", source, {})).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def open_outside(data: Data, **given: Any) -> Source:
-    """Build the source from outside that data.source names, and try its first clip.
+    """Build the source package.module:Name that data.source names, and check its first clip.
 
-    It gets by name what its parameters ask for: any key of the data group, and of `given`.
+    Its arguments are filled by name from the data group and from `given`. Raises UserError for an
+    argument that neither has, for missing sizes, and for a first clip of other sizes.
     """
     key = f"data.source={data['source']!r}"
     build = resolve("data.source", data["source"], {})
@@ -132,8 +136,8 @@ def open_outside(data: Data, **given: Any) -> Source:
             wanted[parameter.name] = values[parameter.name]
         elif parameter.default is parameter.empty:
             raise UserError(
-                f"{key}: asks for {parameter.name}, which is neither a key of data nor one of "
-                f"{', '.join(given)}"
+                f"{key}: its argument {parameter.name} has no default and is neither a key of data "
+                f"nor one of {', '.join(given)}"
             )
     source = build(**wanted)
     missing = [name for name in SIZES if not hasattr(source, name)]
@@ -147,7 +151,7 @@ def open_outside(data: Data, **given: Any) -> Source:
 
 
 def _check_clip(key: str, source: Source) -> None:
-    """Raise UserError unless the first clip has the sizes that the source gives."""
+    """Raise UserError unless clip 0 has the sizes that the source states."""
     clip = source[0]
     found = {
         "views": len(clip["frames_VT"]),
@@ -163,4 +167,4 @@ def _check_clip(key: str, source: Source) -> None:
     }
     for name, size in wanted.items():
         if found[name] != size:
-            raise UserError(f"{key}: {name} of its clip 0 is {found[name]}; it says {size}")
+            raise UserError(f"{key}: {name} of clip 0: found {found[name]}, wanted {size}")

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a source of clips: a recording, a generator, or a mixture of them."""
+"""The contract of a source of clips: a recording, a generator, a mixture, or one of your own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,38 +7,39 @@ import numpy as np
 
 
 def counted(number: int, noun: str) -> str:
-    """Return e.g. "1 view" or "2 views"."""
+    """Return a number with its noun: "1 view", "2 views"."""
     return f"{number} {noun}" + "s" * (number != 1)
 
 
 class Dataset(NamedTuple):
-    """One dataset of a source: its name, the numbers of its draws, and its weight in a mixture."""
+    """One dataset of a source: its name, its range of draws, and its weight in a mixture."""
 
     name: str
     draws: range
     weight: float
 
 
-Picture = Callable[[Any], Any]  # crops and scales a frame
+Picture = Callable[[Any], Any]  # converts a decoded frame: crops and scales it
 
 
 class Source:
-    """Clips by index. A subclass sets the sizes and defines __len__ and __getitem__.
+    """Clips by index. A subclass sets the sizes below and defines __len__ and __getitem__.
 
-    The other methods have defaults that fit one plain dataset. A clip is a dict: frames_VT (views x
-    frames, each an av.VideoFrame or uint8 HWC array; a missing view has no frames), state_TS and
-    action_TPA (float32), episode, start. Where not everything was recorded, state_mask_TS and
-    action_mask_TPA are False.
+    All other methods have defaults for a single dataset. A clip is a dict:
+    frames_VT: a list of frames for each view, each an av.VideoFrame or a uint8 RGB HWC array; a
+    missing view has an empty list. state_TS, action_TPA: float32. episode, start: int, the episode
+    and its first frame. state_mask_TS, action_mask_TPA: optional bool, False where a number was
+    not recorded.
     """
 
-    # Sizes of every clip. stride: recorded frames between two sampled ones, P of action_TPA.
+    # Sizes of every clip. stride: recorded frames between two sampled frames, P of action_TPA.
     views: int
     frames: int
     stride: int
     state_size: int
     action_size: int
-    label_sizes: Mapping[str, int] = {}  # labels for probes: name -> count of numbers
-    notes: Sequence[str] = ()  # warnings about the data, and what was assumed: a line each
+    label_sizes: Mapping[str, int] = {}  # labels of the probe: name -> count of numbers
+    notes: Sequence[str] = ()  # warnings and assumptions about the data, a line each
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -49,14 +50,14 @@ class Source:
     def read(self, index: int, picture: Picture) -> dict[str, Any]:
         """Return clip `index` with picture(frame) in place of each frame.
 
-        picture is called as soon as a frame is decoded: view after view, frames in order.
+        picture is called directly after a frame is decoded, in order of views, then frames.
         """
         clip = self[index]
         frames_VT = [[picture(frame) for frame in frames] for frames in clip["frames_VT"]]
         return clip | {"frames_VT": frames_VT}
 
     def describe(self) -> str:
-        """Describe in a line what was opened."""
+        """Return a line for the console that describes the source."""
         return f"{type(self).__name__}: {len(self)} clips of {self.frames} frames"
 
     @property
@@ -65,22 +66,22 @@ class Source:
         return len(self)
 
     def draw(self, number: int, rng: np.random.Generator) -> int:
-        """Return the clip that draw `number` of a pass gives."""
+        """Return the index of the clip for draw `number` of a pass; rng: for random choices."""
         return number
 
     @property
     def datasets(self) -> list[Dataset]:
-        """The datasets of the source, each with its share of the draws."""
+        """The datasets of the source, each with its range of draws."""
         return [Dataset("", range(self.draws), 1.0)]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return the number of the dataset that has clip `index`, and its index in that dataset."""
+        """Return (number of the dataset that contains clip `index`, index in that dataset)."""
         return 0, index
 
     def labels(self, dataset: int, index: int) -> tuple[int, Mapping[str, np.ndarray]]:
-        """Return episode and labels (TL by name, at the sampled frames) of a dataset's clip."""
+        """Return (episode, labels) of a clip; labels: arrays (frames, numbers) by name."""
         raise NotImplementedError
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return a summary of state and action for each dataset (see nn/normalize.py); []: none."""
+        """Return statistics of state and action by dataset (see nn/normalize.py); []: none."""
         return []

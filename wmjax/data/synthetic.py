@@ -1,7 +1,6 @@
-"""Generated video of moving, occluding shapes whose positions and motion are known.
+"""Generated video of moving shapes with known positions, for first runs, tests and probes.
 
-A source as LeRobotSource is one, for the first run, for tests and for probes. NumPy only, and only
-operations that every platform rounds alike: jax and models are not imported here.
+NumPy only, and only operations that every platform rounds equally. Imports no jax and no models.
 """
 
 from typing import Any
@@ -11,21 +10,21 @@ import numpy as np
 from wmjax.data.source import Source, counted
 from wmjax.errors import UserError
 
-FPS = 10.0  # of the generated recording, before the stride
-SHAPES = ("circle", "square", "triangle")  # the order of the state
+FPS = 10.0  # frame rate of the generated recording, before the stride
+SHAPES = ("circle", "square", "triangle")  # in the order of the state
 COLOURS = np.array([(235, 60, 50), (60, 220, 90), (70, 110, 245)], np.uint8)  # of SHAPES
 SPLITS = ("train", "validation")
 
-_PURPOSE = 0x5CE7E  # keeps these streams apart from others keyed by (seed, purpose, position)
+_PURPOSE = 0x5CE7E  # part of the key of a random stream, as the purposes in reader.py
 
 
 class SyntheticSource(Source):
-    """Clips of three shapes that bounce off the walls and cover each other over a soft texture.
+    """Clips of three shapes that bounce off the walls and occlude each other, over a soft texture.
 
-    A clip is a function of (seed, split, index). The state holds x and y of every shape as shares
-    of width and height, the action the step that each takes until the next recorded frame, so a
-    clip's actions add up to the change of its state. Odd views are mirrored and every view has its
-    colour channels turned by one more; views repeat after six.
+    A clip depends on (seed, split, index) only. State: x and y of every shape, as shares of width
+    and height. Action: the move of every shape until the next recorded frame, so the actions of a
+    clip add up to the change of its state. Odd views are mirrored, and view v has its colour
+    channels rotated by v; views repeat after six.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class SyntheticSource(Source):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Give frames_VT (lists of uint8 HWC), state_TS, action_TPA, episode and start."""
+        """Return clip `index`, with uint8 HWC frames. Raises IndexError beyond the end."""
         if not 0 <= index < self.num_samples:
             raise IndexError(index)
         rng, episode = self._stream(index)
@@ -76,7 +75,7 @@ class SyntheticSource(Source):
         return episode, {"state": steps[:: self.stride].reshape(self.frames, -1)}
 
     def describe(self) -> str:
-        """Say in one line what this source gives."""
+        """Return a line: number, length, size and rate of the clips."""
         height, width = self.frame_size
         return (
             f"generated shapes: {self.num_samples} clips of {self.frames} frames, "
@@ -85,8 +84,8 @@ class SyntheticSource(Source):
         )
 
     def _stream(self, index: int) -> tuple[np.random.Generator, int]:
-        """Return what the clip is drawn from, and its episode."""
-        # Interleaved, so the splits share no episode whatever their sizes.
+        """Return (random generator, episode number) of a clip."""
+        # Interleaved, so the splits share no episode.
         episode = len(SPLITS) * int(index) + SPLITS.index(self.split)
         return np.random.default_rng((self.seed, _PURPOSE, episode)), episode
 
@@ -96,7 +95,7 @@ class SyntheticSource(Source):
     def _motion(
         self, rng: np.random.Generator, radius: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Roll out (position before, move of) every recorded step: (T*P, shapes, xy), shares."""
+        """Return positions and moves of all recorded steps, each (T * P, shapes, xy), in shares."""
         low = radius[:, None] / np.array(self.frame_size[::-1])
         position = rng.uniform(low, 1 - low)
         move = rng.uniform(0.02, 0.06, position.shape) * rng.choice((-1, 1), position.shape)
@@ -112,7 +111,7 @@ class SyntheticSource(Source):
     def _render(
         self, rng: np.random.Generator, radius: np.ndarray, centre_T: np.ndarray
     ) -> np.ndarray:
-        """Draw the shapes over the background, the hindmost first: uint8 video_THWC."""
+        """Draw the shapes over the texture, back to front; return uint8 video_THWC."""
         height, width = self.frame_size
         video_THWC = np.repeat(_texture(rng, height, width)[None], self.frames, axis=0)
         for shape in rng.permutation(len(SHAPES)):
@@ -124,7 +123,7 @@ class SyntheticSource(Source):
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Say which points lie in a shape around (0, 0), its centroid, within the unit square."""
+    """Return which points lie in a shape with centroid (0, 0) and coordinates within -1..1."""
     if shape == "circle":
         return x * x + y * y <= 1
     if shape == "square":
@@ -133,7 +132,10 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Blend a coarse grid of dark colours: uint8_HWC, in whole numbers for equal bits."""
+    """Interpolate a coarse grid of dark colours; return uint8 HWC.
+
+    Integer arithmetic, so every platform gives the same bits.
+    """
     knots = rng.integers(30, 150, (5, 5, 3))
 
     def weights(size: int) -> np.ndarray:
@@ -145,7 +147,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _look(video_THWC: np.ndarray, view: int) -> np.ndarray:
-    """Show the scene as the camera of this view does."""
+    """Return the video as this view shows it: mirrored if odd, colour channels rotated."""
     if view == 0:
         return video_THWC
     seen_THWC = video_THWC[:, :, ::-1] if view % 2 else video_THWC

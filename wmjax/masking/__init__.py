@@ -113,7 +113,7 @@ def _check_ids(name: str, drawn: Any, budget: Budget, grid: Grid) -> None:
     if len(np.unique(both)) < len(both) or both.min() < 0 or both.max() >= math.prod(grid):
         raise UserError(
             f"mask.{name}.strategy: {len(np.unique(both))} different ids from {both.min()} to "
-            f"{both.max()}; wanted {len(both)} different ids, from 0, below {math.prod(grid)}"
+            f"{both.max()}; wanted {len(both)} different ids >= 0 and < {math.prod(grid)}"
         )
 
 
