@@ -23,9 +23,9 @@ ARROWS: dict[str, set[str] | None] = {
     "bench": EVERYTHING,
     "assemble": {
         *("step", "models", "nn", "sharding", "optim", "data", "data.lerobot", "masking"),
-        *("evals", "initial"),
+        *("evals", "initial", "run.profile"),
     },
-    "config": {"models", "data"},
+    "config": {"models", "data", "plugins"},
     "plugins": set(),
     "step": {"models", "sharding"},
     "sharding": set(),
@@ -60,7 +60,7 @@ ARROWS: dict[str, set[str] | None] = {
     "data.media": set(),
     "data.lerobot": {"data", "data.media", "hub"},
     "data.tools": {"data", "data.media", "data.lerobot"},
-    "evals": {"models", "nn", "step", "sharding", "optim", "plugins", "run.metrics"},
+    "evals": {"models", "nn", "step", "sharding", "optim", "plugins", "run.metrics", "run.console"},
     "weights": {"models", "nn", "hub", "run.checkpoint", "run.files"},
     "viz": {"data", "masking", "inference", "sharding", "evals", "step", "run.files"},
 }

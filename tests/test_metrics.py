@@ -37,7 +37,8 @@ def test_means_are_over_what_was_added_since_the_last_take():
 def clock_at(monkeypatch, tmp_path):
     """Return (a clock at step 10, a list with the time)."""
     now = [100.0]
-    monkeypatch.setattr(run_clock.time, "time", lambda: now[0])
+    for name in ("time", "perf_counter"):
+        monkeypatch.setattr(run_clock.time, name, lambda: now[0])
     monkeypatch.setattr(run_clock, "process_began", lambda: now[0])
     return run_clock.Clock(tmp_path / "goodput.jsonl", 10, batch_size=8, num_steps=100), now
 

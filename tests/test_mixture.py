@@ -107,7 +107,7 @@ def test_without_a_common_label_there_is_no_probe_and_a_line_says_so(two):
     two["wide"].label_sizes = {"state": 8}
     mixed = Mixture(two, {"wide": 1, "narrow": 1})
     with pytest.raises(Unavailable) as reason:
-        Probe(Context(None, {"train": mixed}, None, {"eval": {}}, None, None))
+        Probe(Context(None, {"train": mixed}, None, {"eval": {"probe_every": 1}}, None, None))
     says(reason, "eval.labels", lines=1)
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from says import lines_with, refused, says
 
-from wmjax import assemble, sharding, train
+from wmjax import assemble, train
 from wmjax.run.checkpoint import Checkpoints
 
 
 def final_hash(workdir, step, *overrides):
     """SHA-256 over every array of a checkpoint, in the order of their names."""
     config = micro.config(*overrides)
-    steps = assemble.make_steps(config, sharding.make_mesh(-1, config.mesh.fsdp))
+    steps = assemble.prepare(config).steps
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         state = checkpoints.restore(step, steps.abstract).state
     digest = hashlib.sha256()

@@ -34,6 +34,7 @@ from wmjax.models.base import (
     settings_of,
 )
 from wmjax.nn.compute import Compute
+from wmjax.run.profile import parse_span
 from wmjax.step import Steps, build
 from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
 
@@ -69,6 +70,13 @@ def prepare(
                 f"{config.model.name!r}: wanted model.name='vjepa2'"
             )
         config.model.position_grid = initial.position_grid(config.model.pretrained)
+    if config.train.deterministic and "xla_gpu_deterministic_ops=true" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        raise UserError(
+            "train.deterministic=True: wanted XLA_FLAGS=--xla_gpu_deterministic_ops=true in the "
+            "environment before the first use of a device; python -m wmjax.main sets it"
+        )
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     if sources is None:
@@ -92,6 +100,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if config.data.source == "synthetic":
         check_choice("eval.labels", config.eval.labels, ("auto", "state"))
+    parse_span(config.train.profile)
     for key in ("num_steps", "log_every", "max_skipped"):
         check_above(f"train.{key}", config.train[key])
     for key in ("eval_every", "stuck_after"):

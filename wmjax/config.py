@@ -120,7 +120,7 @@ def _adopt_model(config: ml_collections.ConfigDict, renamed: bool) -> None:
                 raise UserError(
                     f"model.{key}={value!r}: is the default of {default['name']}, and "
                     f"{group['name']} has {known[key]!r}\n"
-                    'say which: set config.model = {"name": ..., ...} in the file, with own keys only'
+                    'in the file: config.model = {"name": ..., ...}, with own keys only'
                 )
         else:
             kept[key] = value

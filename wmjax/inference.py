@@ -22,6 +22,7 @@ from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
+from wmjax.models.vjepa2 import VJEPA2Settings
 from wmjax.nn.compute import Compute
 from wmjax.types import Term, WorldModelInput, WorldModelOutput
 
@@ -64,6 +65,9 @@ class Model:
         shapes, axes = dict(blueprint.shapes), dict(blueprint.axes)
         graphs: dict[str, Any] = {}
         if settings:
+            if not isinstance(blueprint.settings, VJEPA2Settings):
+                name = blueprint.family.__qualname__
+                raise UserError(f"{source.where}: {name} takes no classifier; wanted V-JEPA 2")
             width = blueprint.settings.encoder["width"]
             if settings["width"] != width:
                 raise UserError(
@@ -177,7 +181,7 @@ class Model:
         if not hasattr(self._blueprint.family, "predict"):
             name = self._blueprint.family.__qualname__
             raise UserError(f"{self._where}: {name} does not predict masked tokens")
-        if "predictor" not in self.params:
+        if not self.complete:
             raise UserError(f"{self._where}: has an encoder but no predictor")
         video_BTHWC, single = self._clips(video, size)
         tokens = math.prod(self.token_grid(*video_BTHWC.shape[1:4]))

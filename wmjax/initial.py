@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from wmjax import weights
 from wmjax.errors import UserError
-from wmjax.models.base import combine
+from wmjax.models.base import combine, freeze_patterns
 from wmjax.run.checkpoint import Saved
 from wmjax.step import Steps, TrainState
 
@@ -33,13 +33,15 @@ def position_grid(pretrained: str) -> int:
 def make_state(steps: Steps, *, init_from: str, pretrained: str) -> tuple[TrainState, str]:
     """Return the state before step 1, and lines that state its origin; '': random.
 
-    init_from: weights that `wmjax.load` accepts. The optimiser state of a run is restored too,
-    unless optim.freeze is set. pretrained: an image model that initialises the encoder. At most one
-    of the two is given; '': none. Raises UserError if the weights do not fit the model.
+    init_from: weights that `wmjax.load` accepts. The optimiser state of a run is restored too, if
+    it has the same optim.freeze. pretrained: an image model that initialises the encoder. At most
+    one of the two is given; '': none. Raises UserError if the weights do not fit the model.
     """
-    is_run = init_from and (Path(init_from).expanduser() / "checkpoints").is_dir()
-    if is_run and not steps.blueprint.freeze:
+    if init_from and (Path(init_from).expanduser() / "checkpoints").is_dir():
         saved = Saved(Path(init_from).expanduser() / "checkpoints")
+        frozen = saved.meta["config"]["optim"].get("freeze", "")
+        if freeze_patterns(frozen) != steps.blueprint.freeze:
+            return _from_weights(steps, init_from)
         state = saved.restore(steps.abstract, f"init_from={init_from}")
         state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
         return state, (
@@ -53,10 +55,11 @@ def make_state(steps: Steps, *, init_from: str, pretrained: str) -> tuple[TrainS
 
 def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
     blueprint, abstract = steps.blueprint, steps.abstract
-    target = weights.open_pretrained(where)
+    package = blueprint.family.__module__.partition(".")[0]  # the user has named it already
+    target = weights.open_pretrained(where, trust=(package,))
     source = target
     if "encoder" in target.choices:  # the trained encoder, besides its EMA
-        source = weights.open_pretrained(where, encoder="encoder")
+        source = weights.open_pretrained(where, encoder="encoder", trust=(package,))
     shapes = combine(abstract.params, abstract.frozen)
     shapes = {part: tree for part, tree in shapes.items() if part in source.parts}
     if not shapes or ("encoder" not in shapes and not source.step):
@@ -67,8 +70,10 @@ def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
     # A copy, because the train step donates parameters and target.
     followed = jax.tree.map(jnp.copy, blueprint.abstract.followed(params))
     if target is not source:
-        encoder = {"encoder": shapes["encoder"]}
-        followed = weights.load(target, encoder, blueprint.settings)["encoder"]
+        parts = {path.partition("/")[0] for path in jax.tree.leaves(blueprint.followed_paths)}
+        own = {part: tree for part, tree in shapes.items() if part in parts}
+        ema = weights.load(target, own, blueprint.settings)
+        followed = blueprint.abstract.followed({**params, **ema})
     trained, frozen, ema = blueprint.divide(params, followed)
     state = dataclasses.replace(state, params=trained, frozen=frozen, target=ema)
     fresh = [part for part in params if part not in loaded]

@@ -188,7 +188,9 @@ def in_microbatches(
 
     def add(total: Any, part: tuple[jax.Array, jax.Array, WorldModelInput]) -> tuple[Any, None]:
         weight, key, batch = part
-        return jax.tree.map(lambda sum, new: sum + weight * new, total, fn(batch, key)), None
+        return jax.tree.map(
+            lambda sum, new: sum + (weight * new).astype(sum.dtype), total, fn(batch, key)
+        ), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first, key))

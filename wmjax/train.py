@@ -28,7 +28,7 @@ from wmjax.run.files import write_whole
 from wmjax.run.guard import Guard
 from wmjax.run.late import Late
 from wmjax.run.metrics import Mean, fetch, peak_flops, peak_gb
-from wmjax.run.profile import Profile
+from wmjax.run.profile import Profile, parse_span
 from wmjax.run.reporter import Reporter
 from wmjax.run.signals import Batches, Stopped, StopSignal, exit_now
 from wmjax.run.watchdog import Watchdog
@@ -54,7 +54,7 @@ def train(
     begun = time.perf_counter()
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     setup = assemble.prepare(config, splits, mesh)
-    num_steps, start = config.train.num_steps, 0
+    num_steps = config.train.num_steps
     watchdog, stop = Watchdog(config.train.stuck_after), StopSignal()
     with watchdog, open_checkpoints(config, workdir) as checkpoints:
         start = checkpoints.latest() or 0
@@ -95,11 +95,12 @@ def train(
         evaluators: list[Evaluator] = []
         if config.train.eval_every:
             evaluators = open_evaluators(config, setup, workdir, stream, reporter.draws)
+        profile = Profile(parse_span(config.train.profile), workdir / "profile")
         with reporter, stop:
             say("reading the first clips and compiling the train step ...")
             step = loop(
                 *(config, setup, state, stream, position, checkpoints, evaluators, reporter),
-                *(start, clock, Profile(config.train.profile, workdir / "profile"), on_step),
+                *(start, clock, profile, on_step),
             )
             with clock.phase("checkpoint"):
                 checkpoints.wait()
@@ -112,7 +113,8 @@ def train(
             jax.distributed.shutdown()
             exit_now(128 + stop.received)
         return 128 + stop.received
-    say(summary.of_result(workdir, step, reporter.last, time.perf_counter() - begun))
+    seconds, exported = time.perf_counter() - begun, config.model.name == "vjepa2"
+    say(summary.of_result(workdir, step, reporter.last, seconds, exported))
     return 0
 
 

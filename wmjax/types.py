@@ -124,7 +124,7 @@ class WorldModelOutput:
 
     loss: float32 scalar to minimise. terms: its named terms, which evaluations walk. scalars:
     further figures to log. updates: new values of frozen variables, such as running statistics, as
-    a nested dict of those that change.
+    a nested dict of those that change; with microbatches, their mean is kept.
     """
 
     loss: Array

@@ -8,7 +8,8 @@ import ml_collections
 
 from wmjax import assemble
 from wmjax.data.pipeline import Pipeline
-from wmjax.evals import health
+from wmjax.errors import UserError
+from wmjax.evals import health, names
 from wmjax.run.console import say
 from wmjax.run.reporter import EVALUATIONS, append_evaluation
 from wmjax.train import open_checkpoints, open_evaluators, restore_or_init
@@ -21,6 +22,8 @@ def evaluate(
 
     Prints the figures, appends them as a line to evals.jsonl, and returns the exit code 0.
     """
+    if not names(config.eval.to_dict()):
+        raise UserError("eval.evaluators is empty: wanted one or more, as in validation,probe")
     setup = assemble.prepare(config, ("train", "validation"), mesh)
     with open_checkpoints(config, workdir) as checkpoints:
         step = checkpoints.latest() or 0

@@ -106,7 +106,8 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     kind = devices[0].device_kind
     chip = next((CHIPS[name] for name in CHIPS if re.search(rf"\b{name}\b", kind)), None)
     flop = steps.blueprint.abstract.flops(batch)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(steps.abstract.params))
+    variables = steps.abstract.params, steps.abstract.frozen
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"devices     {mesh.size} x {kind} ({axes})")
     print(f"parameters  {count / 1e6:,.0f} million")

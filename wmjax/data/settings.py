@@ -15,6 +15,7 @@ from wmjax.errors import UserError, check_above, check_choice, check_least, chec
 from wmjax.plugins import resolve
 
 SOURCES = ("lerobot", "synthetic")
+GIVEN = ("split", "seed", "height", "width", "labels")  # besides the keys of data
 SIZES = ("views", "frames", "stride", "state_size", "action_size")
 # Keys that data.members may set for one dataset of a mixture.
 OF_A_MEMBER = ("cameras", "state", "action", "fps", "stride", "ends", "clips_per_episode")
@@ -118,7 +119,9 @@ def _check_members(data: Data) -> None:
 def options_of(source: str) -> dict[str, Any]:
     """Return the arguments with defaults of a source from outside: {name: default}."""
     parameters = inspect.signature(resolve("data.source", source, {})).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {
+        p.name: p.default for p in parameters if p.default is not p.empty and p.name not in GIVEN
+    }
 
 
 def open_outside(data: Data, **given: Any) -> Source:
@@ -132,6 +135,8 @@ def open_outside(data: Data, **given: Any) -> Source:
     values = {**data, **given}
     wanted = {}
     for parameter in inspect.signature(build).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
         if parameter.name in values:
             wanted[parameter.name] = values[parameter.name]
         elif parameter.default is parameter.empty:

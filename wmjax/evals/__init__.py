@@ -77,12 +77,17 @@ def check(settings: Mapping[str, Any]) -> None:
     check_least("eval.probe_every", settings["probe_every"])
 
 
+def names(settings: Mapping[str, Any]) -> list[str]:
+    """Return the names in eval.evaluators."""
+    return [name for each in settings["evaluators"].split(",") if (name := each.strip())]
+
+
 def open_all(context: Context, tell: Callable[[str], None]) -> list[Evaluator]:
     """Build the evaluators that eval.evaluators lists; `tell` why any does not apply."""
     found = []
-    for name in filter(None, context.config["eval"]["evaluators"].split(",")):
+    for name in names(context.config["eval"]):
         try:
-            found.append(resolve("eval.evaluators", name.strip(), EVALUATORS)(context))
+            found.append(resolve("eval.evaluators", name, EVALUATORS)(context))
         except Unavailable as reason:
             if str(reason):
                 tell(f"no {name}: {reason}")

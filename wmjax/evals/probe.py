@@ -17,6 +17,7 @@ from flax import nnx
 from wmjax import sharding
 from wmjax.evals import Context, Report, Unavailable
 from wmjax.models.base import Params, WorldModel
+from wmjax.run.console import say
 from wmjax.step import TrainState
 from wmjax.types import Array, TokenGrid, WorldModelInput
 
@@ -36,9 +37,10 @@ class Probe:
     def __init__(self, context: Context) -> None:
         """Prepare jitted functions, compiled on first use."""
         sources, settings = context.sources, context.config["eval"]
-        if not all(source.label_sizes for source in sources.values()):
-            raise Unavailable("no label of eval.labels is in all of the data, in one size")
         self.every = settings["probe_every"]
+        if not all(source.label_sizes for source in sources.values()):
+            text = "no label of eval.labels is in all of the data, in one size"
+            raise Unavailable(text if self.every else "")
         steps, seed = context.steps, context.config["seed"]  # the seed of the run's random weights
         blueprint, mesh, state = steps.blueprint, steps.mesh, steps.abstract
         weights = state.params, state.frozen, state.target
@@ -69,6 +71,7 @@ class Probe:
         self._baselines: dict[str, Scores] = {}
 
     def __call__(self, step: int, state: TrainState) -> Report:
+        say(f"linear probe: reading and encoding {self._clips['train']} clips ...")
         scores = self.scores(state)
         return Report(row(scores), table(scores), entry={"probe": scores})
 
@@ -103,7 +106,7 @@ class Probe:
     def _truth(
         self, split: str, ids: np.ndarray, tubelets: int
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the episodes of the clips and their labels, clips x tubelets x frames x numbers."""
+        """Return episodes and labels of the clips, clips x tubelets x frames x numbers."""
         asked = (self._labels[split](*pair) for pair in ids.tolist())
         episodes, labels = zip(*asked, strict=True)
         stacked = {name: np.stack([each[name] for each in labels]) for name in labels[0]}

@@ -169,7 +169,8 @@ def default_settings(name: str) -> dict[str, Any]:
     try:
         settings = cls()
     except TypeError as error:
-        raise UserError(f"model.name={name!r}: every key of its Settings needs a default: {error}") from None
+        fault = f"model.name={name!r}: a key of its Settings has no default: {error}"
+        raise UserError(fault) from None
     return {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
 
 
@@ -296,6 +297,12 @@ class Blueprint:
             )
         return matches
 
+    @cached_property
+    def followed_paths(self) -> Params:
+        """The path of the parameter that each leaf of the target follows."""
+        paths = {path: path for path in flatten_dict(self.mask, sep="/")}
+        return self.abstract.followed(unflatten_dict(paths, sep="/"))
+
     def variables(self, model: WorldModel) -> tuple[Params, Params]:
         """Return all variables of a model, and a target equal to those that `followed` picks."""
         params = split(model)[1]
@@ -319,10 +326,8 @@ class Blueprint:
 
     def overlay(self, params: Params, target: Params) -> Params:
         """Return the parameters with the target in place of those that it follows."""
-        names = flatten_dict(self.mask, sep="/")
-        followed = self.abstract.followed(unflatten_dict({n: n for n in names}, sep="/"))
         values = flatten_dict(target, sep="/")
-        ema = {name: values[at] for at, name in flatten_dict(followed, sep="/").items()}
+        ema = {path: values[at] for at, path in flatten_dict(self.followed_paths, sep="/").items()}
         return unflatten_dict(flatten_dict(params, sep="/") | ema, sep="/")
 
 

@@ -41,7 +41,7 @@ class TokenLayout(NamedTuple):
     Empty: one sequence. tails: tokens at the end of each sequence whose outputs are wanted; the
     last block leaves the others out. Empty: all.
     frame: tokens of a frame, for frame-causal attention: a token attends to its own frame and to
-    the frames before it. 0: every token attends to every other.
+    the frames before it. 0: every token attends to every other. It goes with one whole sequence.
     """
 
     lengths: Lengths = ()
@@ -115,6 +115,8 @@ class Attention(nnx.Module):
         query, key, value = (qkv[:, :, i] for i in range(3))
         query, key = rope.rotate(query, table), rope.rotate(key, table)
         if layout.frame:
+            assert N % layout.frame == 0, f"{N} tokens in frames of {layout.frame}"
+            assert layout[:2] == WHOLE[:2], "frames go with one whole sequence"
             y_BMHd = attend_to_past(query, key, value, layout.frame, self.implementation)
         else:
             lengths = layout.lengths or (N,)

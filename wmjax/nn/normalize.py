@@ -51,8 +51,8 @@ def normalizer(statistics: Sequence[Mapping[str, Any]], feature: str) -> Normali
     """Build the normaliser of 'state' or 'action' from the statistics that `create` gets.
 
     A number that varies by rounding only is shifted and not scaled, so that it does not blow up.
-    The padding of the narrower datasets of a mixture stays as it is. Without statistics all
-    numbers do.
+    The padding of the narrower datasets of a mixture stays as it is. Without statistics nothing is
+    changed.
     """
     sizes = [len(dataset[feature]["mean"]) for dataset in statistics]
     shape = max(len(sizes), 1), max(sizes, default=1)

@@ -45,6 +45,7 @@ class Clock:
         self._batch_size, self._num_steps = batch_size, num_steps
         self.step_flop, self.peak = 0, None  # type: int, float | None
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._origin = time.time() - time.perf_counter()
         began = process_began()
         if (row := _row_of(path, step)) is not None:
             self._seconds |= row["seconds"]
@@ -106,11 +107,15 @@ class Clock:
         return f"goodput {share:.0%} of {clock(total)} since the run first began\n  {parts}"
 
     def _switch(self, name: str) -> None:
-        now = time.time()
+        now = self._now()
         self._seconds[self._phase] += now - self._since
         if name != self._phase:
             self._changed(name)
         self._phase, self._since = name, now
+
+    def _now(self) -> float:
+        """Return the Unix time, by a clock that nobody sets back while the process runs."""
+        return self._origin + time.perf_counter()
 
     def _append(self, step: int, until: float, *, ended: bool) -> None:
         if jax.process_index():

@@ -48,7 +48,7 @@ def of_state(workdir: Path, state: Any) -> str:
     )
 
 
-def of_result(workdir: Path, step: int, last: Row, seconds: float) -> str:
+def of_result(workdir: Path, step: int, last: Row, seconds: float, exported: bool) -> str:
     """Say how a finished run ended, and what can be done next."""
     shown = ("loss", "validation/loss", "validation/relative")
     figures = {name: value for name, value in last.items() if name in shown}
@@ -56,8 +56,9 @@ def of_result(workdir: Path, step: int, last: Row, seconds: float) -> str:
         f"python -m wmjax.viz {workdir}": "pictures of what it sees and predicts",
         "the same command with --mode=eval": "validation and linear probe",
         f"the same command with --config.train.num_steps={2 * step}": "train further",
-        f"python -m wmjax.weights export {workdir} OUT": "a model for transformers",
     }
+    if exported:
+        commands[f"python -m wmjax.weights export {workdir} OUT"] = "a model for transformers"
     wide = max(map(len, commands))
     return "\n".join(
         [

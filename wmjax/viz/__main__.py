@@ -74,10 +74,11 @@ def configuration(
 ) -> ml_collections.ConfigDict:
     """Return the run's configuration, or `base` updated from the weights, on the chosen data.
 
-    overrides: KEY=VALUE, applied last.
+    overrides: KEY=VALUE, applied last. trust: packages outside wmjax that the run may name.
     """
     if "data" in model.config:
-        config = configs.from_plain(model.config)
+        data = model.config["data"] | ({"source": "lerobot"} if dataset else {})
+        config = configs.from_plain({**model.config, "data": data}, trust)
     else:
         config = configs.get_config("base")
         own = model.config["model"]
@@ -103,7 +104,7 @@ def see(
     from wmjax.viz.look import look, read_clips
 
     model = load(name, trust=trust)
-    config = configuration(model, dataset, overrides)
+    config = configuration(model, dataset, overrides, trust)
     assemble.check(config)
     source = assemble.make_source(config, "validation")
     for note in source.notes:

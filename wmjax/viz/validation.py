@@ -1,6 +1,7 @@
 """Draws features and predictions of a few held-out clips when a run is validated."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +60,15 @@ class Looker:
                 terms = model.loss(target, few, jax.random.key(0)).terms
             features = target_RND.reshape(B, V, *target_RND.shape[1:])
             shown = jax.tree.map(lambda x: x[:CLIPS], (few, features))
-            first = {
-                name: jax.tree.map(lambda x: x[:V], term.replace(loss=jnp.zeros(1)))
-                for name, term in terms.items()
-            }
+
+            def of_first(term: Term) -> Term:  # a row is a view, or an instant with all its views
+                rows = 0 if term.ids_RM is None else len(term.ids_RM)
+                views = V if rows == V * count else 1
+                return jax.tree.map(
+                    lambda x: x[:views], dataclasses.replace(term, loss=jnp.zeros(1))
+                )
+
+            first = {name: of_first(term) for name, term in terms.items()}
             return *shown, first
 
         self._look = jax.jit(

@@ -181,6 +181,11 @@ def run(argv: list[str]) -> int:
         print(export_folder(flags.folder, flags.out, flags.frames, flags.size, tuple(flags.trust)))
         return 0
     source = open_pretrained(flags.source, encoder=flags.encoder, trust=tuple(flags.trust))
+    if flags.command == "import" and source.model.get("name", "vjepa2") != "vjepa2":
+        raise UserError(
+            f"{flags.source}: model.name={source.model['name']!r}: only vjepa2 is imported; "
+            "wmjax.load opens the workdir itself"
+        )
     if flags.command == "show":
         print(show(source))
         return 0

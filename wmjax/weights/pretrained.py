@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from wmjax.errors import UserError
-from wmjax.models.base import Blueprint, InputSpec
+from wmjax.models.base import Blueprint, InputSpec, freeze_patterns
 from wmjax.models.encoder import SIZES
 from wmjax.nn.compute import Compute
 from wmjax.nn.norm import EPS
@@ -84,9 +84,9 @@ def open_pretrained(
 
     A run gives its newest checkpoint, with the EMA target in place of the parameters it follows.
 
-    encoder: encoder to take from Meta's checkpoint: target_encoder (the EMA, which all of Meta's
-    evaluations use) or encoder. trust: packages outside wmjax from which the model of a run may be
-    imported. Raises UserError if no format fits.
+    encoder: encoder to take from a run or a checkpoint of Meta: target_encoder (the EMA, which all
+    of Meta's evaluations use) or encoder. trust: packages outside wmjax from which the model of a
+    run may be imported. Raises UserError if no format fits.
     """
     path = find(str(source))
     if path.is_file():
@@ -94,7 +94,7 @@ def open_pretrained(
     if (path / CONFIG).is_file():
         return _own(path)
     if (path / "checkpoints").is_dir():
-        return _run(path, trust)
+        return _run(path, encoder, trust)
     config = read_json(
         path / "config.json",
         "a model in safetensors with its configuration, or the workdir of a run",
@@ -127,7 +127,7 @@ def _own(folder: Path) -> Pretrained:
     )
 
 
-def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
+def _run(workdir: Path, encoder: str, trust: tuple[str, ...]) -> Pretrained:
     saved = Saved(workdir / "checkpoints")
     config = saved.meta["config"]
     data, model = config["data"], {k: v for k, v in config["model"].items() if k != "pretrained"}
@@ -136,8 +136,9 @@ def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
     if "spec" in saved.meta:  # checkpoints of older commits have none
         spec = InputSpec(**saved.meta["spec"])
     statistics = saved.meta.get("statistics", ())
-    freeze = tuple(filter(None, config.get("optim", {}).get("freeze", "").split(",")))
-    names = _saved_names(Blueprint.of(model, spec, statistics, freeze, trust))
+    freeze = freeze_patterns(config.get("optim", {}).get("freeze", ""))
+    blueprint = Blueprint.of(model, spec, statistics, freeze, trust)
+    names = _saved_names(blueprint, ema=encoder == "target_encoder")
     arrays: dict[str, Any] = {}
 
     def read(path: str) -> Any:
@@ -159,6 +160,7 @@ def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
         notes=(f"step {saved.step} of a run: {_origins(names)}",),
         config=config,
         step=saved.step,
+        choices=("encoder", "target_encoder") if any(map(_is_ema, saved.shapes)) else (),
         spec=spec,
         statistics=statistics,
         trust=trust,
@@ -168,19 +170,26 @@ def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
 def _origins(names: Mapping[str, str]) -> str:
     """List the parts of a run's model and mark the EMA targets; names: as _saved_names returns."""
     parts = dict.fromkeys(path.partition(".")[0] for path in names)
-    ema = {path.partition(".")[0] for path, name in names.items() if name.startswith("target.")}
+    ema = {path.partition(".")[0] for path, name in names.items() if _is_ema(name)}
     return ", ".join(f"{part} (the EMA target)" if part in ema else part for part in parts)
 
 
-def _saved_names(blueprint: Blueprint) -> dict[str, str]:
-    """Return path -> name in the checkpoint for each variable of a run's model."""
+def _saved_names(blueprint: Blueprint, ema: bool) -> dict[str, str]:
+    """Return path -> name in the checkpoint for each variable of a run's model.
+
+    ema: take the EMA target in place of the parameters that it follows.
+    """
     trained = flatten_dict(blueprint.mask, sep=".")
     names = {path: f"{'params' if yes else 'frozen'}.{path}" for path, yes in trained.items()}
-    paths = unflatten_dict({path: path for path in trained}, sep=".")
-    for target_path, path in flatten_dict(blueprint.abstract.followed(paths), sep=".").items():
-        if trained[path]:
-            names[path] = f"target.{target_path}"
+    for at, path in flatten_dict(blueprint.followed_paths, sep=".").items():
+        path = path.replace("/", ".")
+        if ema and trained[path]:
+            names[path] = f"target.{at}"
     return names
+
+
+def _is_ema(name: str) -> bool:
+    return name.startswith("target.")
 
 
 def _value(folder: Path, config: Mapping[str, Any], key: str, default: float) -> Any:
