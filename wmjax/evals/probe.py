@@ -103,7 +103,7 @@ class Probe:
     def _truth(
         self, split: str, ids: np.ndarray, tubelets: int
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the episodes of the clips and their labels, clips x tubelets x frames x numbers."""
+        """Return episodes of the clips and their labels, clips x tubelets x frames x numbers."""
         asked = (self._labels[split](*pair) for pair in ids.tolist())
         episodes, labels = zip(*asked, strict=True)
         stacked = {name: np.stack([each[name] for each in labels]) for name in labels[0]}
