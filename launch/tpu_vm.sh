@@ -1,6 +1,6 @@
 #!/bin/bash
-# The same command on every host of a TPU VM, which find each other by themselves; /mnt/runs is a
-# folder that all of them see, Filestore or a bucket that is mounted:
+# Runs the same command on every host of a TPU VM; JAX detects the hosts. /mnt/runs must be a folder
+# that all hosts see, such as Filestore or a mounted bucket:
 #   launch/tpu_vm.sh NAME ZONE /mnt/runs/mine --config=vjepa2_low_mem --config.mesh.fsdp=16 \
 #     --config.data.root=/mnt/data/mine --config.data.batch_size=256
 set -euo pipefail

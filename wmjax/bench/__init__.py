@@ -1,1 +1,1 @@
-"""The figures that the README quotes, measured: `python -m wmjax.bench step` and `data`."""
+"""Measures the figures that the README quotes: `python -m wmjax.bench step` and `data`."""

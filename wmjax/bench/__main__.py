@@ -1,6 +1,6 @@
-"""The door: `python -m wmjax.bench step` and `data`, each with --config as for training.
+"""The command line: `python -m wmjax.bench step` and `data`, with --config as for training.
 
-One line of JSON on standard output. What the figures mean is in README.md beside this file.
+Each prints one line of JSON. README.md in this folder explains the figures.
 """
 
 import argparse
@@ -19,14 +19,24 @@ from wmjax.errors import UserError
 def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
     parser = door.parser("python -m wmjax.bench", "Measure a configuration on this machine.")
     commands = parser.add_subparsers(dest="command", metavar="{step,data}", required=True)
-    step = commands.add_parser("step", help="the train step, on clips of noise")
-    step.add_argument("--steps", type=int, default=20, metavar="N", help="that are timed (20)")
-    step.add_argument("--views", type=int, default=1, metavar="V", help="cameras of a clip (1)")
-    step.add_argument("--parts", action="store_true", help="also what parts of the step take")
-    data = commands.add_parser("data", help="the path of a batch, from the recording")
-    data.add_argument("--batches", type=int, default=20, metavar="N", help="that are timed (20)")
+    step = commands.add_parser("step", help="time the train step on clips of noise")
+    step.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="steps that are timed; default: 20"
+    )
+    step.add_argument(
+        "--views", type=int, default=1, metavar="V", help="cameras of a clip; default: 1"
+    )
+    step.add_argument(
+        "--parts", action="store_true", help="also time the stages of the step, each alone"
+    )
+    data = commands.add_parser("data", help="time the data pipeline on the recording")
     data.add_argument(
-        "--floor", action="store_true", help="on one core, against a bare loop over PyAV"
+        "--batches", type=int, default=20, metavar="N", help="batches that are timed; default: 20"
+    )
+    data.add_argument(
+        "--floor",
+        action="store_true",
+        help="run on one core and compare with a bare decoding loop over PyAV",
     )
     for command in (step, data):
         door.add_config(command)
@@ -38,7 +48,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDic
 
 
 def bench_step(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
-    """Measure the train step of a configuration on noise; no dataset is opened."""
+    """Time the train step of a configuration on noise; no dataset is opened."""
     from wmjax import assemble, sharding
     from wmjax.bench.step import random_batch, time_stages, time_step
 
@@ -62,7 +72,7 @@ def bench_step(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> 
 
 
 def bench_data(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
-    """Measure the pipeline of a configuration as training opens it."""
+    """Time the pipeline of a configuration, opened as in training."""
     from wmjax import assemble
     from wmjax.bench.data import against_bare, time_pipeline
     from wmjax.data.settings import size
@@ -87,9 +97,9 @@ def run(argv: list[str]) -> int:
     flags, config = parse(argv)
     if flags.command == "data":
         if not Path("/proc/self/status").exists():
-            raise UserError("bench data: needs Linux, whose /proc tells memory and CPU time")
+            raise UserError("bench data: wanted Linux, because /proc gives memory and CPU time")
         if flags.floor:
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before threads are started
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
     door.keep_compiled()
     row = (bench_step if flags.command == "step" else bench_data)(config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}

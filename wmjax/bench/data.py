@@ -1,4 +1,4 @@
-"""How fast clips come: the pipeline as training opens it, and a bare loop over PyAV beside it."""
+"""Times the data pipeline as training opens it, and a bare decoding loop over PyAV."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
 from wmjax.errors import UserError
 
-RUNS = 5  # of each, in turns, when two are compared
+RUNS = 5  # of the pipeline and of the bare loop, alternating
 
 
 def time_pipeline(
     stream: Callable[[int], Pipeline], count: int, position: int = 0
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Take a batch, then `count` that are timed; return the figures and which clips were timed.
+    """Time `count` batches after a first one; return the figures and the ids of the timed clips.
 
     stream: opens the pipeline at a position.
     """
@@ -55,10 +55,11 @@ def time_pipeline(
 def against_bare(
     stream: Callable[[int], Pipeline], source: Source, size: tuple[int, int], count: int
 ) -> dict[str, Any]:
-    """Time the pipeline and a bare loop over the same windows in turns; return medians.
+    """Time the pipeline and a bare loop over the same clips, alternating; return medians.
 
-    size: height and width of the clips. ratio: clips a second of the pipeline over the loop's, the
-    median of the pairs; cpu_ratio: the same of clips a second of CPU time, whoever else is at work.
+    size: height and width of the clips. ratio: clips/s of the pipeline divided by that of the loop,
+    median of the pairs. cpu_ratio: the same for clips per CPU second, which other processes do not
+    disturb. Raises UserError unless the source is one LeRobot dataset of videos.
     """
     if not isinstance(source, LeRobotSource) or len(source.videos(0)) < source.views:
         raise UserError("--floor: wanted one LeRobot dataset of videos and data.reader=native")
@@ -78,7 +79,7 @@ def against_bare(
 
 
 class _Bare(NamedTuple):
-    """One open file and the times of its key frames."""
+    """An open video file and the timestamps of its key frames."""
 
     container: av.container.InputContainer
     stream: av.VideoStream
@@ -88,10 +89,11 @@ class _Bare(NamedTuple):
 def time_bare(
     clips: list[list[tuple[Path, list[int]]]], frames: int, height: int, width: int
 ) -> tuple[float, float]:
-    """Seek, decode and reformat the frames of these clips; return seconds, and those of CPU time.
+    """Seek, decode and reformat the frames of these clips; return wall seconds and CPU seconds.
 
-    clips: files and frame numbers, by camera. A clip's pixels end in one array, and that is all.
-    Files are opened before, and a seek is made where a key frame saves decoding.
+    clips: for each camera of each clip the file and its frame numbers. Each clip becomes one array
+    and nothing else is computed. Opening files is not timed. The loop seeks only if a key frame
+    saves decoding.
     """
     files = {path: _open(path) for path in {path for clip in clips for path, _ in clip}}
     scaler = av.video.reformatter.VideoReformatter()
@@ -100,7 +102,8 @@ def time_bare(
         video_VTHWC = np.empty((len(clip), frames, height, width, 3), np.uint8)
         for view_THWC, (path, numbers) in zip(video_VTHWC, clip, strict=True):
             decoded = _decode(files[path], numbers)
-            for image_HWC, frame in zip(view_THWC, decoded, strict=False):  # an end may be repeated
+            # Fewer frames may come at the end of an episode, where the last one is repeated.
+            for image_HWC, frame in zip(view_THWC, decoded, strict=False):
                 image_HWC[:] = scaler.reformat(frame, width, height, "rgb24").to_ndarray()
     elapsed, worked = time.perf_counter() - begun, time.process_time() - worked
     for file in files.values():
@@ -137,7 +140,7 @@ def _decode(file: _Bare, numbers: list[int]) -> Iterator[av.VideoFrame]:
 
 
 def cpu_s(pids: list[int]) -> float:
-    """Return the CPU time that these processes, the first this one, have used so far."""
+    """Return the CPU seconds that these processes have used; the first must be this one."""
     ticks = 0
     for pid in pids[1:]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -146,7 +149,7 @@ def cpu_s(pids: list[int]) -> float:
 
 
 def memory_bytes(pid: int, field: str) -> int:
-    """Return a process's memory: VmRSS, what it holds now; VmHWM, the most it has held."""
+    """Return the resident memory of a process; field: VmRSS, now; VmHWM, its peak."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

@@ -1,4 +1,4 @@
-"""The speed of the device: the train step, and its stages, on clips that are on it already."""
+"""Times the train step and its stages on clips that are already on the device."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from wmjax.run import metrics
 from wmjax.step import Steps, TrainState
 from wmjax.types import WorldModelInput
 
-WARM_UP = 3  # runs after the one that compiles, not counted
+WARM_UP = 3  # runs after compilation that are not counted
 
 
 def random_batch(
@@ -25,7 +25,7 @@ def random_batch(
 ) -> WorldModelInput:
     """Place a batch of noise, with masks drawn as in training; nothing is read from the source.
 
-    reader: gives the shapes of a clip.
+    reader: provides names, shapes and dtypes of a clip. clips: B of the batch.
     """
     rng = np.random.default_rng(seed)
     batch = np.zeros(clips, reader.dtype)
@@ -42,10 +42,10 @@ def random_batch(
 
 
 def clock(run: Callable[[], Any], count: int) -> tuple[list[float], float]:
-    """Return milliseconds of `count` runs on a warm device, and the seconds of the first run.
+    """Return the milliseconds of `count` runs on a warm device, and the seconds of the first run.
 
-    Timed from the end of one run to the end of the next, which is dispatched meanwhile, as in the
-    training loop. run returns a small array that is ready when all is done.
+    Each run is dispatched before the previous one ends, as in the training loop, and timed from end
+    to end. run returns a small array that is ready when the whole run is done.
     """
     begun = time.perf_counter()
     jax.block_until_ready(run())
@@ -63,9 +63,9 @@ def clock(run: Callable[[], Any], count: int) -> tuple[list[float], float]:
 def time_step(
     steps: Steps, state: TrainState, batch: WorldModelInput, *, flop: int, count: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Run the train step over and over on one batch; return the last state and the figures.
+    """Repeat the train step on one batch; return the last state and the figures.
 
-    flop: operations of one step. The state given is donated.
+    flop: floating-point operations of one step. `state` is donated.
     """
     seen: dict[str, Any] = {}
 
@@ -99,9 +99,9 @@ def time_step(
 def time_stages(
     steps: Steps, state: TrainState, batch: WorldModelInput, *, accumulate: int, count: int
 ) -> dict[str, float]:
-    """Return the milliseconds that the stages of a step take, each by itself.
+    """Return the milliseconds a step of each stage, and of the update, each run alone.
 
-    batch: one microbatch of the `accumulate` that a step works through. The state is donated.
+    batch: one of the `accumulate` microbatches of a step. `state` is donated.
     """
     rows = jax.tree.leaves(batch)[0].sharding
     result = {}
@@ -120,7 +120,7 @@ def time_stages(
     def update() -> jax.Array:
         nonlocal state
         state = steps.update(state, grads)
-        return jnp.copy(state.step)  # the state itself is donated to the next run
+        return jnp.copy(state.step)  # a copy, because the next run donates the state
 
     return result | {"update_ms": statistics.median(clock(update, count)[0])}
 
@@ -134,7 +134,7 @@ def _bind(function: Callable[..., Any], arguments: tuple) -> Callable[[], Any]:
 
 
 def _compile(blueprint: Blueprint, stage: Stage, arguments: tuple) -> Callable[..., Any]:
-    """Jit a stage forward, and backward where it is trained, into parameters and features."""
+    """Jit a stage; a trained one also runs backward, into parameters and features."""
 
     rows = jax.tree.leaves(arguments[2])[0].sharding  # of the batch
 
@@ -147,7 +147,7 @@ def _compile(blueprint: Blueprint, stage: Stage, arguments: tuple) -> Callable[.
         return jax.jit(forward)
 
     def scalar(*arguments: Any) -> jax.Array:
-        # Squares, because their gradient is not constant: XLA would simplify a constant one.
+        # Squares, because XLA would simplify a backward pass with a constant gradient.
         means = [jnp.mean(jnp.square(x)) for x in jax.tree.leaves(forward(*arguments))]
         return jnp.sum(jnp.stack(means))
 

@@ -1,1 +1,1 @@
-"""GPU and TPU kernels. Each has a plain twin in nn, so this folder can be deleted."""
+"""GPU and TPU kernels. Each has a plain JAX equivalent in nn, so this folder is optional."""

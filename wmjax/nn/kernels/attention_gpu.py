@@ -1,9 +1,9 @@
-"""Fused attention on GPUs (Triton, by Pallas), of several sequences in one call.
+"""Fused attention on GPUs (Triton, through Pallas) for several sequences in one call.
 
-cuDNN is slow with heads of 32, and wants every sequence by itself. Here sequences lie one after
-another in the same arrays, are neither cut out nor put together again, and need not fill blocks.
-The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691), without atomics: the same inputs
-give the same bits.
+cuDNN is slow with heads of width 32 and needs a call for each sequence. Here the sequences are
+concatenated in the same arrays, so nothing is split or copied, and they may have any length. The
+algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691) without atomics, so that equal inputs
+give equal bits.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton
 
 from wmjax.nn.kernels.devices import Lengths, on_own_rows, traced_once
 
-BLOCK = 64  # rows of its own that a program keeps, and of the others that it takes at a time
+BLOCK = 64  # rows that a program keeps, and rows of the other side that it loads at a time
 WARPS, STAGES = 4, 3  # of every kernel
 
 
@@ -30,10 +30,11 @@ def attend(
     lengths: Lengths,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attend within each sequence; every device its own rows of the ambient mesh.
+    """Attend within each sequence; returns BMHd.
 
-    lengths: of the sequences along N; tails: along M; all above 0. interpret: run the kernels'
-    Python in place of compiling it, on any device.
+    lengths: tokens of each sequence along N. tails: queries of each sequence along M. All are above
+    0. On a mesh every device attends for its own rows. interpret: True runs the kernels in Python,
+    on any device, in place of compiling them.
     """
     assert (sum(tails), sum(lengths)) == (query_BMHd.shape[1], key_BNHd.shape[1])
 
@@ -73,46 +74,48 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Rows:
-    """BLOCK rows of one head of one clip; those at or after `end` are missing.
+    """BLOCK rows of one head of one clip, with a valid mask.
 
-    Vectors lie as (B * N, H * d), single numbers as (B * H, N).
+    Vectors are stored as (B * N, H * d), scalars as (B * H, N).
     """
 
     def __init__(self, shape_BNHd: tuple[int, ...], ids: Any, first: Any, end: Any = None):
-        """shape_BNHd: of the whole array. ids: of clip and head."""
+        """shape_BNHd: of the whole array. ids: clip and head. Rows from `end` on are not valid."""
         (_, N, H, d), (clip, head) = shape_BNHd, ids
         row = first + jnp.arange(BLOCK)
         self._vectors = (clip * N + row)[:, None], (head * d + jnp.arange(d))[None]
         self._numbers = clip * H + head, row
-        self.there: Any = None
-        self._masked: Any = None
+        self.valid: Any = None  # None: all rows are valid
+        self._valid_vectors: Any = None
         if end is not None:
-            self.there = row < end
-            self._masked = jnp.broadcast_to(self.there[:, None], (BLOCK, d))
+            self.valid = row < end
+            self._valid_vectors = jnp.broadcast_to(self.valid[:, None], (BLOCK, d))
 
     def vectors(self, ref: Any) -> jax.Array:
-        """Load (BLOCK, d), 0 where a row is missing."""
-        other = None if self._masked is None else 0.0
-        return triton.load(ref.at[self._vectors], mask=self._masked, other=other)
+        """Load (BLOCK, d), with 0 in rows that are not valid."""
+        other = None if self._valid_vectors is None else 0.0
+        return triton.load(ref.at[self._vectors], mask=self._valid_vectors, other=other)
 
     def numbers(self, ref: Any) -> jax.Array:
-        """Load (BLOCK,), 0 where a row is missing."""
-        other = None if self.there is None else 0.0
-        return triton.load(ref.at[self._numbers], mask=self.there, other=other)
+        """Load (BLOCK,), with 0 in rows that are not valid."""
+        other = None if self.valid is None else 0.0
+        return triton.load(ref.at[self._numbers], mask=self.valid, other=other)
 
     def store_vectors(self, ref: Any, x: jax.Array) -> None:
-        triton.store(ref.at[self._vectors], x.astype(ref.dtype), mask=self._masked)
+        triton.store(ref.at[self._vectors], x.astype(ref.dtype), mask=self._valid_vectors)
 
     def store_numbers(self, ref: Any, x: jax.Array) -> None:
-        triton.store(ref.at[self._numbers], x, mask=self.there)
+        triton.store(ref.at[self._numbers], x, mask=self.valid)
 
 
 def _work(
     own_shape: tuple[int, ...], own: Lengths, other_shape: tuple[int, ...], other: Lengths
 ) -> tuple[Rows, Callable[[Callable[[Rows, Any], Any], Any], Any]]:
-    """Return this program's own rows, and a loop over the blocks of the others in their sequence.
+    """Return the rows of this program, and a loop over the other side's blocks of its sequence.
 
-    The shapes are BNHd. loop(step, carry) calls step(rows, carry); the last rows may be missing.
+    own: the side that the grid divides, queries or keys; other: the side that the loop runs over.
+    The shapes are BNHd. loop(step, carry) calls step(rows, carry); the last block may have rows
+    that are not valid.
     """
     ids = pl.program_id(2), pl.program_id(1)
     first, end, start, length = _place(pl.program_id(0), own, other)
@@ -133,8 +136,11 @@ def _work(
 
 
 def _place(block: jax.Array, own: Lengths, other: Lengths) -> tuple[Any, ...]:
-    """Return where block number `block` of the own sequences begins, and its sequence ends; and the
-    start and length of the other one that belongs to it."""
+    """Return the place of a block: (first row, end of its sequence, other start, other length).
+
+    block: index among the blocks of all own sequences. The last two describe the sequence of the
+    other side that the block attends to.
+    """
     blocks_before = own_before = other_before = 0
     place: Any = None
     for length, other_length in zip(own, other, strict=True):
@@ -146,8 +152,8 @@ def _place(block: jax.Array, own: Lengths, other: Lengths) -> tuple[Any, ...]:
     return place
 
 
-def _choose(condition: jax.Array, these: tuple[Any, ...], those: tuple[Any, ...]) -> tuple:
-    pairs = zip(these, those, strict=True)
+def _choose(condition: jax.Array, if_true: tuple[Any, ...], if_false: tuple[Any, ...]) -> tuple:
+    pairs = zip(if_true, if_false, strict=True)
     return tuple(jnp.where(condition, jnp.int32(one), jnp.int32(other)) for one, other in pairs)
 
 
@@ -159,7 +165,7 @@ def _call(
     outs: Sequence[Any],
     interpret: bool,
 ) -> list[jax.Array]:
-    """Run a kernel for each block of each clip's heads, on arrays as Rows takes them.
+    """Run a kernel for each block, head and clip, with arrays flattened as Rows expects.
 
     outs: anything with the shapes and dtypes of the results.
     """
@@ -180,14 +186,14 @@ def _call(
 
 
 def _to_log(d: int) -> float:
-    """Return what turns a query times a key, d wide, into the logarithm to base 2 of its weight."""
+    """Return the factor from a product of query and key of width d to log2 of its weight."""
     return math.log2(math.e) * d**-0.5
 
 
 def _exp2(x: jax.Array, interpret: bool) -> jax.Array:
-    """2**x, to within 2 of the last bits; below 2**-126 it is 0.
+    """Return 2**x to within 2 ulp; results below 2**-126 become 0.
 
-    XLA's takes four instructions where this takes one, for the sake of what is smaller.
+    This takes one instruction. XLA's exponential takes four, because it keeps smaller results.
     """
     if interpret:
         return jnp.exp2(x)
@@ -214,8 +220,7 @@ def _forward(
     lengths: Lengths,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Return the values attended to, and of each query and head the logarithm, to base 2, of the
-    sum of its weights (B, H, M)."""
+    """Return the attention output, and log2 of the softmax denominator of each query, (B, H, M)."""
     B, M, H, d = query.shape
     to_log = _to_log(d)
 
@@ -226,8 +231,8 @@ def _forward(
         def step(rows: Rows, carry: Any) -> Any:
             sum, total, largest = carry
             scores = _dot(q, rows.vectors(k_ref).T)
-            if rows.there is not None:
-                scores = jnp.where(rows.there[None], scores, -jnp.inf)
+            if rows.valid is not None:
+                scores = jnp.where(rows.valid[None], scores, -jnp.inf)
             above = jnp.maximum(largest, jnp.max(scores, axis=1))
             weights = _exp2(scores * to_log - (above * to_log)[:, None], interpret)
             shrink = _exp2((largest - above) * to_log, interpret)
@@ -259,7 +264,10 @@ def _into_queries(
     lengths: Lengths,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Return the queries' gradient, and what every weight's gradient is shifted by (B, H, M)."""
+    """Return the gradient of the queries, and sum(gradient * out) of each query, (B, H, M).
+
+    The softmax backward subtracts that sum from the gradients of the weights.
+    """
     B, M, H, d = query.shape
     to_log = _to_log(d)
 
@@ -274,8 +282,8 @@ def _into_queries(
         def step(rows: Rows, dq: jax.Array) -> jax.Array:
             k = rows.vectors(k_ref)
             weights = _exp2(_dot(q, k.T) * to_log - log_sum[:, None], interpret)
-            if rows.there is not None:  # a key of zeros could overflow
-                weights = jnp.where(rows.there[None], weights, 0.0)
+            if rows.valid is not None:  # a padding key of zeros could overflow
+                weights = jnp.where(rows.valid[None], weights, 0.0)
             errors = weights * (_dot(g, rows.vectors(v_ref).T) - shift[:, None])
             return dq + _dot(errors.astype(k.dtype), k)
 

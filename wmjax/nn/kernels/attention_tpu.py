@@ -1,4 +1,4 @@
-"""Fused attention on TPUs: the splash kernel that jax ships, on sequences of any length."""
+"""Fused attention on TPUs: jax's splash kernel, padded for sequences of any length."""
 
 import functools
 from collections.abc import Callable
@@ -9,15 +9,16 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from wmjax.nn.kernels.devices import on_own_rows
 
-LANES = 128  # the kernel takes whole blocks of as many tokens
+LANES = 128  # the kernel needs sequences whose length is a multiple of this
 
 
 def attend(
     query_BMHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Attend from each query to every key; every device its own rows of the ambient mesh.
+    """Attend from each query to every key; returns BMHd.
 
-    interpret: run the kernel's Python in place of compiling it, on any device.
+    On a mesh every device attends for its own rows. interpret: True runs the kernel in Python, on
+    any device, in place of compiling it.
     """
     own = functools.partial(_attend, interpret=interpret)
     return on_own_rows(own, (query_BMHd, key_BNHd, value_BNHd))
@@ -29,7 +30,8 @@ def _attend(
     _, M, H, d = query_BMHd.shape
     N = key_BNHd.shape[1]
     queries, keys = (-(-length // LANES) * LANES for length in (M, N))
-    # Keys that pad are a segment that no query sees; queries that pad see all others, and are cut.
+    # Padding keys form a segment that no query attends to. Padding queries attend to all valid keys
+    # and are cut off at the end.
     hidden = (jnp.arange(keys) >= N).astype(jnp.int32)
     segments = splash.SegmentIds(jnp.zeros(queries, jnp.int32), hidden) if keys > N else None
 

@@ -1,4 +1,4 @@
-"""Which devices run the kernels, and how a kernel runs on a mesh."""
+"""Detects which devices can run the kernels, and runs a kernel on a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -7,27 +7,28 @@ from typing import Any
 
 import jax
 
-# Tokens of each of the sequences that lie one after another along N. All go through the products at
-# once, and each attends to itself alone. Empty: a single sequence.
+# Token counts of sequences that are concatenated along N. Matrix products take all of them at once;
+# each sequence attends to itself only. Empty: a single sequence.
 Lengths = tuple[int, ...]
 
 
 def modern_gpu() -> bool:
-    """Say whether all devices are NVIDIA GPUs of Ampere (2020) or newer, with bfloat16 in hardware.
+    """Return whether all devices are NVIDIA GPUs from Ampere (2020) on.
 
-    Others have no fused attention in cuDNN and may not run our Triton kernels.
+    Older GPUs have no bfloat16 in hardware and no fused attention in cuDNN, and our Triton kernels
+    may not run there.
     """
     try:
         return all(
             device.platform == "gpu" and float(device.compute_capability) >= 8
             for device in jax.devices()
         )
-    except (AttributeError, ValueError):  # another maker's GPU
+    except (AttributeError, ValueError):  # a GPU that is not from NVIDIA
         return False
 
 
 def has_triton() -> bool:
-    """Say whether this jax has Pallas for Triton, which our GPU kernels need; jax will drop it."""
+    """Return whether this jax has Pallas for Triton; our GPU kernels need it, jax will drop it."""
     return find_spec("jax.experimental.pallas.triton") is not None
 
 
@@ -36,17 +37,20 @@ def device_name() -> str:
 
 
 def traced_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Trace and lower a function once for all calls with the same shapes; static: argument names.
+    """Trace and lower a function once for all calls with the same shapes.
 
-    Both take 30 ms of CPU time a kernel, and an unrolled model calls 300 of them.
+    static: names of its static arguments. Tracing and lowering take 30 ms of CPU time a kernel, and
+    an unrolled model calls 300 kernels.
     """
     return functools.partial(jax.jit, static_argnames=static)
 
 
 def on_own_rows(fn: Callable[..., Any], rows: tuple[jax.Array, ...], *shared: jax.Array) -> Any:
-    """Call fn(*rows, *shared) on each device of the ambient mesh, with its own part of the rows.
+    """Call fn(*rows, *shared) on each device of the ambient mesh, with its shard of the rows.
 
-    XLA cannot shard a kernel by itself. The results are sharded as the rows are.
+    rows: arrays that are split along their first axis over all mesh axes; results are split alike.
+    shared: replicated arrays. This is needed because XLA cannot partition a kernel. Without a mesh
+    fn is called once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -1,7 +1,7 @@
-"""A residual sum and the layer norm after it, in one kernel for GPUs (Triton, by Pallas).
+"""Residual sum and layer norm in one GPU kernel (Triton, through Pallas).
 
-XLA reads and writes the residual stream three to four times there; this does it once each, and its
-backward pass sums the gradients of bias and scale on the way.
+XLA reads and writes the residual stream three to four times; this kernel does each once. The
+backward kernel also sums the gradients of bias, scale and shift in the same pass.
 """
 
 import functools
@@ -15,11 +15,11 @@ from jax.experimental.pallas import triton
 
 from wmjax.nn.kernels.devices import on_own_rows, traced_once
 
-ROWS = 4  # of the stream that a program of the forward kernel works on
-AT_ONCE = 2048  # numbers that a program of the backward kernel takes at a time
-PROGRAMS = 1056  # of the backward kernel, eight to a multiprocessor of an H100
-SUMS = 3  # that it gives: gradients of bias, scale and shift
-WARPS = 4  # of any program
+ROWS = 4  # rows of the residual stream for each program of the forward kernel
+AT_ONCE = 2048  # numbers that a program of the backward kernel processes at a time
+PROGRAMS = 1056  # most programs of the backward kernel: eight for each multiprocessor of an H100
+SUMS = 3  # vectors that the backward kernel sums: gradients of bias, scale and shift
+WARPS = 4  # of every program
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -33,10 +33,10 @@ def add_norm(
     dtype: jnp.dtype,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return x + branch + bias, in x's dtype, and its layer norm times scale plus shift, in dtype.
+    """Return the sum x + branch + bias in x's dtype, and its layer norm in `dtype`.
 
-    Every device works on its own rows of the ambient mesh. interpret: run the kernel's Python in
-    place of compiling it, on any device.
+    scale, shift: of the layer norm. On a mesh every device works on its own rows. interpret: True
+    runs the kernel in Python, on any device, in place of compiling it.
     """
     args = x_BND, branch_BND, bias_D, scale_D, shift_D, eps, dtype, interpret
     return _add_norm_forward(*args)[0]
@@ -71,15 +71,15 @@ add_norm.defvjp(_add_norm_forward, _add_norm_backward)
 
 
 def _columns(width: int) -> tuple[jax.Array, jax.Array | None]:
-    """Return the places of a row, filled up to a power of two, and which of them there are."""
+    """Return the columns of a row, padded to a power of two, and their valid mask (None: all)."""
     columns = jnp.arange(pl.next_power_of_2(width))[None]
     return columns, None if columns.size == width else columns < width
 
 
-def _load(ref: Any, at: tuple, there: jax.Array | None) -> jax.Array:
-    """Return what lies there, float32, and 0 elsewhere."""
-    other = None if there is None else 0.0
-    return triton.load(ref.at[at], mask=there, other=other).astype(jnp.float32)
+def _load(ref: Any, at: tuple, valid: jax.Array | None) -> jax.Array:
+    """Load as float32, with 0 where the mask is False."""
+    other = None if valid is None else 0.0
+    return triton.load(ref.at[at], mask=valid, other=other).astype(jnp.float32)
 
 
 @traced_once("eps", "dtype", "interpret")
@@ -95,13 +95,13 @@ def _forward(
     height = math.gcd(ROWS, B * N)
 
     def kernel(x_ref: Any, branch_ref: Any, vectors_ref: Any, total_ref: Any, y_ref: Any) -> None:
-        columns, there = _columns(D)
+        columns, valid = _columns(D)
         at = (pl.program_id(0) * height + jnp.arange(height)[:, None], columns)
-        masked = None if there is None else jnp.broadcast_to(there, (height, columns.size))
-        bias, weight, shift = (_load(vectors_ref, (row, columns), there) for row in range(3))
+        masked = None if valid is None else jnp.broadcast_to(valid, (height, columns.size))
+        bias, weight, shift = (_load(vectors_ref, (row, columns), valid) for row in range(3))
         branch = (_load(branch_ref, at, masked) + bias).astype(x.dtype).astype(jnp.float32)
         total = (_load(x_ref, at, masked) + branch).astype(x.dtype)
-        centred, scale = _normalise(total.astype(jnp.float32), D, eps, there)
+        centred, scale = _normalise(total.astype(jnp.float32), D, eps, valid)
         triton.store(total_ref.at[at], total, mask=masked)
         y = centred * scale * weight + shift
         triton.store(y_ref.at[at], y.astype(dtype), mask=masked)
@@ -119,12 +119,12 @@ def _forward(
 
 
 def _normalise(
-    x: jax.Array, width: int, eps: float, there: jax.Array | None
+    x: jax.Array, width: int, eps: float, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the rows less their mean, and one over their standard deviation."""
+    """Return the centred rows and the reciprocal of their standard deviation."""
     centred = x - jnp.sum(x, axis=1, keepdims=True) / width
-    if there is not None:
-        centred = jnp.where(there, centred, 0.0)
+    if valid is not None:
+        centred = jnp.where(valid, centred, 0.0)
     variance = jnp.sum(centred * centred, axis=1, keepdims=True) / width
     return centred, jax.lax.rsqrt(variance + eps)
 
@@ -147,10 +147,10 @@ def _backward(
     def kernel(
         vectors_ref: Any, total_ref: Any, straight_ref: Any, y_ref: Any, out_ref: Any, sums_ref: Any
     ) -> None:
-        columns, there = _columns(D)
-        masked = None if there is None else jnp.broadcast_to(there, (height, padded))
+        columns, valid = _columns(D)
+        masked = None if valid is None else jnp.broadcast_to(valid, (height, padded))
         program = pl.program_id(0)
-        weight = _load(vectors_ref, (0, columns), there)
+        weight = _load(vectors_ref, (0, columns), valid)
 
         def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             first = (program + i * programs) * height
@@ -172,7 +172,7 @@ def _backward(
         sums = jax.lax.fori_loop(0, (steps - program + programs - 1) // programs, step, zeros)
         for k, sum in enumerate(sums):
             sum = jnp.sum(sum, axis=0, keepdims=True)
-            triton.store(sums_ref.at[program, k, columns], sum, mask=there)
+            triton.store(sums_ref.at[program, k, columns], sum, mask=valid)
 
     shape = (B * N, D)
     gradient, sums = pl.pallas_call(
