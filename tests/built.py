@@ -1,6 +1,5 @@
 """Models and setups as tests build them: by keyword arguments, without a configuration."""
 
-import jax
 from flax import nnx
 
 from wmjax import assemble
@@ -28,12 +27,6 @@ def shapes(**group):
 
 def settings(**group):
     return settings_of({"name": "vjepa2"} | group)
-
-
-def one_device_mesh():
-    from wmjax import sharding
-
-    return sharding.make_mesh(1, 1, jax.devices()[:1])
 
 
 def stream(config, split="train", position=0, *, held_out=None, setup=None):

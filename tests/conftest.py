@@ -24,21 +24,6 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
-def use_one_device(monkeypatch):
-    import jax
-
-    from wmjax import sharding
-
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Train on one of the eight, which take turns on a CPU: faster where sharding is no matter."""
-    use_one_device(monkeypatch)
-
-
 def lowered_for_gpu(fn, *args):
     """Return the program of an H100, kernels and all, as text: nothing is compiled."""
     import jax
@@ -65,8 +50,6 @@ def micro_run(tmp_path_factory):
     """
     import micro
 
-    from wmjax import train
-
     workdir = tmp_path_factory.mktemp("micro_run")
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
@@ -76,6 +59,5 @@ def micro_run(tmp_path_factory):
     ):
         for name, secret in SECRETS.items():
             monkeypatch.setenv(name, secret)
-        use_one_device(monkeypatch)
-        assert train.train(micro.config("train.num_steps=3"), workdir) == 0
+        assert micro.train(micro.config("train.num_steps=3"), workdir) == 0
     return workdir

@@ -34,6 +34,37 @@ def config(*overrides):
     return configs.load("debug_world_model", [*OVERRIDES, *overrides])
 
 
+def mesh(config, devices=1):
+    """Arrange the first `devices` devices as the configuration says."""
+    import jax
+
+    from wmjax import sharding
+
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
+
+
+def prepare(config, splits=("train",), *, devices=1, sources=None):
+    from wmjax import assemble
+
+    return assemble.prepare(config, splits, mesh(config, devices), sources)
+
+
+def train(config, workdir, *, devices=1, on_step=lambda step, metrics, batch: None):
+    """Train in this process, on one of its eight devices.
+
+    They take turns on a CPU: one is faster where sharding is no matter.
+    """
+    from wmjax.train import train
+
+    return train(config, workdir, mesh=mesh(config, devices), on_step=on_step)
+
+
+def evaluate(config, workdir, *, devices=1):
+    from wmjax.commands.evaluate import evaluate
+
+    return evaluate(config, workdir, mesh=mesh(config, devices))
+
+
 def command(workdir, *overrides):
     settings = [f"--config.{override}" for override in (*OVERRIDES, *overrides)]
     return [

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
-from conftest import use_one_device
 from says import refused, says, suggests
 from shared_data import PUSHT
 
@@ -45,10 +44,10 @@ def line(*words, overrides=()):
 @pytest.fixture(scope="module")
 def row():
     """What `step --parts` says on a device of 2 TFLOP/s."""
+    config, flags = micro.config(), argparse.Namespace(steps=3, views=1, parts=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        use_one_device(monkeypatch)
         monkeypatch.setitem(metrics.PEAK_TFLOPS, "cpu", 2.0)
-        return line("step", "--steps=3", "--parts")
+        return json.loads(json.dumps(bench.bench_step(config, flags, micro.mesh(config))))
 
 
 def test_a_step_tells_every_figure(row):
@@ -112,13 +111,11 @@ def test_peaks_go_by_the_kind_of_device(kind, tflops):
 @pytest.fixture(scope="module")
 def small():
     """A model with its steps on one device, a first state, and a batch of two views."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_one_device(monkeypatch)
-        config = micro.config("data.batch_size=2")
-        source = assemble.make_generator(config, "train", views=2)
-        setup = assemble.prepare(config, sources={"train": source})
-        reader, steps = assemble.make_reader(config, setup), setup.steps
-        batch = random_batch(reader, setup.masks, 2, 0, sharding.batch_sharding(setup.mesh))
+    config = micro.config("data.batch_size=2")
+    source = assemble.make_generator(config, "train", views=2)
+    setup = micro.prepare(config, sources={"train": source})
+    reader, steps = assemble.make_reader(config, setup), setup.steps
+    batch = random_batch(reader, setup.masks, 2, 0, sharding.batch_sharding(setup.mesh))
     return steps.blueprint, steps, steps.init(), batch
 
 

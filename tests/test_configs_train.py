@@ -5,7 +5,7 @@ import micro
 import pytest
 
 import wmjax
-from wmjax import assemble, train
+from wmjax import assemble
 from wmjax import config as configs
 from wmjax.masking import Masks
 
@@ -34,7 +34,6 @@ def test_it_builds_at_full_size_without_a_number_in_memory(name):
 EVERYWHERE = {"debug_world_model", "vjepa2_cooldown", "vjepa2_small"}
 
 
-@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     "name",
     [
@@ -48,5 +47,5 @@ def test_it_trains_two_steps_at_a_reduced_size(name, tmp_path):
         *("train.num_steps=2", "data.source=synthetic", "data.fps=10", "model.patch=8"),
         *("model.dtype=float32", "init_from=", "optim.accumulate=1"),
     ]
-    assert train.train(configs.load(name, shrunk), tmp_path) == 0
+    assert micro.train(configs.load(name, shrunk), tmp_path) == 0
     assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2]

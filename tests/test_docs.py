@@ -180,7 +180,6 @@ def runnable():
 
 
 @pytest.mark.processes
-@pytest.mark.usefixtures("one_device")
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
     """One after another in an empty folder; models and clips small, weights of the Hub our own."""
     monkeypatch.chdir(tmp_path)

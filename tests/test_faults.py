@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import errno
-import functools
 import gc
 import hashlib
 import itertools
@@ -20,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import built
 import jax
@@ -28,23 +28,22 @@ import micro
 import numpy as np
 import pytest
 from clu import metrics as clu_metrics
-from conftest import use_one_device
 from says import holds, lines_with, refused, says
 
 from wmjax import assemble, train
 from wmjax.data.synthetic import SyntheticSource
+from wmjax.evals.probe import Probe
+from wmjax.evals.validation import Validation
 from wmjax.models import vjepa2
 from wmjax.run import checkpoint, console, guard, manifest
 from wmjax.run import clock as run_clock
 from wmjax.run import signals as stop
 from wmjax.run import watchdog as watch
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 
 def state_hash(workdir, step):
     """SHA-256 over every array of a checkpoint."""
-    steps = assemble.prepare(micro.config()).steps
+    steps = micro.prepare(micro.config()).steps
     with checkpoint.Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         state = checkpoints.restore(step, steps.abstract).state
     digest = hashlib.sha256()
@@ -57,23 +56,16 @@ def saved_steps(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """Give {step: action}: the action is run when that step was dispatched."""
-    actions = {}
-    train_to_the_end = train.train
-    hook = {"on_step": lambda step, *_: actions.get(step, lambda: None)()}
-    monkeypatch.setattr(train, "train", functools.partial(train_to_the_end, **hook))
-    return actions
+def at_steps(actions):
+    """Return a step hook; {step: action}: the action is run when that step was dispatched."""
+    return lambda step, *_: actions.get(step, lambda: None)()
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Workdir, to be read only, of a run of 8 steps that nothing happened to; saved: 7 and 8."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_one_device(monkeypatch)
-        assert train.train(micro.config("train.num_steps=8", "checkpoint.every=7"), workdir) == 0
+    assert micro.train(micro.config("train.num_steps=8", "checkpoint.every=7"), workdir) == 0
     assert saved_steps(workdir) == [7, 8]
     return workdir
 
@@ -84,72 +76,84 @@ def unbroken(tmp_path_factory):
 @pytest.mark.campaign  # SIGINT: test_main
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_at_a_step_saves_it_and_the_run_ends_as_if_unbroken(
-    tmp_path, at_step, capsys, unbroken, number
+    tmp_path, capsys, unbroken, number
 ):
     before = signal.getsignal(number)
-    at_step[3] = lambda: signal.raise_signal(number)
-    assert train.train(micro.config("train.num_steps=8"), tmp_path) == 128 + number
+    config = micro.config("train.num_steps=8")
+    asking = at_steps({3: lambda: signal.raise_signal(number)})
+    assert micro.train(config, tmp_path, on_step=asking) == 128 + number
     assert signal.getsignal(number) is before
     assert lines_with(capsys.readouterr().out, signal.Signals(number).name, 3, tmp_path)
     assert saved_steps(tmp_path) == [3]
-    at_step.clear()
-    assert train.train(micro.config("train.num_steps=8"), tmp_path) == 0
+    assert micro.train(config, tmp_path) == 0
     assert [row["step"] for row in micro.rows(tmp_path)] == list(range(1, 9))
     assert state_hash(tmp_path, 8) == state_hash(unbroken, 8)
+
+
+class Interrupted:
+    """Batches of an evaluator; with each comes a SIGTERM."""
+
+    seen: ClassVar = []
+
+    def __init__(self, batches):
+        self._batches = batches
+        self.close, self.report = batches.close, batches.report
+
+    def __next__(self):
+        batch = next(self._batches)
+        self.seen.append(batch)
+        signal.raise_signal(signal.SIGTERM)
+        return batch
+
+
+def interrupted(evaluator):
+    """Return an evaluator, for eval.evaluators, that is interrupted as it reads."""
+
+    def build(context):
+        return evaluator(
+            context._replace(open_batches=lambda split: Interrupted(context.open_batches(split)))
+        )
+
+    return build
+
+
+validation, probe = interrupted(Validation), interrupted(Probe)
 
 
 @pytest.mark.parametrize(
     "during", ["validation", pytest.param("probe", marks=pytest.mark.campaign)]
 )
-def test_a_signal_in_validation_or_probe_leaves_them_and_saves(tmp_path, monkeypatch, during):
-    seen = []
-    if during == "validation":
-        steps = assemble.make_steps
-
-        def signalling(*args):
-            made = steps(*args)
-
-            def validate(*args):
-                seen.append(args)
-                signal.raise_signal(signal.SIGTERM)
-                return made.validate(*args)
-
-            return made._replace(validate=validate)
-
-        monkeypatch.setattr(assemble, "make_steps", signalling)
-    else:
-
-        def reading(self, target, split):
-            batches = self._open(split)
-            with contextlib.closing(batches):
-                for batch in batches:
-                    seen.append(batch)
-                    signal.raise_signal(signal.SIGTERM)
-
-        monkeypatch.setattr(train.probes.Probe, "read", reading)
-    overrides = ("train.eval_every=2", "eval.batches=1000")
-    if during == "probe":
-        overrides = ("train.eval_every=2", "eval.batches=1", "eval.probe_every=2")
-    assert train.train(micro.config(*overrides), tmp_path) == 128 + signal.SIGTERM
-    assert len(seen) == 1
+def test_a_signal_in_validation_or_probe_leaves_them_and_saves(tmp_path, during):
+    Interrupted.seen.clear()
+    overrides = ("train.eval_every=2", "eval.batches=1000", "eval.probe_every=2")
+    config = micro.config(*overrides, f"eval.evaluators={__name__}:{during}")
+    assert micro.train(config, tmp_path) == 128 + signal.SIGTERM
+    assert len(Interrupted.seen) == 1
     assert saved_steps(tmp_path) == [2]
 
 
-def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path, monkeypatch, at_step):
-    released, get, left, reads = threading.Event(), SyntheticSource.__getitem__, [], []
+class Stuck(SyntheticSource):
+    """Gives the clips of three batches and some more; then it waits."""
 
-    def slow(self, index):
-        reads.append(index)
-        if len(reads) > 30:  # the fourth batch never comes
-            released.wait()
-        return get(self, index)
+    reads, released = itertools.count(), threading.Event()
 
-    monkeypatch.setattr(SyntheticSource, "__getitem__", slow)
-    monkeypatch.setattr(train, "exit_now", left.append)
-    at_step[3] = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start
-    assert train.train(micro.config("data.workers=0"), tmp_path) == 128 + signal.SIGTERM
+    def __init__(self, *, frames, height, width, seed, split):
+        super().__init__(frames=frames, height=height, width=width, seed=seed, split=split)
+
+    def __getitem__(self, index):
+        if next(self.reads) > 30:  # the fourth batch never comes
+            self.released.wait()
+        return super().__getitem__(index)
+
+
+def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(train, "exit_now", left.append)  # which ends the process
+    config = micro.config("data.workers=0", f"data.source={__name__}:Stuck")
+    asking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start
+    assert micro.train(config, tmp_path, on_step=at_steps({3: asking})) == 128 + signal.SIGTERM
     assert left == [128 + signal.SIGTERM]  # for Python would wait for the threads
-    released.set()
+    Stuck.released.set()
     assert saved_steps(tmp_path) == [3]
 
 
@@ -343,7 +347,7 @@ def test_a_run_falls_back_and_so_does_whoever_reads_it(unbroken, tmp_path, capsy
     large.write_bytes(data)
     assert checkpoint.Saved(workdir / "checkpoints").step == 7
     capsys.readouterr()
-    assert train.train(micro.config("train.num_steps=8"), workdir) == 0
+    assert micro.train(micro.config("train.num_steps=8"), workdir) == 0
     said = capsys.readouterr().out
     damaged, going_on = lines_with(said, workdir, 7)
     broken = workdir / "checkpoints/8"
@@ -360,26 +364,31 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew_unasked(unbroken, tmp_
         (tmp_path / "run" / "checkpoints" / str(step) / manifest.NAME).write_text("{}")
     advice = ("--workdir", "--config.checkpoint.verify=False")
     with refused(tmp_path / "run" / "checkpoints", *advice):
-        train.train(micro.config("train.num_steps=9"), tmp_path / "run")
+        micro.train(micro.config("train.num_steps=9"), tmp_path / "run")
     config = micro.config("train.num_steps=9", "checkpoint.verify=False")
-    assert train.train(config, tmp_path / "run") == 0
+    assert micro.train(config, tmp_path / "run") == 0
 
 
 # Numbers that are not finite
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Add an index of a clip to the list: the loss of its batch is NaN."""
-    loss, indices = vjepa2.VJEPA2.loss, []
+class Poisoned(vjepa2.VJEPA2):
+    """The loss of a batch with one of these clips is NaN."""
 
-    def bad(self, target, batch, key):
-        output = loss(self, target, batch, key)
-        hit = jnp.isin(batch.sample_ids_B, jnp.array(indices, jnp.int32)).any()
+    clips: ClassVar = []
+
+    def loss(self, target, batch, key):
+        output = super().loss(target, batch, key)
+        hit = jnp.isin(batch.sample_ids_B, jnp.array(self.clips, jnp.int32)).any()
         return output.replace(loss=output.loss + jnp.where(hit, jnp.nan, 0.0))
 
-    monkeypatch.setattr(vjepa2.VJEPA2, "loss", bad)
-    return indices
+
+def poisoned(clips, *overrides):
+    """Return the configuration of a run in which these clips have a loss of NaN."""
+    Poisoned.clips[:] = clips
+    config = micro.config(*overrides)
+    config.model.name = f"{__name__}:Poisoned"
+    return config
 
 
 def first_clips(count):
@@ -389,13 +398,10 @@ def first_clips(count):
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.campaign), 2])
-def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(
-    tmp_path, poisoned, capsys, accumulate
-):
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(tmp_path, capsys, accumulate):
     clips = first_clips(3)
-    poisoned.append(clips[1][5])
-    overrides = (f"optim.accumulate={accumulate}", "checkpoint.every=1")
-    assert train.train(micro.config("train.num_steps=3", *overrides), tmp_path) == 0
+    overrides = ("train.num_steps=3", f"optim.accumulate={accumulate}", "checkpoint.every=1")
+    assert micro.train(poisoned([clips[1][5]], *overrides), tmp_path) == 0
     said = capsys.readouterr().out
     assert len(lines_with(said, "warning", 2)) == 1
     assert len(lines_with(said, *(f"0:{clip}" for clip in clips[1]))) == 1
@@ -424,11 +430,11 @@ def _saved_at(workdir, step):
 
 
 @pytest.mark.campaign
-def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path, poisoned):
-    poisoned += [clips[0] for clips in first_clips(5)[1:]]
-    config = micro.config("train.num_steps=8", "train.max_skipped=3", "checkpoint.every=1")
+def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path):
+    overrides = ("train.num_steps=8", "train.max_skipped=3", "checkpoint.every=1")
+    config = poisoned([clips[0] for clips in first_clips(5)[1:]], *overrides)
     with refused("train.max_skipped=3", 4, "optim.clip_norm", "optim.learning_rate"):
-        train.train(config, tmp_path)
+        micro.train(config, tmp_path)
     assert 1 in saved_steps(tmp_path)
 
 
@@ -508,7 +514,7 @@ def full_disk():
 
 @unreported
 @pytest.mark.usefixtures("collected")
-def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, at_step, capsys):
+def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, capsys):
     def fill():
         wait_for_checkpoint(tmp_path, 2)
         disk.enter_context(full_disk())
@@ -518,10 +524,8 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, at_step, 
         disk.close()
 
     with contextlib.ExitStack() as disk:
-        at_step[3] = fill
-        at_step[6] = make_room
         config = micro.config("train.num_steps=8", "checkpoint.every=2", "train.log_every=8")
-        assert train.train(config, tmp_path) == 0
+        assert micro.train(config, tmp_path, on_step=at_steps({3: fill, 6: make_room})) == 0
     said = capsys.readouterr().out
     assert said.count("warning") == 1
     assert lines_with(said, "warning", tmp_path / "checkpoints/4")
@@ -532,33 +536,31 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, at_step, 
 @pytest.mark.campaign
 @unreported
 @pytest.mark.usefixtures("collected")
-def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path, at_step):
+def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path):
     def fill():
         wait_for_checkpoint(tmp_path, 2)
         disk.enter_context(full_disk())
 
     with contextlib.ExitStack() as disk:
-        at_step[3] = fill
         config = micro.config("checkpoint.every=2", "train.log_every=8")
         with refused(tmp_path / "checkpoints/4", 2):
-            train.train(config, tmp_path)
-    at_step.clear()
-    assert train.train(micro.config(), tmp_path) == 0
+            micro.train(config, tmp_path, on_step=at_steps({3: fill}))
+    assert micro.train(micro.config(), tmp_path) == 0
     assert saved_steps(tmp_path) == [2, 4]
 
 
 @pytest.mark.campaign
 @unreported
 @pytest.mark.usefixtures("collected")
-def test_a_workdir_that_vanishes_is_made_again(tmp_path, at_step, capsys, unbroken):
+def test_a_workdir_that_vanishes_is_made_again(tmp_path, capsys, unbroken):
     workdir = tmp_path / "run"
 
     def vanish():
         wait_for_checkpoint(workdir, 2)
         shutil.rmtree(workdir)
 
-    at_step[3] = vanish
-    assert train.train(micro.config("train.num_steps=8", "checkpoint.every=2"), workdir) == 0
+    config = micro.config("train.num_steps=8", "checkpoint.every=2")
+    assert micro.train(config, workdir, on_step=at_steps({3: vanish})) == 0
     said = capsys.readouterr().out
     assert len(lines_with(said, workdir / "metrics.jsonl", os.strerror(errno.ENOENT))) == 1
     assert max(saved_steps(workdir)) == 8
@@ -575,7 +577,7 @@ def test_a_logger_that_fails_is_dropped_and_the_run_goes_on(tmp_path, monkeypatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", fail)
-    assert train.train(micro.config("log.tensorboard=True"), tmp_path) == 0
+    assert micro.train(micro.config("log.tensorboard=True"), tmp_path) == 0
     said = capsys.readouterr().out
     assert len(lines_with(said, "warning", "TensorBoard", "no route to host")) == 1
     assert said.count("TensorBoard") == 1
@@ -602,18 +604,17 @@ def held():
     )
 
 
-def leaks(workdir, at_step, steps, saves):
+def leaks(workdir, steps, saves):
     every, seen = steps // saves, []
-    for step in range(every, steps + 1, every):
-        at_step[step] = lambda: seen.append(held())
+    looking = {step: lambda: seen.append(held()) for step in range(every, steps + 1, every)}
     settings = (f"train.num_steps={steps}", f"checkpoint.every={every}", "train.log_every=20")
-    assert train.train(micro.config(*settings), workdir) == 0
+    assert micro.train(micro.config(*settings), workdir, on_step=at_steps(looking)) == 0
     assert len(seen) == saves
     return seen
 
 
-def test_memory_files_and_threads_stay_level(tmp_path, at_step):
-    seen = leaks(tmp_path, at_step, 200, 5)
+def test_memory_files_and_threads_stay_level(tmp_path):
+    seen = leaks(tmp_path, 200, 5)
     (_, files, threads), (_, last_files, last_threads) = seen[1], seen[-1]
     assert (last_files, last_threads) == (files, threads)
     assert seen[-1][0] < 1.05 * seen[1][0]
@@ -621,8 +622,8 @@ def test_memory_files_and_threads_stay_level(tmp_path, at_step):
 
 @pytest.mark.campaign
 @pytest.mark.timeout(3000)
-def test_two_thousand_steps_and_fifty_checkpoints(tmp_path, at_step):
-    seen = leaks(tmp_path, at_step, 2000, 50)
+def test_two_thousand_steps_and_fifty_checkpoints(tmp_path):
+    seen = leaks(tmp_path, 2000, 50)
     print(seen[4], seen[-1])
     assert seen[-1][0] < 1.02 * seen[4][0]
     assert seen[-1][1:] == seen[4][1:]

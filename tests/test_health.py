@@ -10,7 +10,6 @@ import pytest
 from clips import batch_of
 from says import lines_with, says
 
-from wmjax import train
 from wmjax.evals import health, prediction
 from wmjax.models import vjepa2
 from wmjax.nn import norm
@@ -155,17 +154,18 @@ class Collapsing(vjepa2.VJEPA2):
         return norm.layer_norm(self.encoder(video_BTHWC), vjepa2.TARGET_EPS)
 
 
-def run(workdir, *overrides):
+def run(workdir, *overrides, family="vjepa2"):
     config = micro.config("train.log_every=20", "checkpoint.every=100000", *overrides)
-    assert train.train(config, workdir) == 0
+    config.model.name = family
+    assert micro.train(config, workdir) == 0
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_collapsed_on_purpose_is_told_within_80_steps(
-    one_device, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(vjepa2, "VJEPA2", Collapsing)
-    rows = run(tmp_path, "train.num_steps=80", "optim.ema=0.0", "optim.learning_rate=3e-3")
+def test_a_run_collapsed_on_purpose_is_told_within_80_steps(tmp_path, capsys):
+    rows = run(
+        *(tmp_path, "train.num_steps=80", "optim.ema=0.0", "optim.learning_rate=3e-3"),
+        family=f"{__name__}:Collapsing",
+    )
     said = capsys.readouterr().out
     cosine = f"{rows[-1]['health/target_cosine']:.3f}"
     assert len(lines_with(said, "warning", 80, "cosine", cosine)) == 1
@@ -184,7 +184,7 @@ def healthy(workdir, steps, capsys):
     return validation
 
 
-def test_a_healthy_run_is_silent_and_its_report_is_whole(one_device, tmp_path, capsys):
+def test_a_healthy_run_is_silent_and_its_report_is_whole(tmp_path, capsys):
     row = healthy(tmp_path, 100, capsys)[-1]
     wanted = {"loss/short", "loss/long", "relative", "by_time/0", "by_time/1"} | {
         f"health/{side}_{figure}"
@@ -199,7 +199,7 @@ def test_a_healthy_run_is_silent_and_its_report_is_whole(one_device, tmp_path, c
 
 
 @pytest.mark.campaign
-def test_a_healthy_run_is_silent_for_2000_steps(one_device, tmp_path, capsys):
+def test_a_healthy_run_is_silent_for_2000_steps(tmp_path, capsys):
     healthy(tmp_path, 2000, capsys)
 
 

@@ -8,7 +8,7 @@ import weight_files
 from says import holds, lines_with, refused, says
 
 import wmjax
-from wmjax import assemble, initial, train
+from wmjax import assemble, initial
 from wmjax.run.checkpoint import Saved
 
 FIRST = "params.encoder.blocks.attention.proj.bias"
@@ -50,12 +50,10 @@ def test_another_run_gives_parameters_target_and_moments(micro_run):
     assert same(ours, arrays)
 
 
-def test_schedules_follow_the_new_run_and_moments_the_old_one(
-    micro_run, tmp_path, capsys, one_device
-):
+def test_schedules_follow_the_new_run_and_moments_the_old_one(micro_run, tmp_path, capsys):
     overrides = ["optim.schedule=linear", "optim.warmup=0", "optim.schedule_steps=4"]
     config = micro.config(f"init_from={micro_run}", *overrides, "train.num_steps=2")
-    assert train.train(config, tmp_path) == 0
+    assert micro.train(config, tmp_path) == 0
     assert lines_with(capsys.readouterr().out, micro_run, 3)
     rates = [row["learning_rate"] for row in micro.rows(tmp_path)]
     peak, final = config.optim.learning_rate, config.optim.final_learning_rate
@@ -64,7 +62,7 @@ def test_schedules_follow_the_new_run_and_moments_the_old_one(
     assert Saved(tmp_path / "checkpoints").read(["opt_state.count"])["opt_state.count"] == 5
     config.init_from = "gone"  # what it began with is not asked for again
     config.train.num_steps = 3
-    assert train.train(config, tmp_path) == 0
+    assert micro.train(config, tmp_path) == 0
 
 
 def test_a_run_of_another_model_is_refused_with_the_parameter(micro_run):
@@ -87,14 +85,14 @@ def test_a_model_of_transformers_gives_encoder_predictor_and_target(folder):
     assert len(set(pointers)) == len(pointers)  # the step donates each of them
 
 
-def test_an_image_model_gives_encoder_and_target_and_its_positions(tmp_path, capsys, one_device):
+def test_an_image_model_gives_encoder_and_target_and_its_positions(tmp_path, capsys):
     tensors = weight_files.draw(weight_files.image_shapes("vit"))
     folder = weight_files.write(tmp_path / "vit", tensors, weight_files.image_config("vit"))
     config = micro.config(
         *(*OVERRIDES, "model.depth=2", f"model.pretrained={folder}"),
         *("train.num_steps=1", "optim.learning_rate=0", "optim.start_learning_rate=0"),
     )
-    assert train.train(config, tmp_path / "run") == 0
+    assert micro.train(config, tmp_path / "run") == 0
     (origin,) = lines_with(capsys.readouterr().out, folder, "optimizer")
     loaded, fresh = origin.split(str(folder))
     says(loaded, "encoder", "target")
@@ -104,7 +102,7 @@ def test_an_image_model_gives_encoder_and_target_and_its_positions(tmp_path, cap
     positions = tensors["embeddings.position_embeddings"][0, 1:].reshape(5, 5, 36)
     averaged = model.params["encoder"]["positions"]["space"]  # of equal ones, so rounded
     np.testing.assert_allclose(averaged, positions, rtol=3e-7)
-    assert train.train(config, tmp_path / "run") == 0  # finished: nothing is loaded again
+    assert micro.train(config, tmp_path / "run") == 0  # finished: nothing is loaded again
 
 
 @pytest.mark.parametrize(
@@ -119,4 +117,4 @@ def test_an_image_model_gives_encoder_and_target_and_its_positions(tmp_path, cap
 def test_a_mistake_gets_a_line(folder, overrides, named, tmp_path):
     config = micro.config(*(override.format(folder=folder) for override in overrides))
     with refused(*(str(token).format(folder=folder) for token in named)):
-        train.train(config, tmp_path)
+        micro.train(config, tmp_path)

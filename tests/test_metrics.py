@@ -87,12 +87,11 @@ def tensorboard_values(folder):
     return found
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setitem(metrics.PEAK_TFLOPS, "cpu", 1e-3)
-    train.train(micro.config("log.tensorboard=True", "train.eval_every=2"), tmp_path)
+    micro.train(micro.config("log.tensorboard=True", "train.eval_every=2"), tmp_path)
     rows = micro.rows(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}

@@ -10,7 +10,7 @@ from says import refused, says, suggests
 from shared_data import PUSHT, SHARED, needs_shared
 from test_pipeline import equal, stream, take
 
-from wmjax import assemble, train
+from wmjax import assemble
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import _order
 from wmjax.data.synthetic import SyntheticSource
@@ -153,10 +153,10 @@ def test_a_jump_threads_and_processes_change_nothing_in_a_mixture(monkeypatch):
 
 
 @needs_shared
-def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(one_device, tmp_path, caplog):
+def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, caplog):
     config = micro.config(*real("train.num_steps=8", "train.log_every=4", "data.on_error=skip"))
     with jax.log_compiles():
-        train.train(config, tmp_path)
+        micro.train(config, tmp_path)
     compiled = [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
     assert sum("train_step" in text for text in compiled) == 1
     names = ["g1_subset_v30", "pusht_sim_v3", "aloha_sim_twocam_v3"]
@@ -166,7 +166,7 @@ def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(one_device
     assert shares[0] != shares[1]  # each of its own interval
     assert [row["data_skipped"] for row in micro.rows(tmp_path)] == [0, 0]
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
-        abstract = assemble.prepare(config).steps.abstract
+        abstract = micro.prepare(config).steps.abstract
         restored = checkpoints.restore(8, abstract)
     assert restored.data == {"position": 64}
     statistics = restored.meta["statistics"]

@@ -3,15 +3,14 @@
 import json
 import shutil
 
+import micro
 import numpy as np
 import pytest
-from micro import ROOT
 
 import wmjax
 from wmjax import config as configs
-from wmjax import train
 
-OLD = ROOT / "tests" / "data" / "workdir_420b0df"
+OLD = micro.ROOT / "tests" / "data" / "workdir_420b0df"
 OVERRIDES = (
     *("model.width=24", "model.depth=2", "model.heads=2", "model.predictor_width=16"),
     *("model.predictor_depth=1", "model.predictor_heads=2", "data.frames=4", "data.image_size=32"),
@@ -25,10 +24,10 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_an_old_workdir_goes_on(tmp_path, one_device):
+def test_an_old_workdir_goes_on(tmp_path):
     workdir = shutil.copytree(OLD, tmp_path / "run")
     config = configs.load("debug_world_model", OVERRIDES)
-    assert train.train(config, workdir) == 0
+    assert micro.train(config, workdir) == 0
     expected = rows(OLD / "expected.jsonl")
     found = rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in found] == [row["step"] for row in expected] == [1, 2, 2, 3, 4, 4]

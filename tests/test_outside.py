@@ -1,23 +1,22 @@
 """A model, a source, a mask and an evaluator from outside wmjax go through every command."""
 
+import argparse
 import json
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import micro
 import numpy as np
 import pytest
-from conftest import use_one_device
 from says import refused, says
 
 import wmjax
-from wmjax import assemble, main, sharding, train
+from wmjax import assemble, main
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
-from wmjax.commands.evaluate import evaluate
+from wmjax.commands import demo
 from wmjax.masking import Masks
 from wmjax.run.checkpoint import Saved
 from wmjax.viz import __main__ as viz
@@ -58,8 +57,7 @@ def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("outside")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.syspath_prepend(str(OUTSIDE))
-        use_one_device(monkeypatch)
-        assert train.train(config(), workdir) == 0
+        assert micro.train(config(), workdir) == 0
     return workdir
 
 
@@ -92,9 +90,7 @@ def test_what_is_frozen_has_no_moments_and_is_stored_once(workdir):
     assert "frozen.scale" in found
     assert found["frozen.scale"] != 1  # the model's updates arrive
     assert not any(name.startswith("target") for name in found)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_one_device(monkeypatch)
-        first = assemble.prepare(config()).steps.init()
+    first = micro.prepare(config()).steps.init()
     np.testing.assert_array_equal(found["frozen.encoder.kernel"], first.frozen["encoder"]["kernel"])
     assert {"params.out.0.kernel", "opt_state.mu.out.0.kernel"} <= found.keys()
 
@@ -131,18 +127,18 @@ def test_killed_and_resumed_it_is_the_same(workdir, tmp_path):
 
 def test_eight_devices_agree_with_one(workdir, tmp_path):
     fsdp = config("mesh.fsdp=4", "eval.evaluators=validation")
-    assert train.train(fsdp, tmp_path) == 0
+    assert micro.train(fsdp, tmp_path, devices=8) == 0
     losses = [
         [row["loss"] for row in micro.rows(each) if "loss" in row] for each in (tmp_path, workdir)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_it_is_evaluated_by_itself(workdir, tmp_path, one_device):
+def test_it_is_evaluated_by_itself(workdir, tmp_path):
     import shutil
 
     copy = shutil.copytree(workdir, tmp_path / "run")
-    assert evaluate(config(), copy) == 0
+    assert micro.evaluate(config(), copy) == 0
     line = json.loads((copy / "evals.jsonl").read_text().splitlines()[-1])
     row = [row for row in micro.rows(workdir) if "validation/loss" in row][-1]
     assert line["validation/loss"] == pytest.approx(row["validation/loss"], rel=1e-6)
@@ -161,16 +157,17 @@ def test_it_loads_where_its_package_is_trusted(workdir):
         model.encode(video[:, :24])
 
 
-def test_bench_plan_and_demo(workdir, tmp_path, capsys, one_device):
+def test_bench_plan_and_demo(workdir, tmp_path, capsys):
     flags = ["--config=debug_world_model", *(f"--config.{o}" for o in OVERRIDES)]
-    assert bench.run(["step", *flags, "--steps=2", "--parts", "--views=2"]) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    mesh = micro.mesh(config())
+    timing = argparse.Namespace(steps=2, views=2, parts=True)
+    row = bench.bench_step(config(), timing, mesh)
     assert row["ms"] > 0
     assert row["video_BVTHWC"] == [8, 2, 4, 32, 32, 3]
     assert row["mfu"] is None
     assert main.run(["--mode=plan", "--topology=cpu:1", *flags]) == 0
     says(capsys.readouterr().out, "parameters", "memory")
-    assert main.run(["--mode=demo", *flags, f"--workdir={tmp_path}"]) == 0
+    assert demo.demo(config(), tmp_path, mesh=mesh) == 0
     says(capsys.readouterr().out, "teacher_forcing", "rollout")
 
 
@@ -193,10 +190,10 @@ def test_a_mask_from_outside():
         Masks({"tail": {**spec, "shift": -5}}, (2, 4, 4))
 
 
-def test_a_model_trained_with_a_mask_and_a_source_from_outside(tmp_path, one_device):
+def test_a_model_trained_with_a_mask_and_a_source_from_outside(tmp_path):
     own = micro.config("data.source=robolab.data:Dots", "train.num_steps=2")
     own.mask = {"tail": {"strategy": "robolab.masks:tail", "context": 0.25, "target": 0.5}}
-    assert train.train(own, tmp_path) == 0
+    assert micro.train(own, tmp_path) == 0
     assert "loss/tail" in micro.rows(tmp_path)[-1]
 
 
@@ -227,4 +224,4 @@ def test_mistakes_are_one_line(override, named, tmp_path):
     with refused(*named):
         own = config(override)
         assemble.check(own)
-        train.train(own, tmp_path, mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
+        micro.train(own, tmp_path)

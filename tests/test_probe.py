@@ -3,15 +3,13 @@
 import functools
 import json
 
-import jax
 import micro
 import numpy as np
 import pytest
 from says import lines_with, refused
 from shared_data import PUSHT, SHARED, needs_shared
 
-from wmjax import assemble, main, sharding, train
-from wmjax.commands.evaluate import evaluate
+from wmjax import assemble, train
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.evals import Context, probe
@@ -112,8 +110,8 @@ def test_the_ridge_is_chosen_on_episodes_that_were_not_fitted():
     assert probe.fit_all(shuffled, truth)["y"]["ridge_each"] == [probe.RIDGES[-1]]
 
 
-def test_the_table_has_its_three_rows_on_the_console_and_in_json(one_device, tmp_path, capsys):
-    assert train.train(micro.config(*PROBING), tmp_path) == 0
+def test_the_table_has_its_three_rows_on_the_console_and_in_json(tmp_path, capsys):
+    assert micro.train(micro.config(*PROBING), tmp_path) == 0
     said = capsys.readouterr().out
     (line,) = map(json.loads, (tmp_path / "evals.jsonl").read_text().splitlines())
     assert line["step"] == 4
@@ -124,14 +122,7 @@ def test_the_table_has_its_three_rows_on_the_console_and_in_json(one_device, tmp
     (row,) = (row for row in micro.rows(tmp_path) if "probe/state/trained" in row)
     assert row["probe/state/trained"] == line["probe"]["trained"]["state"]["r2"]
 
-    flags = (*micro.OVERRIDES, *PROBING)
-    assert (
-        main.run(
-            ["--mode=eval", "--config=debug_world_model", f"--workdir={tmp_path}"]
-            + [f"--config.{flag}" for flag in flags]
-        )
-        == 0
-    )
+    assert micro.evaluate(micro.config(*PROBING), tmp_path) == 0
     again = json.loads((tmp_path / "evals.jsonl").read_text().splitlines()[-1])
     assert again["step"] == 4
     assert again["probe"] == line["probe"]
@@ -139,9 +130,9 @@ def test_the_table_has_its_three_rows_on_the_console_and_in_json(one_device, tmp
     assert again["validation/loss"] == validation["validation/loss"]
 
 
-def test_an_untrained_model_is_evaluated_as_what_it_is(one_device, tmp_path, capsys, monkeypatch):
+def test_an_untrained_model_is_evaluated_as_what_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.health, "MIN_RANK", 1000.0)
-    assert evaluate(micro.config(*PROBING), tmp_path) == 0
+    assert micro.evaluate(micro.config(*PROBING), tmp_path) == 0
     said = capsys.readouterr().out
     assert not any((tmp_path / "checkpoints").iterdir())
     assert lines_with(said, tmp_path, "checkpoint")
@@ -154,8 +145,7 @@ def test_eight_devices_read_the_same_features_as_one(tmp_path):
     read = []
     for devices, fsdp in ((1, 1), (8, 8)):
         config = micro.config(f"mesh.fsdp={fsdp}", "eval.probe_clips=32")
-        mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
-        setup = assemble.prepare(config, ("train", "validation"), mesh)
+        setup = micro.prepare(config, ("train", "validation"), devices=devices)
         opened = functools.partial(assemble.make_pipeline, config, setup, held_out=True)
         context = Context(
             setup.steps, setup.sources, setup.masks, config.to_dict(), tmp_path, opened

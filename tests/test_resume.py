@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from says import lines_with, refused, says
 
-from wmjax import assemble, train
 from wmjax.run.checkpoint import Checkpoints
 
 
 def final_hash(workdir, step, *overrides):
     """SHA-256 over every array of a checkpoint, in the order of their names."""
     config = micro.config(*overrides)
-    steps = assemble.prepare(config).steps
+    steps = micro.prepare(config, devices=config.mesh.fsdp).steps
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         state = checkpoints.restore(step, steps.abstract).state
     digest = hashlib.sha256()
@@ -56,44 +55,40 @@ def test_ten_steps_and_ten_more_equal_twenty_to_the_last_bit(tmp_path, devices):
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_finished_run_says_so_and_how_to_go_on(tmp_path, capsys):
-    assert train.train(micro.config(), tmp_path) == 0
+    assert micro.train(micro.config(), tmp_path) == 0
     assert (tmp_path / "checkpoints" / "4").is_dir()
     capsys.readouterr()
-    assert train.train(micro.config(), tmp_path) == 0
+    assert micro.train(micro.config(), tmp_path) == 0
     said = capsys.readouterr().out
     assert lines_with(said, tmp_path, "train.num_steps=4")
     says(said, "--config.train.num_steps=8", "--workdir", lines=3)
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_checkpoint_of_another_model_is_refused_by_its_first_parameter(tmp_path):
-    train.train(micro.config("train.num_steps=1"), tmp_path)
+    micro.train(micro.config("train.num_steps=1"), tmp_path)
     first = "params.encoder.blocks.attention.proj.bias"
     advice = (tmp_path / "config.json", "--workdir")
     with refused(first, "(2, 48)", "(2, 64)", *advice):
-        train.train(micro.config("model.width=64"), tmp_path)
+        micro.train(micro.config("model.width=64"), tmp_path)
     with refused(first, "(2, 48)", "(3, 48)", *advice):
-        train.train(micro.config("model.depth=3"), tmp_path)
+        micro.train(micro.config("model.depth=3"), tmp_path)
 
 
-@pytest.mark.usefixtures("one_device")
 def test_what_changed_since_the_last_run_is_said(tmp_path, capsys):
-    train.train(micro.config("train.num_steps=1"), tmp_path)
-    train.train(micro.config("optim.weight_decay=0.5"), tmp_path)
+    micro.train(micro.config("train.num_steps=1"), tmp_path)
+    micro.train(micro.config("optim.weight_decay=0.5"), tmp_path)
     assert lines_with(capsys.readouterr().out, "optim.weight_decay", "0.04", "0.5")
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["weight_decay"] == 0.5
 
 
-@pytest.mark.usefixtures("one_device")
 def test_rows_of_steps_that_were_lost_are_dropped_from_the_metrics(tmp_path):
     """A kill after step 4 with the newest checkpoint at 2 leaves rows that are run again."""
-    train.train(micro.config("checkpoint.every=2"), tmp_path)
+    micro.train(micro.config("checkpoint.every=2"), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    train.train(micro.config(), tmp_path)
+    micro.train(micro.config(), tmp_path)
     assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -101,4 +96,4 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     denied = os.strerror(errno.ENOTDIR)
     with refused("--workdir", tmp_path / "file" / "run", denied, lines=1):
-        train.train(micro.config(), tmp_path / "file" / "run")
+        micro.train(micro.config(), tmp_path / "file" / "run")

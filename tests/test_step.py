@@ -10,21 +10,20 @@ import numpy as np
 import pytest
 from says import refused
 
-from wmjax import assemble, sharding, train
+from wmjax import assemble, sharding
 from wmjax.run.metrics import fetch
 
 
 def prepare(devices, *overrides):
-    """Return (config, mesh, steps, batches) of a micro run on the first `devices` devices."""
+    """Return (steps, batches) of a micro run on the first `devices` devices."""
     config = micro.config(*overrides)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
-    setup = assemble.prepare(config, mesh=mesh)
+    setup = micro.prepare(config, devices=devices)
     batches = assemble.make_pipeline(config, setup, "train", held_out=False)
-    return config, mesh, setup.steps, batches
+    return setup.steps, batches
 
 
 def losses(devices, *overrides, count=5):
-    _, _, steps, batches = prepare(devices, *overrides)
+    steps, batches = prepare(devices, *overrides)
     state, out = steps.init(), []
     for _ in range(count):
         state, metrics = steps.train(state, next(batches))
@@ -53,7 +52,7 @@ def two_steps(devices, accumulate, fsdp=1):
     Returns the metrics, the state as NumPy, and the bytes of a step's temporary arrays.
     """
     overrides = (*LARGE_BATCH, f"optim.accumulate={accumulate}", f"mesh.fsdp={fsdp}")
-    _, _, steps, batches = prepare(devices, *overrides)
+    steps, batches = prepare(devices, *overrides)
     state, rows, program = steps.init(), [], None
     for _ in range(2):
         batch = next(batches)
@@ -91,7 +90,7 @@ def test_microbatches_add_up_to_the_whole_batch(devices, accumulate, fsdp, two_w
 
 
 def test_the_state_is_split_from_birth_and_stays_split():
-    _, _, steps, batches = prepare(8, "mesh.fsdp=8")
+    steps, batches = prepare(8, "mesh.fsdp=8")
     fresh = steps.init()
     for state in (fresh, steps.train(steps.init(), next(batches))[0]):
         total, largest = sharding.device_bytes(state)
@@ -123,17 +122,16 @@ def compilations(workdir):
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-@pytest.mark.usefixtures("one_device")
 def test_two_hundred_steps_compile_the_step_once(tmp_path):
     with compilations(tmp_path) as compiled:
-        assert train.train(micro.config("train.num_steps=201"), tmp_path) == 0
+        assert micro.train(micro.config("train.num_steps=201"), tmp_path) == 0
     assert [row["step"] for row in micro.rows(tmp_path)] == [*range(1, 202)]
     assert sum("train_step" in name for _, name in compiled) == 1
     assert [(steps, name) for steps, name in compiled if steps > 0] == []
 
 
 def test_the_step_follows_the_schedules_of_the_configuration():
-    _, _, steps, batches = prepare(
+    steps, batches = prepare(
         1,
         *("optim.schedule_steps=2", "optim.warmup=0", "optim.schedule=linear"),
         *("optim.learning_rate=0.5", "optim.final_learning_rate=0.25"),
@@ -173,7 +171,7 @@ def test_a_mesh_or_batch_that_does_not_divide_is_refused():
 
 def test_copies_of_the_state_exchange_gradients_and_no_batch():
     """Microbatches included: each device splits the rows that it holds."""
-    _, _, steps, batches = prepare(8, "data.batch_size=16", "optim.accumulate=2")
+    steps, batches = prepare(8, "data.batch_size=16", "optim.accumulate=2")
     program = steps.train.lower(steps.abstract, next(batches)).compile().as_text()
     assert "all-reduce" in program
     for moved in ("all-gather", "all-to-all", "collective-permute"):
@@ -182,7 +180,7 @@ def test_copies_of_the_state_exchange_gradients_and_no_batch():
 
 
 def test_a_split_state_is_gathered_layer_by_layer_and_no_activation_moves():
-    _, _, steps, batches = prepare(8, "mesh.fsdp=8")
+    steps, batches = prepare(8, "mesh.fsdp=8")
     program = steps.train.lower(steps.abstract, next(batches)).compile().as_text()
     batches.close()
     wanted = set()

@@ -220,7 +220,6 @@ def test_weights_without_a_predictor_are_drawn_without_predictions(seen, tmp_pat
     ]
 
 
-@pytest.mark.usefixtures("one_device")
 def test_the_door_draws_a_run_and_the_curves_of_several(micro_run, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
@@ -238,7 +237,6 @@ def test_the_door_draws_a_run_and_the_curves_of_several(micro_run, tmp_path, cap
         door.run([str(micro_run), str(tmp_path / "none")])
 
 
-@pytest.mark.usefixtures("one_device")
 def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
     model = wmjax.load(micro_run)
     masks = Masks(micro.config().mask.to_dict(), (2, 4, 4))
@@ -254,7 +252,7 @@ def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
     arrays = {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
     batch = WorldModelInput.of(arrays, list(masks.sizes))
     source = assemble.make_generator(micro.config(), "train", views=2)
-    steps = assemble.prepare(micro.config(), sources={"train": source}).steps
+    steps = micro.prepare(micro.config(), sources={"train": source}).steps
     state = dataclasses.replace(steps.init(), params=model.params, target=model.params["encoder"])
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, steps.abstract))
     found = Looker(steps, masks.grid)(state, batch)
@@ -274,13 +272,12 @@ def test_a_model_that_has_diverged_is_not_drawn_and_stops_no_training(seen):
     assert pictures(seen) == {}
 
 
-@pytest.mark.usefixtures("one_device")
 def test_the_demo_of_a_model_that_has_diverged_ends_in_a_line(seen, tmp_path, monkeypatch):
     seen.target_BND[0, 0, 0] = np.nan
     monkeypatch.setattr(demo, "show_model", lambda *_: types.SimpleNamespace(params={}, target={}))
     monkeypatch.setattr(Looker, "__call__", lambda *_: seen)
     with refused(tmp_path, "features", "--workdir"):
-        demo.demo(micro.config(), tmp_path)
+        demo.demo(micro.config(), tmp_path, mesh=micro.mesh(micro.config()))
 
 
 def test_wandb_is_handed_the_pictures_that_can_be_drawn(tmp_path, monkeypatch, capsys):
@@ -313,9 +310,8 @@ def test_without_matplotlib_one_line_names_the_extra(monkeypatch, tmp_path, caps
     says(reason, "matplotlib", ".[viz]", lines=3)
 
 
-@pytest.mark.usefixtures("one_device")
 def test_the_demo_shows_every_component_and_saves_nothing_else(tmp_path, capsys):
-    assert demo.demo(micro.config(), tmp_path) == 0
+    assert demo.demo(micro.config(), tmp_path, mesh=micro.mesh(micro.config())) == 0
     said = capsys.readouterr().out
     titles = [line for line in said.splitlines() if re.match(r"\d\. ", line)]
     parts = ("configuration", "batch", "masks", "forward", "loss", "step")

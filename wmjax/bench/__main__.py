@@ -8,12 +8,15 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
 from wmjax import door
 from wmjax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
@@ -47,14 +50,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDic
     return flags, door.load(parser, flags, overrides)
 
 
-def bench_step(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
-    """Time the train step of a configuration on noise; no dataset is opened."""
+def bench_step(
+    config: ml_collections.ConfigDict, flags: argparse.Namespace, mesh: "Mesh | None" = None
+) -> dict[str, Any]:
+    """Measure the train step of a configuration on noise; no dataset is opened."""
     from wmjax import assemble, sharding
     from wmjax.bench.step import random_batch, time_stages, time_step
 
     assemble.use_generated_data(config)
     source = assemble.make_generator(config, "train", flags.views)
-    setup = assemble.prepare(config, sources={"train": source})
+    setup = assemble.prepare(config, mesh=mesh, sources={"train": source})
     reader = assemble.make_reader(config, setup)
 
     def batch_of(clips: int) -> Any:

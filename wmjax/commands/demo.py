@@ -45,13 +45,15 @@ MEANING = {
 }
 
 
-def demo(config: ml_collections.ConfigDict, workdir: Path) -> int:
+def demo(
+    config: ml_collections.ConfigDict, workdir: Path, *, mesh: jax.sharding.Mesh | None = None
+) -> int:
     """Show configuration, batch, masks, forward pass, loss and a step; return the exit code 0."""
     if jax.default_backend() == "cpu":  # full optimisation costs more time than it saves here
         jax.config.update("jax_disable_most_optimizations", True)
     keep = keeper(workdir / "demo")
-    setup = assemble.prepare(config)
-    title(1, "configuration", "a file of values; configs/base.py explains every key")
+    setup = assemble.prepare(config, mesh=mesh)
+    title(1, "configuration", "one file of values; configs/base.py explains every key")
     shape = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     say(assemble.outline(config))
     say(f"  devices   {setup.mesh.size} x {jax.devices()[0].device_kind}, arranged as {shape}")
