@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import micro
 import numpy as np
@@ -225,3 +226,55 @@ def test_mistakes_are_one_line(override, named, tmp_path):
         own = config(override)
         assemble.check(own)
         micro.train(own, tmp_path)
+
+
+def test_a_workdir_imports_no_source_and_no_mask_that_is_not_trusted():
+    plain = configs.plain(micro.config())
+    for change in (
+        {"data": plain["data"] | {"source": "os:system"}},
+        {"mask": {"a": {"strategy": "os:system", "context": 0.2, "target": 0.2}}},
+        {"model": plain["model"] | {"name": "os:system"}},
+    ):
+        with refused("'os:system'", "trust"):
+            viz.configuration(types.SimpleNamespace(config=plain | change), None, [], ())
+
+
+FILE = """
+from wmjax.config import get_config as get_base
+
+def get_config():
+    config = get_base({base!r})
+    {line}
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "line", "model"),
+    [
+        ("base", f"config.model.name = {MODEL!r}", {"width": 24, "depth": 2}),
+        ("base", f"config.model.update(name={MODEL!r}, width=8)", {"width": 8, "depth": 2}),
+        ("debug_world_model", f"config.model.name = {MODEL!r}", {"width": 288, "depth": 4}),
+        ("base", f"config.model = {{'name': {MODEL!r}, 'patch': 16}}", {"patch": 16}),
+    ],
+)
+def test_a_file_may_name_the_model(tmp_path, base, line, model):
+    (tmp_path / "own.py").write_text(FILE.format(base=base, line=line))
+    own = configs.load(str(tmp_path / "own.py"), ["model.heads=2"])
+    assert model.items() <= own.model.to_dict().items()
+    assert own.model.dtype in ("bfloat16", "float32")
+    assert "predictor_width" not in own.model
+    again = configs.load(str(tmp_path / "own.py"), ["model.name=vjepa2"])
+    assert again.model.predictor_width == 384
+
+
+def test_init_from_with_other_parameters_frozen(workdir, tmp_path):
+    """The run's own frozen encoder stays; its blocks, which were trained, are frozen now."""
+    frozen = config(f"init_from={workdir}", "optim.freeze=blocks/**,state/**", "train.num_steps=2")
+    assert micro.train(frozen, tmp_path / "a") == 0
+    (_, first), (_, then) = arrays(workdir), arrays(tmp_path / "a")
+    kernel = "blocks.mlp.fc1.kernel"
+    np.testing.assert_array_equal(then[f"frozen.{kernel}"], first[f"params.{kernel}"])
+    thawed = config(f"init_from={tmp_path / 'a'}", "train.num_steps=2")
+    assert micro.train(thawed, tmp_path / "b") == 0
+    assert f"params.{kernel}" in arrays(tmp_path / "b")[1]
