@@ -25,8 +25,9 @@ from wmjax.data.windows import stride_for
 from wmjax.errors import UserError, check_above, check_choice, check_least
 from wmjax.evals import health, prediction
 from wmjax.masking import Masks
-from wmjax.models.base import Blueprint, InputSpec, family_named, settings_of
+from wmjax.models.base import Blueprint, InputSpec, family_named, patterns_of, settings_of
 from wmjax.nn.compute import Compute
+from wmjax.run import profile
 from wmjax.step import Steps, build
 from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
 
@@ -88,6 +89,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         check_above(f"train.{key}", config.train[key])
     for key in ("eval_every", "stuck_after"):
         check_least(f"train.{key}", config.train[key])
+    profile.read_span(config.train.profile)
     for key in ("every", "keep"):
         check_above(f"checkpoint.{key}", config.checkpoint[key])
     check_least("checkpoint.keep_period", config.checkpoint.keep_period)
@@ -136,7 +138,7 @@ def make_blueprint(config: ml_collections.ConfigDict, source: Source) -> Bluepri
         source.state_size,
         source.action_size,
     )
-    freeze = tuple(filter(None, (each.strip() for each in config.optim.freeze.split(","))))
+    freeze = patterns_of(config.optim.freeze)
     return Blueprint.of(config.model.to_dict(), spec, source.statistics(), freeze)
 
 

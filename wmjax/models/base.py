@@ -174,6 +174,11 @@ def settings_of(group: Mapping[str, Any], trust: Sequence[str] = ANY) -> Any:
     return cls(**own)
 
 
+def patterns_of(freeze: str) -> tuple[str, ...]:
+    """Return the glob patterns that optim.freeze lists, separated by commas."""
+    return tuple(filter(None, (each.strip() for each in freeze.split(","))))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blueprint:
     """All that a model is built from, and how a train state divides its variables.

@@ -9,17 +9,22 @@ from wmjax.errors import UserError
 from wmjax.run.console import say
 
 
+def read_span(span: str) -> tuple[int, int]:
+    """Return the first and the last step of "FIRST:LAST"; "": 0 and 0."""
+    if not span:
+        return 0, 0
+    first, _, last = span.partition(":")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise UserError(f"train.profile={span!r}: wanted FIRST:LAST, two steps, as 100:110")
+    return int(first), int(last)
+
+
 class Profile:
     """Traces the steps FIRST to LAST of `span`, "FIRST:LAST", into `folder`; "": none."""
 
     def __init__(self, span: str, folder: Path) -> None:
         self._folder, self._on = folder, False
-        self._first = self._last = 0
-        if span:
-            first, _, last = span.partition(":")
-            if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
-                raise UserError(f"train.profile={span!r}: wanted FIRST:LAST, two steps, as 100:110")
-            self._first, self._last = int(first), int(last)
+        self._first, self._last = read_span(span)
 
     def before(self, step: int) -> None:
         """Start the trace where its first step is about to be dispatched."""

@@ -8,7 +8,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wmjax.errors import UserError
-from wmjax.models.base import Blueprint, InputSpec
+from wmjax.models.base import Blueprint, InputSpec, patterns_of
 from wmjax.models.encoder import SIZES
 from wmjax.nn.compute import Compute
 from wmjax.nn.norm import EPS
@@ -136,7 +136,7 @@ def _run(workdir: Path, trust: tuple[str, ...]) -> Pretrained:
     if "spec" in saved.meta:  # absent in checkpoints of older commits
         spec = InputSpec(**saved.meta["spec"])
     statistics = saved.meta.get("statistics", ())
-    freeze = tuple(filter(None, config.get("optim", {}).get("freeze", "").split(",")))
+    freeze = patterns_of(config.get("optim", {}).get("freeze", ""))
     names = _saved_names(Blueprint.of(model, spec, statistics, freeze, trust))
     held: dict[str, Any] = {}
 
