@@ -50,10 +50,11 @@ def make_state(steps: Steps, *, init_from: str, pretrained: str) -> tuple[TrainS
 
 def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
     blueprint, abstract = steps.blueprint, steps.abstract
-    target = weights.open_pretrained(where)
+    trust = (blueprint.family.__module__.partition(".")[0],)  # whose model this run has itself
+    target = weights.open_pretrained(where, trust=trust)
     source = target
     if "encoder" in target.choices:  # beside its EMA
-        source = weights.open_pretrained(where, encoder="encoder")
+        source = weights.open_pretrained(where, encoder="encoder", trust=trust)
     shapes = combine(abstract.params, abstract.frozen)
     shapes = {part: tree for part, tree in shapes.items() if part in source.parts}
     if not shapes or ("encoder" not in shapes and not source.step):
