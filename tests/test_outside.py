@@ -14,7 +14,7 @@ import pytest
 from says import refused, says
 
 import wmjax
-from wmjax import assemble, main
+from wmjax import assemble, initial, main
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo
@@ -94,6 +94,17 @@ def test_what_is_frozen_has_no_moments_and_is_stored_once(workdir):
     first = micro.prepare(config()).steps.init()
     np.testing.assert_array_equal(found["frozen.encoder.kernel"], first.frozen["encoder"]["kernel"])
     assert {"params.out.0.kernel", "opt_state.mu.out.0.kernel"} <= found.keys()
+
+
+def test_a_run_with_more_frozen_begins_with_its_weights(workdir):
+    own = config(f"init_from={workdir}", "optim.freeze=blocks/**")
+    steps = micro.prepare(own).steps
+    state, _ = initial.make_state(steps, init_from=own.init_from, pretrained="")
+    assert state.params.keys() == {"action", "state", "out"}
+    _, found = arrays(workdir)
+    kernel = state.frozen["blocks"]["mlp"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(kernel, found["params.blocks.mlp.fc1.kernel"])
+    np.testing.assert_array_equal(state.frozen["scale"], found["frozen.scale"])
 
 
 def test_statistics_reach_the_model(workdir):
