@@ -71,7 +71,7 @@ def fit(
     first = next(stream, None)
     classifier |= {"classes": classes, "compute": Compute(dtype=dtype)}
     if first is None:
-        raise UserError(f"the probe's batches: there are none, wanted {steps}")
+        raise UserError(f"the probe's batches: found 0, wanted {steps}")
     placed = itertools.chain(
         [_placed(first, classes, mesh)], (_placed(batch, classes, mesh) for batch in stream)
     )
@@ -120,7 +120,7 @@ def fit(
         state = step(state, settings_G, share, features_BND, labels_B)
         done += 1
     if done < steps:
-        raise UserError(f"the probe's batches: they end after {done}, wanted {steps}")
+        raise UserError(f"the probe's batches: found {done}, wanted {steps}")
     return Probes(graph, state[0], settings)
 
 
@@ -137,7 +137,7 @@ def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh)
         right.append(_count_right(probes.graph, mesh, probes.params, *placed))
         count += int(np.sum(np.asarray(batch[1]) >= 0))
     if not count:
-        raise UserError("the probe's held-out batches: no labelled clip among them, wanted some")
+        raise UserError("the probe's held-out batches: found no labelled clip, wanted 1 or more")
     right_G = np.sum(jax.device_get(right), axis=0)
     rows = [
         {"top1": int(each) / count, "learning_rate": rate, "weight_decay": decay}
@@ -186,7 +186,9 @@ def _placed(batch: tuple[Array, Array], classes: int, mesh: Mesh) -> tuple[jax.A
     """Split a batch over the devices; UserError for a label that is not below `classes`."""
     features, labels_B = batch[0], np.asarray(batch[1], np.int32)
     if labels_B.max() >= classes:
-        raise UserError(f"the probe's labels: {labels_B.max()}, wanted below classes={classes}")
+        raise UserError(
+            f"the probe's labels: found {labels_B.max()}, wanted below classes={classes}"
+        )
     sharding.check_batch(mesh, len(labels_B))
     return jax.device_put((features, labels_B), sharding.batch_sharding(mesh))
 

@@ -246,6 +246,7 @@ def error_maps(look: Look) -> dict[str, np.ndarray]:
 
 
 def paint_error(video_THWC: np.ndarray, error_THW: np.ndarray, top: float) -> np.ndarray:
+    """Return frames with errors from 0 to `top` as colours, dark grey where NaN: uint8 THWC."""
     return frames.lay_over(video_THWC, heat(error_THW, 0.0, top), ~np.isnan(error_THW))
 
 
@@ -258,6 +259,7 @@ def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG; UserError if the path cannot be written."""
     try:
         figure.savefig(path, dpi=_SAVED_DPI)
     except OSError as error:

@@ -201,6 +201,7 @@ def _spans(numbers: list[int]) -> str:
 
 
 def leaves_of(tree: Params) -> dict[str, Any]:
+    """Return the leaves of a tree by path, as in encoder.norm.scale."""
     return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

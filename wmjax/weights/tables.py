@@ -63,6 +63,7 @@ class TensorMap(NamedTuple):
 
     @property
     def stacked(self) -> bool:
+        """Whether the parameter stacks the layers along its first axis."""
         return "*" in self.names[0]
 
     def layer_names(self, depth: int) -> list[tuple[str, ...]]:
@@ -100,6 +101,7 @@ class Format(NamedTuple):
         return None
 
     def ignores(self, name: str) -> bool:
+        """Return whether a name in a file is dropped."""
         return any(matches(pattern, name) for pattern in self.ignored)
 
 

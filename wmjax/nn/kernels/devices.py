@@ -33,6 +33,7 @@ def has_triton() -> bool:
 
 
 def device_name() -> str:
+    """Return the kind of the first device, for errors."""
     return jax.local_devices()[0].device_kind
 
 
