@@ -8,9 +8,11 @@ import sys
 import time
 import types
 
+import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
+from flax import nnx
 from says import refused, says
 
 import wmjax
@@ -19,6 +21,8 @@ from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo
 from wmjax.masking import Masks
+from wmjax.models.base import Blueprint, InputSpec, WorldModel
+from wmjax.nn.compute import Compute
 from wmjax.run.checkpoint import Saved
 from wmjax.viz import __main__ as viz
 
@@ -289,3 +293,30 @@ def test_init_from_with_other_parameters_frozen(workdir, tmp_path):
     thawed = config(f"init_from={tmp_path / 'a'}", "train.num_steps=2")
     assert micro.train(thawed, tmp_path / "b") == 0
     assert f"params.{kernel}" in arrays(tmp_path / "b")[1]
+
+
+class PlainArray(WorldModel):
+    uses_masks = False
+
+    @classmethod
+    def create(cls, settings, compute, spec, statistics, rngs):
+        model = cls()
+        model.linear, model.table = nnx.Linear(2, 2, rngs=rngs), jnp.ones(spec.frames)
+        return model
+
+
+class HoldsRngs(PlainArray):
+    @classmethod
+    def create(cls, settings, compute, spec, statistics, rngs):
+        model = cls()
+        model.linear, model.drop = nnx.Linear(2, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        return model
+
+
+@pytest.mark.parametrize(
+    ("family", "named"), [(PlainArray, "PlainArray.table"), (HoldsRngs, "HoldsRngs")]
+)
+def test_what_a_model_may_not_hold_is_named(family, named):
+    blueprint = Blueprint(family, family.Settings(), Compute(), InputSpec(4, 32, 32))
+    with refused("model.name", named):
+        assert blueprint.mask

@@ -129,7 +129,9 @@ def build(
         )
         m = ema(state.step)
         target = jax.tree.map(
-            lambda old, new: m * old + (1.0 - m) * new, state.target, followed(new)
+            lambda old, new: (m * old + (1.0 - m) * new).astype(old.dtype),
+            state.target,
+            followed(new),
         )
         return dataclasses.replace(new, target=target)
 

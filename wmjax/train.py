@@ -136,7 +136,7 @@ def loop(
     settings, num_steps = config.train, config.train.num_steps
     meta = {
         "config": configs.plain(config),
-        "statistics": setup.sources["train"].statistics(),
+        "statistics": jax.tree.map(as_plain, setup.sources["train"].statistics()),
         "spec": dataclasses.asdict(setup.steps.blueprint.spec),
     }
     mean, late = Mean(), Late()
@@ -220,6 +220,11 @@ def open_evaluators(
     plain = configs.plain(config)
     sources, masks = setup.sources, setup.masks
     return open_all(Context(setup.steps, sources, masks, plain, workdir, open_batches, shows), say)
+
+
+def as_plain(value: Any) -> Any:
+    """Return a number or an array of a source's statistics as JSON has it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def open_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Checkpoints:

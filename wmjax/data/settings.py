@@ -170,6 +170,12 @@ def _check_clip(key: str, source: Source) -> None:
         "state_TS": (source.frames, source.state_size),
         "action_TPA": (source.frames, source.stride, source.action_size),
     }
+    for frame in clip["frames_VT"][0][:1]:
+        if isinstance(frame, np.ndarray) and (frame.dtype != np.uint8 or frame.shape[-1:] != (3,)):
+            raise UserError(
+                f"{key}: a frame of its clip 0 is {frame.dtype} of shape {frame.shape}; wanted "
+                "uint8 of shape (height, width, 3)"
+            )
     for name, size in wanted.items():
         if found[name] != size:
             raise UserError(f"{key}: {name} of clip 0: found {found[name]}, wanted {size}")

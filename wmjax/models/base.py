@@ -247,7 +247,16 @@ class Blueprint:
     @cached_property
     def abstract(self) -> WorldModel:
         """The model with a shape and a dtype in place of every array."""
-        return nnx.eval_shape(lambda: self.create(nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: self.create(nnx.Rngs(0)))
+        for path, module in nnx.iter_modules(model):
+            for name, value in vars(module).items():
+                if isinstance(value, jax.Array):
+                    where = ".".join(map(str, (*path, name)))
+                    raise UserError(
+                        f"model.name: {self.family.__qualname__}.{where} is a plain array; wanted "
+                        "nnx.Param(...), which is trained, or nnx.Variable(...), which is not"
+                    )
+        return model
 
     @cached_property
     def graph(self) -> nnx.GraphDef:
@@ -356,7 +365,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params, Params]:
 
     def names(variable: nnx.Variable) -> tuple[str | None, ...]:
         rank = len(jax.tree.leaves(variable)[0].shape)
-        return variable.get_metadata().get("axes", (None,) * rank)
+        return variable.get_metadata().get("axes") or (None,) * rank
 
     axes = jax.tree.map(names, state, is_leaf=_is_variable)
     return graphdef, _text_keys(nnx.to_pure_dict(state)), _text_keys(nnx.to_pure_dict(axes))

@@ -162,7 +162,7 @@ def write_pictures(seen: "Look", out: Path) -> list[Section]:
         if name in figures
     ]
     for name in seen.hidden:
-        path = out / f"clip_{name}.mp4"
+        path = out / f"clip_{name.replace('/', '_')}.mp4"
         write_mp4(path, draw.panels(seen, name, basis), _FPS)
         text = f"The whole clip and the predictions of this loss term, {_FPS:g} frames a second."
         sections.append(Section(f"Video: {name}", text, path))

@@ -108,16 +108,15 @@ def hidden_by(
     """
     found = {}
     for name, term in terms.items():
-        if term.prediction_RMD is None or term.ids_RM is None:
+        if term.prediction_RMD is None or term.target_RMD is None or term.ids_RM is None:
             continue
         # Rows are views, the first instant's first; or each row is an instant with all its views.
         row = camera if len(term.ids_RM) > camera else 0
-        target = None if term.target_RMD is None else np.asarray(term.target_RMD[row])
         found[name] = Hidden(
             context.get(name, np.zeros(0, int)),
             np.asarray(term.ids_RM[row]),
             np.asarray(term.prediction_RMD[row]),
-            target,
+            np.asarray(term.target_RMD[row]),
         )
     return found
 
