@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str] | None] = {
     "bench": EVERYTHING,
     "assemble": {
         *("step", "models", "nn", "sharding", "optim", "data", "data.lerobot", "masking"),
-        *("evals", "initial", "run.profile"),
+        *("evals", "initial", "config", "run.profile", "run.console"),
     },
     "config": {"models", "data", "plugins"},
     "plugins": set(),

@@ -6,12 +6,14 @@ commands call this room.
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
+from wmjax import config as configs
 from wmjax import evals, initial, optim, sharding
 from wmjax.data import settings as data_settings
 from wmjax.data.lerobot import LeRobotSource
@@ -34,6 +36,7 @@ from wmjax.models.base import (
     settings_of,
 )
 from wmjax.nn.compute import Compute
+from wmjax.run.console import say
 from wmjax.run.profile import parse_span
 from wmjax.step import Steps, build
 from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
@@ -267,6 +270,22 @@ def make_pipeline(
         max_skip_share=data.max_skip_share,
         position=position,
     )
+
+
+def open_evaluators(
+    config: ml_collections.ConfigDict,
+    setup: Setup,
+    workdir: Path,
+    open_batches: Callable[[str], Any],
+    shows: bool = False,
+) -> list[evals.Evaluator]:
+    """Build the evaluators of the run; those that do not apply are named on the console.
+
+    open_batches, shows: see evals.Context.
+    """
+    plain, (_, sources, masks, steps) = configs.plain(config), setup
+    context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows)
+    return evals.open_all(context, say)
 
 
 def make_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader:

@@ -19,7 +19,7 @@ from wmjax import assemble, initial
 from wmjax import config as configs
 from wmjax.assemble import Setup
 from wmjax.errors import UserError
-from wmjax.evals import Context, Evaluator, health, open_all
+from wmjax.evals import Evaluator, health
 from wmjax.run import summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
@@ -27,7 +27,7 @@ from wmjax.run.console import say
 from wmjax.run.files import write_whole
 from wmjax.run.guard import Guard
 from wmjax.run.late import Late
-from wmjax.run.metrics import Mean, fetch, peak_flops, peak_gb
+from wmjax.run.metrics import fetch, peak_flops, peak_gb
 from wmjax.run.profile import Profile, parse_span
 from wmjax.run.reporter import Reporter
 from wmjax.run.signals import Batches, Stopped, StopSignal, exit_now
@@ -94,7 +94,7 @@ def train(
         )
         evaluators: list[Evaluator] = []
         if config.train.eval_every:
-            evaluators = open_evaluators(config, setup, workdir, stream, reporter.draws)
+            evaluators = assemble.open_evaluators(config, setup, workdir, stream, reporter.draws)
         profile = Profile(parse_span(config.train.profile), workdir / "profile")
         with reporter, stop:
             say("reading the first clips and compiling the train step ...")
@@ -139,7 +139,7 @@ def loop(
         "statistics": jax.tree.map(as_plain, setup.sources["train"].statistics()),
         "spec": dataclasses.asdict(setup.steps.blueprint.spec),
     }
-    mean, late = Mean(), Late()
+    late = Late()
     guard = Guard(settings.max_skipped, reporter.note)
     begun = time.perf_counter()
 
@@ -168,7 +168,7 @@ def loop(
                 # step ahead and would not join the save.
                 if step > start and (isinstance(error, Stopped) or jax.process_count() == 1):
                     late.settle()
-                    if means := mean.take():
+                    if means := reporter.take():
                         report(step, means, batches.report())
                     save(step)
                 if isinstance(error, UserError):
@@ -186,7 +186,7 @@ def loop(
             else:
                 state, metrics = train_step(state, batch)
             late.settle()  # the step before is done
-            mean.add(metrics)
+            reporter.add(metrics)
             late.add(partial(guard.look, step, metrics, batch))
             reporter.advance()
             profile.after(step, metrics)
@@ -194,7 +194,7 @@ def loop(
 
             last = step == num_steps
             if last or step % settings.log_every == 0:
-                late.add(partial(report, step, mean.take(), batches.report()))
+                late.add(partial(report, step, reporter.take(), batches.report()))
             due = [e for e in evaluators if e.every and (last or step % e.every == 0)]
             saving = last or step % config.checkpoint.every == 0
             if due or saving:
@@ -207,19 +207,6 @@ def loop(
             if saving:
                 save(step)
     return step
-
-
-def open_evaluators(
-    config: ml_collections.ConfigDict,
-    setup: Setup,
-    workdir: Path,
-    open_batches: Callable[[str], Any],
-    shows: bool = False,
-) -> list[Evaluator]:
-    """Build the evaluators of the run; those that do not apply are named on the console."""
-    plain = configs.plain(config)
-    sources, masks = setup.sources, setup.masks
-    return open_all(Context(setup.steps, sources, masks, plain, workdir, open_batches, shows), say)
 
 
 def as_plain(value: Any) -> Any:

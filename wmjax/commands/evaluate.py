@@ -12,7 +12,7 @@ from wmjax.errors import UserError
 from wmjax.evals import health, names
 from wmjax.run.console import say
 from wmjax.run.reporter import EVALUATIONS, append_evaluation
-from wmjax.train import open_checkpoints, open_evaluators, restore_or_init
+from wmjax.train import open_checkpoints, restore_or_init
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
 
     entry: dict[str, Any] = {"step": step}
     say("compiling and reading clips ...")
-    for evaluator in open_evaluators(config, setup, workdir, open_batches):
+    for evaluator in assemble.open_evaluators(config, setup, workdir, open_batches):
         found = evaluator(step, state)
         figures = "\n".join(f"{key:40} {value:.4f}" for key, value in sorted(found.row.items()))
         say(found.text or figures)

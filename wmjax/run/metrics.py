@@ -45,6 +45,9 @@ def peak_gb() -> float | None:
     return peak / 1e9 if peak else None
 
 
+Metrics = dict[str, clu_metrics.Average]  # figures of a step, or their means, on the device
+
+
 @jax.jit
 def _merge(
     total: dict[str, clu_metrics.Average], new: dict[str, clu_metrics.Average]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from wmjax.errors import UserError, how_to_install, reason
 from wmjax.run.console import clock, say
 from wmjax.run.files import append_json_line, read_json_lines, write_whole
+from wmjax.run.metrics import Mean, Metrics
 from wmjax.types import Row
 
 EVALUATIONS = "evals.jsonl"
@@ -48,6 +49,7 @@ class Reporter:
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
+        self._mean = Mean()
         self._num_steps, self._alarms = num_steps, alarms
         self.last: Row = {}  # the newest value of each name
         self._path = workdir / "metrics.jsonl"
@@ -96,6 +98,14 @@ class Reporter:
             if not self._failing:
                 say(f"warning: {self._path}: not written: {reason(error)}; each row tries again")
             self._failing = True
+
+    def add(self, metrics: Metrics) -> None:
+        """Add the metrics of a step to the means of the next report; they stay on the device."""
+        self._mean.add(metrics)
+
+    def take(self) -> Metrics:
+        """Return the means since the last call, and start new ones."""
+        return self._mean.take()
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
