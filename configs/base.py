@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
             "seed": 0,  # PRNG seed of initialisation, data order, crops and masks
             # Weights to start from: an imported folder, a folder of transformers, OWNER/NAME on the
             # Hub, a .pt file of Meta, or another run's workdir (then also its optimiser state,
-            # unless optim.freeze is set). Empty: random weights.
+            # if both have the same optim.freeze). Empty: random weights.
             "init_from": "",
             "model": {
                 "name": "vjepa2",  # vjepa2, or package.module:Name of a model of your own
