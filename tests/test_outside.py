@@ -16,7 +16,7 @@ from flax import nnx
 from says import refused, says
 
 import wmjax
-from wmjax import assemble, initial, main
+from wmjax import assemble, initial, main, step
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo
@@ -313,10 +313,34 @@ class HoldsRngs(PlainArray):
         return model
 
 
+class DigitKeys(PlainArray):
+    @classmethod
+    def create(cls, settings, compute, spec, statistics, rngs):
+        model = cls()
+        model.heads = nnx.Dict({name: nnx.Linear(2, 2, rngs=rngs) for name in ("2", "10")})
+        return model
+
+
 @pytest.mark.parametrize(
-    ("family", "named"), [(PlainArray, "PlainArray.table"), (HoldsRngs, "HoldsRngs")]
+    ("family", "named"),
+    [(PlainArray, "PlainArray.table"), (HoldsRngs, "HoldsRngs"), (DigitKeys, "'10'")],
 )
 def test_what_a_model_may_not_hold_is_named(family, named):
     blueprint = Blueprint(family, family.Settings(), Compute(), InputSpec(4, 32, 32))
     with refused("model.name", named):
         assert blueprint.mask
+
+
+@pytest.mark.parametrize(
+    ("updates", "accumulate", "named"),
+    [
+        ({"a": jnp.zeros(())}, 1, ["'a'", "float32(2,)"]),
+        ({"b": jnp.zeros(2)}, 1, ["'b'"]),
+        ({"n": jnp.zeros((), jnp.int32)}, 2, ["optim.accumulate=2", "'n'", "int32"]),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused(updates, accumulate, named):
+    frozen = {"a": jnp.ones(2), "n": jnp.zeros((), jnp.int32)}
+    with refused(*named):
+        step._check_updates(updates, frozen, accumulate)
+    step._check_updates({"a": jnp.zeros(2)}, frozen, accumulate)

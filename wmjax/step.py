@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 from flax import nnx, struct
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from wmjax import sharding
+from wmjax.errors import UserError
 from wmjax.models.base import Blueprint, Params, combine
 from wmjax.types import Array, WorldModelInput, WorldModelOutput
 
@@ -100,6 +102,7 @@ def build(
                 return jnp.asarray(output.loss), output
 
             (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            _check_updates(output.updates, state.frozen, accumulate)
             return grads, in_training(output, batch) | {"loss": loss}, output.updates
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -172,6 +175,23 @@ def build(
     )
 
 
+def _check_updates(updates: Params, frozen: Params, accumulate: int) -> None:
+    """Raise UserError unless the updates of a model fit its frozen variables."""
+    known = flatten_dict(frozen, sep="/")
+    for path, value in flatten_dict(updates, sep="/").items():
+        found, wanted = jnp.asarray(value), known.get(path)
+        if wanted is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            fits = f"{wanted.dtype}{wanted.shape}" if wanted is not None else "no such variable"
+            raise UserError(
+                f"model.name: updates[{path!r}] is {found.dtype}{found.shape}; wanted {fits}"
+            )
+        if accumulate > 1 and not jnp.issubdtype(found.dtype, jnp.floating):
+            raise UserError(
+                f"optim.accumulate={accumulate}: updates[{path!r}] is {found.dtype}, and its mean "
+                "over the microbatches is no whole number; wanted floats, or 1 microbatch"
+            )
+
+
 def in_microbatches(
     fn: Callable[[WorldModelInput, jax.Array], Any],
     batch: WorldModelInput,
@@ -190,9 +210,7 @@ def in_microbatches(
 
     def add(total: Any, part: tuple[jax.Array, jax.Array, WorldModelInput]) -> tuple[Any, None]:
         weight, key, batch = part
-        return jax.tree.map(
-            lambda sum, new: sum + (weight * new).astype(sum.dtype), total, fn(batch, key)
-        ), None
+        return jax.tree.map(lambda sum, new: sum + weight * new, total, fn(batch, key)), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first, key))

@@ -284,7 +284,9 @@ class Blueprint:
                 )
         frozen = [name for pattern in self.freeze for name in self._matches(pattern, kinds)]
         mask = {
-            name: issubclass(kind, nnx.Param) and name not in frozen and self.abstract.trained(name)
+            name: issubclass(kind, nnx.Param)
+            and name not in frozen
+            and bool(self.abstract.trained(name))
             for name, kind in kinds.items()
         }
         if not any(mask.values()):
@@ -390,6 +392,12 @@ def _text_keys(tree: Any) -> Any:
     """Return a nested dict with text in place of the numbers that NNX gives the items of lists."""
     if not isinstance(tree, dict):
         return tree
+    for key in tree:
+        if isinstance(key, str) and (key.isdigit() or "/" in key):
+            raise UserError(
+                f"model.name: {key!r} is the name of a variable or a key of an nnx.Dict; wanted a "
+                "name that is no number and has no /"
+            )
     return {str(key): _text_keys(value) for key, value in tree.items()}
 
 
