@@ -17,9 +17,6 @@ import ml_collections
 from wmjax.errors import UserError, suggest
 from wmjax.plugins import check_trust
 
-# Keys of the model group that every family shares: how the model is computed (nn.compute).
-COMPUTE = ("dtype", "remat", "scan", "attention", "gelu", "norm")
-
 
 def _folder() -> Path:
     """Return the folder of the shipped configurations: in the wheel, or beside the package."""
@@ -98,15 +95,16 @@ def _adopt_model(config: ml_collections.ConfigDict, renamed: bool) -> None:
     are then dropped, and so are its empty values.
     """
     default, group = get_config("base").model.to_dict(), config.model.to_dict()
-    shared = {"name", "pretrained", *COMPUTE}
-    if group["name"] == default["name"]:
-        if renamed:
-            kept = {key: value for key, value in group.items() if key in shared}
-            config.model = get_config("base").model
-            config.model.update(kept)
+    if group["name"] == default["name"] and not renamed:
         return
     from wmjax.models import base  # loads jax
 
+    shared = base.SHARED
+    if group["name"] == default["name"]:
+        kept = {key: value for key, value in group.items() if key in shared}
+        config.model = get_config("base").model
+        config.model.update(kept)
+        return
     known = base.default_settings(group["name"])
     inherited = any(key in default and key not in (*shared, *known) for key in group)
     kept = {}

@@ -27,6 +27,9 @@ from wmjax.nn.compute import CHOICES, Compute
 from wmjax.plugins import ANY, resolve
 from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
 
+# Keys of the model group that all families share.
+SHARED = ("name", "pretrained", *CHOICES)
+
 Params = dict[str, Any]  # nested dicts of arrays, or of anything else for each parameter
 
 
@@ -156,7 +159,7 @@ def family_named(name: str, trust: Sequence[str] = ANY) -> type[WorldModel]:
         if getattr_static(found, method) is getattr_static(WorldModel, method):
             raise UserError(f"model.name={name!r}: {found.__qualname__} does not define {method}")
     for field in dataclasses.fields(found.Settings):
-        if field.name in ("name", "pretrained", *CHOICES):
+        if field.name in SHARED:
             raise UserError(
                 f"model.name={name!r}: its Settings have {field.name}, a key that all models share"
             )
@@ -189,7 +192,7 @@ def settings_of(group: Mapping[str, Any], trust: Sequence[str] = ANY) -> Any:
     own = {
         key: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         for key, value in group.items()
-        if key not in ("name", "pretrained", *CHOICES)
+        if key not in SHARED
     }
     for key in own:
         if key not in known:
