@@ -20,19 +20,18 @@ from wmjax.data.lerobot.entries import (
     read_entries,
 )
 from wmjax.data.lerobot.paths import CameraMissing, find, find_videos, in_hub_cache, inside
-from wmjax.data.lerobot.starts import first_frames
 from wmjax.data.media.tables import column_names, count_rows
 from wmjax.errors import UserError
 
 
 @dataclass(frozen=True)
 class EpisodeFiles:
-    """An episode with its files on disk: its table, and each camera's (video, first frame)."""
+    """An episode with its files on disk: its table, and each camera's (video, from_timestamp)."""
 
     index: int
     length: int
     table: Path
-    videos: dict[str, tuple[Path, int]]
+    videos: dict[str, tuple[Path, float]]
 
 
 def list_episodes(
@@ -92,7 +91,7 @@ def _locate(
 ) -> list[EpisodeFiles]:
     """Find the table and the videos of every episode."""
     tables = find(root, info, "data", [entry.table for entry in entries], notes)
-    videos: list[dict[str, tuple[Path, int]]] = [{} for _ in entries]
+    videos: list[dict[str, tuple[Path, float]]] = [{} for _ in entries]
     for camera in cameras:
         try:
             fields = [entry.videos[camera] for entry in entries]
@@ -100,9 +99,8 @@ def _locate(
         except CameraMissing as error:
             leave_out(camera, error)
             continue
-        firsts = first_frames(entries, camera, files, info["fps"], notes)
-        for video, file, first in zip(videos, files, firsts, strict=True):
-            video[camera] = (file, first)
+        for entry, video, file in zip(entries, videos, files, strict=True):
+            video[camera] = (file, entry.from_timestamp[camera])
     return [
         EpisodeFiles(entry.index, entry.length, table, video)
         for entry, table, video in zip(entries, tables, videos, strict=True)

@@ -4,17 +4,18 @@ The format is in info, listing and tables, decoding in data/media. Imports no le
 pandas, models, ConfigDict or jax.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from wmjax.data.lerobot.frames import row_frames
 from wmjax.data.lerobot.info import read_info
 from wmjax.data.lerobot.listing import list_episodes
 from wmjax.data.lerobot.recording import Recording
 from wmjax.data.lerobot.tables import Episode, read_tables
 from wmjax.data.media.images import read_images
-from wmjax.data.media.video import VideoFiles
 from wmjax.data.source import Picture
 from wmjax.errors import ClipError, UserError
 
@@ -44,10 +45,11 @@ class LeRobotSource(Recording):
         self.cameras = tuple(name for name in self.cameras if name in found)
         self._images = frozenset(images) & frozenset(found)
         chosen = self._choose_episodes([entry.length for entry in entries])
-        self.episodes, self._tables = read_tables(
-            [entries[i] for i in chosen], self._widths, self._images
+        self.episodes, self._tables, times_R = read_tables(
+            [entries[i] for i in chosen], self._widths, self._images, fps=self._recorded_fps
         )
-        self._videos = VideoFiles(self._recorded_fps)
+        self._frames = row_frames(entries, self.episodes, self._recorded_fps, times_R)
+        self.notes = notes + self._first_notes()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return clip `index`.
@@ -87,10 +89,8 @@ class LeRobotSource(Recording):
         cameras, position, start = self._place(index)
         episode = self.episodes[position]
         steps = self._steps(episode, start)
-        return [
-            (path, [first + step for step in steps])
-            for path, first in (episode.videos[n] for n in cameras if n not in self._images)
-        ]
+        paths = [episode.videos[name][0] for name in cameras if name not in self._images]
+        return [(path, self._frames.numbers(path, episode.index, steps)) for path in paths]
 
     def _steps(self, episode: Episode, start: int) -> list[int]:
         """Return the recorded frames of a clip; a repeated last frame is listed once."""
@@ -101,14 +101,24 @@ class LeRobotSource(Recording):
         self, episode: Episode, camera: str, steps: list[int], picture: Picture
     ) -> list:
         path, first = episode.videos[camera]
-        numbers = [first + step for step in steps]
         try:
             if camera in self._images:
-                return [picture(image) for image in read_images(path, camera, numbers)]
-            return self._videos.read(path, numbers, first + episode.length, picture)
+                rows = [int(first) + step for step in steps]
+                return [picture(image) for image in read_images(path, camera, rows)]
+            return self._frames.read(path, episode.index, steps, picture)
         except UserError as error:
             needed = f"needed for episode {episode.index}, {camera}"
             raise ClipError(f"{error}\n{needed}", f"{path}: {needed}") from None
+
+    def _first_notes(self) -> list[str]:
+        """Return what is off with the first video of each camera; errors wait for its clips."""
+        notes = []
+        for camera in self.cameras:
+            paths = (e.videos[camera][0] for e in self.episodes if camera in e.videos)
+            if camera not in self._images and (path := next(paths, None)):
+                with contextlib.suppress(UserError):
+                    notes.append(self._frames.decide(path))
+        return [note for note in notes if note]
 
     def describe(self) -> str:
         return self._describe(f"LeRobot {self._version}")

@@ -19,15 +19,15 @@ INDEX_COLUMNS = ("episode_index", "frame_index")
 
 @dataclass(frozen=True)
 class Episode:
-    """A recorded episode: its first row in the arrays, and each camera's (file, first frame).
+    """A recorded episode: its first row in the arrays, and each camera's (file, start).
 
-    A camera stored as images has a table for its file and a row for its first frame.
+    start: from_timestamp in seconds for a video; the first row for a camera stored as images.
     """
 
     index: int
     length: int
     first_row: int
-    videos: dict[str, tuple[Path, int]]
+    videos: dict[str, tuple[Path, float]]
 
 
 def read_tables(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from wmjax.data.lerobot.frames import tolerance_s
 from wmjax.data.lerobot.recording import Recording
 from wmjax.data.lerobot.tables import Episode, check_finite
 from wmjax.errors import ClipError, UserError, how_to_install, reason
@@ -51,7 +52,10 @@ class LeRobotReader(Recording):
             },
             "video_backend": "pyav",
         }
-        if "return_uint8" in inspect.signature(lerobot.LeRobotDataset.__init__).parameters:
+        parameters = inspect.signature(lerobot.LeRobotDataset.__init__).parameters
+        if "tolerance_s" in parameters:
+            options["tolerance_s"] = tolerance_s(meta.fps)
+        if "return_uint8" in parameters:
             options["return_uint8"] = True  # lerobot before 0.6 returns floats from 0 to 1
         self._dataset = self._try(lerobot.LeRobotDataset, **where, **options)
         self._lock = threading.Lock()

@@ -24,6 +24,7 @@ from wmjax.data.lerobot.entries import (
     missing_columns,
     read_entries,
 )
+from wmjax.data.lerobot.frames import MOST_ROWS, RowFrames, Span
 from wmjax.data.lerobot.info import (
     camera_kind,
     channels_first,
@@ -34,12 +35,10 @@ from wmjax.data.lerobot.info import (
 )
 from wmjax.data.lerobot.listing import split_notes, wrong_totals
 from wmjax.data.lerobot.paths import CameraMissing, Fields, find, find_videos, video_keys
-from wmjax.data.lerobot.starts import start_faults, video_starts
 from wmjax.data.lerobot.tables import INDEX_COLUMNS, check_finite, check_run, find_runs
 from wmjax.data.media.images import read_images
 from wmjax.data.media.tables import read_columns, read_numbers
 from wmjax.data.media.transforms import frame_size
-from wmjax.data.media.video import VideoFiles
 from wmjax.data.source import counted
 from wmjax.data.stats import summarize
 from wmjax.errors import UserError
@@ -96,6 +95,7 @@ class _Check:
         self.cameras = video_keys(info)
         self.images = [name for name, f in features.items() if camera_kind(f) == "image"]
         self.widths = number_widths(features)
+        self.times: dict[int, np.ndarray] = {}  # timestamps of an episode's rows
         # The rows of each numeric feature by episode, where they could be read.
         self.numbers: dict[str, dict[int, np.ndarray]] = {name: {} for name in self.widths}
 
@@ -339,25 +339,34 @@ class _Check:
                 self._add(where, f"{name}: {place} is {found[at]:.6g}", f"{wanted[at]:.6g}")
 
     def _videos(self) -> None:
-        files = []
-        for camera in self.cameras:
-            members = [episode for episode in self.episodes if camera in episode.videos]
-            entries = [episode.entry for episode in members]
-            paths = [episode.videos[camera] for episode in members]
-            for starts in video_starts(entries, camera, paths, self.info["fps"]):
-                files.append((camera, starts.path, starts.frames))
-                for error in start_faults(starts, entries):
-                    self._add_error(error)
-        videos = VideoFiles(self.info["fps"])
-        for camera, path, frames in tqdm(files, unit="video", disable=not self.decode):
+        """Find the frames of all rows, by the readers' own rule; with `decode`, decode them."""
+        times = [self._times(episode) for episode in self.episodes]
+        frames = RowFrames(self.info["fps"], np.concatenate([np.empty(0), *times]))
+        cameras = {}
+        first_row = 0
+        for episode, own in zip(self.episodes, times, strict=True):
+            frames.listed(episode.videos.values())
+            for camera, path in episode.videos.items():
+                start = episode.entry.from_timestamp[camera]
+                frames.add(path, Span(episode.index, start, first_row, len(own)))
+                cameras[path] = camera
+            first_row += len(own)
+        for path, camera in tqdm(cameras.items(), unit="video", disable=not self.decode):
             with self._going_on():
-                count = videos.count(path)
-                if count != frames:
-                    self._add(path, f"{count} frames", f"{frames}, by its episodes' lengths")
-                for number in range(count) if self.decode else dict.fromkeys([0, count - 1]):
-                    (frame,) = videos.read(path, [number], need=0)
-                    if number == 0:
-                        self._check_size(path, camera, *frame_size(frame))
+                timeline = frames.videos.timeline(path)
+                self._check_size(path, camera, timeline.height, timeline.width)
+                if note := frames.decide(path):
+                    self._add_error(note)
+            with self._going_on():
+                for time in timeline.pts_N.tolist() if self.decode else []:
+                    (frame,) = frames.videos.read(path, [time])
+                    self._check_size(path, camera, *frame_size(frame))
+
+    def _times(self, episode: _Episode) -> np.ndarray:
+        """Return the timestamps of an episode's rows; as fps says where its table has none."""
+        if episode.index in self.times:
+            return self.times[episode.index]
+        return np.arange(min(episode.length, MOST_ROWS)) / self.info["fps"]
 
 
 def table_of(findings: list[Finding]) -> str:

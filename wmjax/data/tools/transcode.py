@@ -25,10 +25,12 @@ import av
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from wmjax.data.lerobot.frames import row_frames
 from wmjax.data.lerobot.info import channels_first, read_info
 from wmjax.data.lerobot.listing import list_episodes
 from wmjax.data.lerobot.paths import inside, video_keys
 from wmjax.data.lerobot.recording import choose_cameras
+from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.media.transforms import frame_size
 from wmjax.errors import UserError
 
@@ -44,11 +46,10 @@ _DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class Job(NamedTuple):
-    """One video to encode; need: how many frames the source must hold."""
+    """One video to encode."""
 
     source: Path
     target: Path
-    need: int
     size: int
     gop: int
     crf: int
@@ -78,20 +79,25 @@ def transcode(
         )
     notes: list[str] = []
     entries, kept = list_episodes(root, info, chosen, (), optional=cameras == "all", notes=notes)
-    need: dict[Path, int] = {}
-    for entry in entries:
-        for path, first in entry.videos.values():
-            need[path] = max(need.get(path, 0), first + entry.length)
+    episodes, _, times_R = read_tables(entries, {}, fps=info["fps"])
+    frames = row_frames(entries, episodes, info["fps"], times_R)
     dropped = [name for name in video_keys(info) if name not in kept]
     notes += [f"{root}: {name}: left out" for name in dropped]
     files = _files(root)
     settings = {"size": size, "gop": gop, "crf": crf, "cameras": list(kept)}
     _claim(root, out, {**settings, "source": _fingerprint(files)})
     names = {path.resolve(): name for name, path in files.items()}
-    jobs = [Job(path, out / names[path], need[path], size, gop, crf) for path in need]
-    _run([job for job in jobs if not job.target.exists()], done=len(jobs), workers=workers)
+    jobs = [Job(path, out / names[path], size, gop, crf) for path in frames.paths]
+    waiting, errors = [], []
+    for job in jobs:
+        try:  # a copy of a video that cannot be read would be as bad
+            notes += filter(None, [frames.decide(job.source)])
+            waiting += [] if job.target.exists() else [job]
+        except UserError as error:
+            errors.append(str(error))
+    _run(waiting, errors, total=len(jobs), workers=workers)
     for place, path in files.items():
-        if path.resolve() not in need and path.suffix not in _VIDEOS and place != _INFO:
+        if path.resolve() not in frames.paths and path.suffix not in _VIDEOS and place != _INFO:
             _carry_over(path, out / place, dropped)
     firsts = {name: entries[0].videos[name][0] for name in kept}
     sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
@@ -164,16 +170,15 @@ def _placed(target: Path) -> Iterator[Path]:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
-def _run(jobs: list[Job], *, done: int, workers: int) -> None:
-    """Do the jobs in `workers` processes; raise UserError for failed ones after all others."""
-    errors: list[str] = []
-    with tqdm(total=done, initial=done - len(jobs), unit="video") as bar:
+def _run(jobs: list[Job], errors: list[str], *, total: int, workers: int) -> None:
+    """Do the jobs in `workers` processes; then raise UserError for `errors` and failed jobs."""
+    with tqdm(total=total, initial=total - len(jobs), unit="video") as bar:
         for error in _results(jobs, min(workers, len(jobs))):
             errors += [error] if error else []
             bar.update()
     if errors:
         more = f"\nand {len(errors) - 1} other videos" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; {done - len(errors)} of {done} videos done and kept")
+        raise UserError(f"{errors[0]}{more}; {total - len(errors)} of {total} videos done and kept")
 
 
 def _results(jobs: list[Job], workers: int) -> Iterator[str]:
@@ -244,10 +249,6 @@ def _encode(job: Job, part: Path) -> None:
                 small.pict_type = av.video.frame.PictureType.NONE  # the encoder chooses
                 small.pts, small.time_base = frame.pts, clock
                 new.mux(written.encode(small))
-            if len(times) < job.need:
-                raise UserError(
-                    f"{job.source}: {len(times)} frames; wanted {job.need}, by its episodes"
-                )
             new.mux(written.encode(None))
     except av.FFmpegError as error:
         where = job.target if error.errno in _DISK_FULL else job.source
