@@ -5,11 +5,13 @@ actions.
 """
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import av
 import numpy as np
@@ -28,14 +30,21 @@ from recordings import (
     encode,
     missing_names,
     open_pusht,
+    reader_of,
     refused,
     to_images,
     write_v2,
 )
 from shared_data import PUSHT
 
-from wmjax.data.media import images
+from wmjax.data.lerobot.info import read_info
+from wmjax.data.lerobot.listing import EpisodeFiles
+from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.lerobot.paths import find, inside
+from wmjax.data.lerobot.tables import read_tables
+from wmjax.data.media import images, pointers
 from wmjax.data.mixture import Mixture
+from wmjax.data.windows import pick_episodes
 from wmjax.errors import ClipError
 from wmjax.run.summary import notes_of
 
@@ -437,3 +446,325 @@ def test_one_episode_leaves_none_for_validation_and_says_what_to_do(pusht):
     assert len(open_pusht(pusht, val_share=0.05)) == 71
     names = ["data.val_share=0.05", "validation", 1, "--config.train.eval_every=0"]
     check_error(names, pusht, val_share=0.05, split="validation")
+
+
+# --- recordings as people publish them: tests/data/recordings/README.md ---
+
+RECORDINGS = Path(__file__).parent / "data/recordings"
+TOP = "observation.images.top"
+WIDTHS = {"observation.state": 2, "action": 2}
+
+
+def number_of(frame):
+    """Return the number that a picture of these recordings shows: 100 x episode + frame."""
+    pixels = frame.to_ndarray(format="gray")
+    bits = [
+        pixels[16 * row + 4 : 16 * row + 12, 16 * column + 4 : 16 * column + 12].mean() > 125
+        for row in range(2)
+        for column in range(6)
+    ]
+    return sum(1 << i for i, bit in enumerate(bits) if bit)
+
+
+def published(name, **changes):
+    return LeRobotSource(RECORDINGS / name, **{"frames": 2, "fps": 30, **changes})
+
+
+def check_pictures(source):
+    """Check that the first clip of each episode shows its own pictures and holds its own states."""
+    seen = {}
+    for index in range(len(source)):
+        if source._place(index)[2] == 0:
+            clip = source[index]
+            seen[clip["episode"]] = [number_of(frame) for frame in clip["frames_VT"][0]]
+            assert clip["state_TS"].tolist() == [[clip["episode"], i] for i in range(2)]
+    assert seen == {e.index: [100 * e.index, 100 * e.index + 1] for e in source.episodes}
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("no_frame_index", None),
+        ("irrelevant_feature_shape_null", None),
+        ("check_crash_shape_0", None),
+        ("depth_in_video_info", None),
+        ("v21_chunk_index_template", ["data_path", "video_path", "{chunk_index}"]),
+        ("v3_place_float", None),
+    ],
+)
+def test_published_recordings_are_read(name, names):
+    source = published(name)
+    assert source.cameras == (TOP,)
+    check_pictures(source)
+    assert len(source.notes) == (names is not None)
+    assert not missing_names("".join(source.notes), *(names or []))
+
+
+def write_table(path, **columns):
+    pq.write_table(pa.table({"episode_index": [3, 3, 3, 5, 5], **columns}), path)
+    entries = [EpisodeFiles(3, 3, path, {}), EpisodeFiles(5, 2, path, {})]
+    return read_tables(entries, {}, fps=10)
+
+
+def test_rows_without_frame_index_are_in_the_order_of_the_file(tmp_path):
+    path = tmp_path / "t.parquet"
+    assert write_table(path)[2].tolist() == [0, 0.1, 0.2, 0, 0.1]
+    assert write_table(path, frame_index=[4, 5, 6, 0, 1])[2].tolist() == [0.4, 0.5, 0.6, 0, 0.1]
+    with refused(str(path), "episode 3", "frame_index", 7, 6, "frame 2"):
+        write_table(path, frame_index=[4, 5, 7, 0, 1])
+    with refused(str(path), "episode 5", "frame_index", 1, 2, "frame 1"):
+        write_table(path, frame_index=[4, 5, 6, 1, 1])
+
+
+def test_timestamps_are_read_as_recorded(tmp_path):
+    path = tmp_path / "t.parquet"
+    times = [0.1, 0.2, 0.3, 7.0, 7.1]
+    for kind in (np.float32, np.float64):
+        found = write_table(path, timestamp=np.array(times, kind))[2]
+        assert found.dtype == np.float64
+        assert found.tolist() == np.array(times, kind).astype(np.float64).tolist()
+    assert write_table(path, timestamp=[[t] for t in times])[2].tolist() == times
+    for wrong in (float("nan"), float("inf"), None):
+        with refused(str(path), "episode 5", "timestamp"):
+            write_table(path, timestamp=[*times[:4], wrong])
+    with refused(str(path), "timestamp", "string"):
+        write_table(path, timestamp=["x"] * 5)
+
+
+@pytest.mark.parametrize("shape", [None, ["2"], [2**40], [0], "2"])
+def test_a_broken_shape_is_refused_where_it_is_asked_for(pusht, shape):
+    wide = {"dtype": "float32", "shape": shape}
+    edit_features(pusht, extra=wide, nothing=None, text={"dtype": 5})
+    open_pusht(pusht)
+    check_error(["eval.labels='extra'", "float32", str(shape)], pusht, labels="extra")
+    check_error(["eval.labels='text'", 5, "None"], pusht, labels="text")
+    edit_features(pusht, action=wide)
+    check_error(["data.action='action'", "float32", str(shape)], pusht)
+
+
+def test_a_camera_needs_no_shape_but_no_wrong_one(pusht, expected):
+    for camera in ({}, {"shape": None}, {"shape": []}, {"info": "x"}):
+        edit_features(pusht, **{CAMERA: {"dtype": "video", **camera}})
+        check_reads(pusht, expected)
+    for shape in (["96"], [0, 96, 3], "96"):
+        edit_features(pusht, **{CAMERA: {"dtype": "video", "shape": shape}})
+        check_error(["meta/info.json", "features", CAMERA, str(shape)], pusht)
+
+
+@pytest.mark.parametrize("place", ["info", "video_info"])
+@pytest.mark.parametrize("key", ["is_depth_map", "video.is_depth_map"])
+def test_depth_is_marked_in_any_of_four_places(pusht, place, key):
+    depth = {"dtype": "video", "shape": [96, 96, 1], "info": {"video.codec": "av1"}}
+    edit_features(pusht, **{"observation.depth": {**depth, place: {key: True}}})
+    source = open_pusht(pusht)
+    assert source.cameras == (CAMERA,)
+    assert not missing_names(source.describe(), "observation.depth")
+
+
+def test_an_unknown_field_of_a_template(pusht, expected):
+    edit_info(pusht, data_path="data/{episode_index}")
+    check_reads(pusht, expected, ["data_path='data/{episode_index}'", "chunk_index"])
+    (pusht / TABLE).unlink()
+    check_error(["data_path='data/{episode_index}'", "{episode_index}", "chunk_index"], pusht)
+
+
+PLACES = [f"videos/{CAMERA}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+
+
+@pytest.mark.parametrize("column", ["data/chunk_index", *PLACES[:2]])
+def test_places_that_are_no_whole_numbers(pusht, expected, column):
+    edit_column(pusht / EPISODES, column, lambda v: [float(x) for x in v])
+    check_reads(pusht, expected)
+    edit_column(pusht / EPISODES, column, lambda v: [*v[:3], 0.5, 0.0])
+    check_error([EPISODES, "episode 3", column, 0.5], pusht)
+
+
+def test_an_episode_without_a_place_of_its_table(pusht):
+    edit_column(pusht / EPISODES, "data/file_index", lambda v: [0, 0, None, 0, 0])
+    check_error([EPISODES, "episode 2", "data/file_index=None"], pusht)
+
+
+@pytest.fixture
+def sparse(pusht):
+    """Two cameras: the first did not record episodes 1 and 3, the second not 3 and 4."""
+    shutil.copytree(pusht / "videos" / CAMERA, pusht / "videos/observation.side")
+    add_camera(pusht, "observation.side")
+    for camera, holes in ((CAMERA, (1, 3)), ("observation.side", (3, 4))):
+        for name in ("chunk_index", "file_index"):
+            edit_column(
+                pusht / EPISODES,
+                f"videos/{camera}/{name}",
+                lambda v, holes=holes: [None if i in holes else x for i, x in enumerate(v)],
+            )
+        # What is left of the file holds the recorded episodes alone, one after the other.
+        frames = iter(range(5))
+        starts = [None if i in holes else 8.0 * next(frames) for i in range(5)]
+        edit_column(
+            pusht / EPISODES, f"videos/{camera}/from_timestamp", lambda v, starts=starts: starts
+        )
+    return pusht
+
+
+def test_episodes_that_a_camera_did_not_record(sparse):
+    source = open_pusht(sparse)
+    (note,) = source.notes
+    assert not missing_names(note, 5, f"2 have no {CAMERA}", "2 have no observation.side", 1)
+    clips = {71 * i: [bool(f) for f in source[71 * i]["frames_VT"]] for i in range(4)}
+    assert clips == {0: [True, True], 71: [False, True], 142: [True, True], 213: [True, False]}
+    assert [source[i]["episode"] for i in clips] == [0, 1, 2, 4]
+    assert [len(source.videos(i)) for i in clips] == [2, 1, 2, 1]
+    assert len(source) == source.draws == 4 * 71
+    clip, _ = reader_of(source).read(0, 71)
+    assert clip["view_mask"].tolist() == [False, True]
+    assert not clip["video"][0].any()
+    assert clip["video"][1].any()
+    # Statistics are of the episodes with clips.
+    assert source.statistics()[0]["state"]["count"] == 320
+    assert "shorter" not in source.describe()
+
+
+def test_clips_of_each_camera_come_from_the_episodes_that_it_recorded(sparse):
+    source = open_pusht(sparse, cameras="each")
+    assert (source.views, len(source), source.draws) == (1, 6 * 71, 6 * 71)
+    places = [source._place(71 * i) for i in range(6)]
+    assert places == [
+        *(((CAMERA,), episode, 0) for episode in (0, 2, 4)),
+        *((("observation.side",), episode, 0) for episode in (0, 1, 2)),
+    ]
+    assert source[71]["episode"] == source.labels(0, 71)[0] == 2
+    rng = np.random.default_rng(0)
+    limited = open_pusht(sparse, cameras="each", clips_per_episode=2)
+    drawn = [limited._place(limited.draw(i, rng))[:2] for i in range(limited.draws)]
+    assert drawn == [place[:2] for place in places for _ in range(2)]
+    assert len(open_pusht(sparse, cameras="image")) == 3 * 71
+    with refused("data.frames=40", 118, 5, 80):
+        open_pusht(sparse, cameras="each", frames=40)
+    with refused(0, 1, CAMERA):
+        open_pusht(sparse, cameras="image", episodes="1")
+
+
+def test_a_camera_that_recorded_no_episode(pusht, expected):
+    add_camera(pusht, "observation.side")
+    edit_column(pusht / EPISODES, "videos/observation.side/chunk_index", lambda v: [None] * 5)
+    check_reads(pusht, expected, ["observation.side"])
+    check_error(["observation.side", 0, 5], pusht, cameras="side")
+
+
+@pytest.mark.parametrize(
+    "name", [VIDEO, TABLE, EPISODES, "meta/info.json", "v21/meta/episodes.jsonl"]
+)
+def test_pointers_of_git_lfs(pusht, name):
+    root = write_v2(pusht / "v21") if name.startswith("v21") else pusht
+    pointer = (RECORDINGS / "lfs_pointers/data/chunk-000/file-000.parquet").read_bytes()
+    (pusht / name).write_bytes(pointer)
+    with refused(str(pusht / name), "git lfs pull"):
+        pointers.check(pusht / name) if name == VIDEO else open_pusht(root)
+    for other in (PUSHT / VIDEO, pusht / "missing"):
+        pointers.check(other)
+
+
+def test_a_folder_of_a_similar_name_is_named(v21):
+    (v21 / "videos").rename(v21 / "video")
+    check_error(["videos/chunk-000", "video"], v21)
+    (v21 / "video").rename(v21 / "pictures")
+    with refused("videos/chunk-000") as caught:
+        open_pusht(v21)
+    assert "mean" not in str(caught.value)
+
+
+# --- which episodes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "positions"),
+    [
+        ("", [0, 1, 2, 3, 4, 5]),
+        ("3", [1]),
+        ("-1", [5]),
+        ("-6, 2", [0]),
+        ("3:10", [1, 2, 3]),
+        (":4,10:", [0, 1, 4, 5]),
+        ("::2", [0, 2, 4]),
+        ("4:-1:2", [2, 4]),
+        ("-2:", [4, 5]),
+        ("-99:3", [0]),
+        ("9:99, 5, 5", [2, 3, 4, 5]),
+    ],
+)
+def test_numbers_and_slices_name_episodes(text, positions):
+    """The recorded numbers have gaps."""
+    assert pick_episodes(text, [2, 3, 5, 9, 10, 12]) == positions
+
+
+@pytest.mark.parametrize(
+    "item", ["4", "-7", "13", "6:9", "5:5", "99:", "a", "1.5", "::0", "::-1", "1:2:3:4", "1-3"]
+)
+def test_items_that_name_no_episode(item):
+    with refused("data.episodes", repr(item), 2, 12, 6):
+        pick_episodes(f"3,{item}", [2, 3, 5, 9, 10, 12])
+
+
+def test_only_the_chosen_episodes_are_read_and_split(v21, expected):
+    for path in sorted(v21.glob("data/*/*.parquet"))[1:3]:
+        path.write_bytes(b"damaged")
+    source = open_pusht(v21, episodes="0,-2:")
+    assert [episode.index for episode in source.episodes] == [0, 3, 4]
+    assert digest(source[0]) == expected[0]
+    assert digest(source[3 * 71 - 1]) == expected[-1]
+    splits = [
+        open_pusht(v21, episodes="0,-2:", val_share=0.4, split=s) for s in ("train", "validation")
+    ]
+    assert [[e.index for e in split.episodes] for split in splits] == [[0, 4], [3]]
+    check_error(["data.episodes", "'5'", 0, 4, str(v21)], v21, episodes="5")
+
+
+def test_recorded_numbers_choose_not_places(pusht):
+    """Of episodes 1, 2, 3 and 4, number 1 is the first."""
+    pq.write_table(pq.read_table(pusht / EPISODES)[1:], pusht / EPISODES)
+    edit_column(pusht / EPISODES, PLACES[2], lambda v: [t - 8 for t in v])
+    edit_info(pusht, total_episodes=4, total_frames=320)
+    assert [e.index for e in open_pusht(pusht, episodes="1,3:").episodes] == [1, 3, 4]
+
+
+# --- links ---
+
+
+@pytest.mark.parametrize("name", ["videos", "meta", "data", TABLE, VIDEO, "meta/info.json"])
+def test_links_out_of_the_folder_where_they_are_allowed(pusht, tmp_path, expected, name):
+    (pusht / name).rename(tmp_path / "elsewhere")
+    (pusht / name).symlink_to(tmp_path / "elsewhere")
+    check_error(["data.follow_links=True", str(tmp_path / "elsewhere")], pusht)
+    check_reads(pusht, expected, follow_links=True)
+
+
+@pytest.mark.parametrize("path", ["../other/{file_index}", "/etc/passwd"])
+def test_templates_lead_nowhere_else_even_with_links(pusht, path):
+    edit_info(pusht, data_path=path)
+    with refused("data_path", repr(path)) as caught:
+        open_pusht(pusht, follow_links=True)
+    assert "data.follow_links" not in str(caught.value)
+
+
+def test_paths_are_resolved_as_by_the_system(tmp_path):
+    root = tmp_path.resolve() / "set"
+    (root / "a/b").mkdir(parents=True)
+    (root / "a/b/file").touch()
+    (root / "link").symlink_to("a/b")
+    (root / "file").symlink_to("link/file")
+    for path in ("file", "link/file", "a/../link/file", "a/b/../b/file"):
+        assert inside(root, root / path) == root / "a/b/file"
+    for path in ("..", "a/../..", "../other", "link/../../../x"):
+        with refused(str(tmp_path)):
+            inside(root, root / path)
+
+
+def test_many_files_are_found_with_few_calls(tmp_path, monkeypatch):
+    root = write_v2(tmp_path.resolve() / "set")
+    fields = [{"episode_chunk": 0, "episode_index": i, "total_episodes": 300} for i in range(300)]
+    for i in range(300):
+        (root / f"data/chunk-000/episode_{i:06d}.parquet").touch()
+    calls = []
+    real = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda *a, **k: calls.append(a) or real(*a, **k))
+    assert len(set(find(root, read_info(root), "data", fields, []))) == 300
+    assert len(calls) < 10

@@ -225,6 +225,8 @@ def open_dataset(
         "stride": data.stride or 0,
         "ends": data.ends,
         "clips_per_episode": data.clips_per_episode or 0,
+        "episodes": data.episodes,
+        "follow_links": data.follow_links,
         "split": split,
         "val_share": data.val_share,
         "state_key": data.state,

@@ -70,7 +70,7 @@ def statistics(root: Path, state: str, action: str) -> dict[str, Any]:
         for flag, name in (("--state", state), ("--action", action))
     }
     entries, _ = list_episodes(root, info, (), (), optional=False, notes=[])
-    _, tables = read_tables(entries, widths)
+    _, tables, _ = read_tables(entries, widths, fps=info["fps"])
     return {name: summarize(values) for name, values in tables.items()}
 
 

@@ -18,7 +18,17 @@ SOURCES = ("lerobot", "synthetic")
 GIVEN = ("split", "seed", "height", "width", "labels")  # besides the keys of data
 SIZES = ("views", "frames", "stride", "state_size", "action_size")
 # Keys that data.members may set for one dataset of a mixture.
-OF_A_MEMBER = ("cameras", "state", "action", "fps", "stride", "ends", "clips_per_episode")
+OF_A_MEMBER = (
+    "cameras",
+    "state",
+    "action",
+    "fps",
+    "stride",
+    "ends",
+    "clips_per_episode",
+    "episodes",
+    "follow_links",
+)
 
 Data = Mapping[str, Any]
 

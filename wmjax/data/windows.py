@@ -4,11 +4,21 @@ Arithmetic on episode lengths. Knows no file format; imports no jax or video cod
 """
 
 import math
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from wmjax.errors import UserError
+
+_NUMBER = r"-?\d{1,18}"
+_ITEM = re.compile(  # of data.episodes
+    rf"(?P<number>{_NUMBER})"
+    rf"|(?P<start>{_NUMBER})?\s*:\s*(?P<end>{_NUMBER})?(\s*:\s*(?P<step>0*[1-9]\d{{0,17}})?)?"
+)
 
 
 def stride_for(recording_fps: float, fps: float) -> int:
@@ -25,6 +35,51 @@ def stride_for(recording_fps: float, fps: float) -> int:
     if not asked:
         raise UserError(f"data.fps={fps:g}: wanted at least one frame in 1001 seconds")
     return math.ceil(recorded / asked)
+
+
+def pick_episodes(text: str, recorded: Sequence[int]) -> list[int]:
+    """Return the positions of the episodes that data.episodes names, sorted; '' names all.
+
+    text: items separated by commas: an episode's number, or START:END or START:END:STEP, without
+    END, as in Python. A negative number counts from the end. recorded: the numbers, ascending.
+    """
+    if not text.strip():
+        return list(range(len(recorded)))
+    chosen: set[int] = set()
+    for item in text.split(","):
+        found = _pick(item.strip(), recorded)
+        if not found:
+            raise UserError(
+                f"data.episodes: {item.strip()!r}: no such episode; recorded: {len(recorded)} "
+                f"episodes, {recorded[0]} to {recorded[-1]}"
+            )
+        chosen.update(found)
+    return sorted(chosen)
+
+
+def _pick(item: str, recorded: Sequence[int]) -> Sequence[int]:
+    """Return the positions of the episodes that one item of data.episodes names."""
+    if not (match := _ITEM.fullmatch(item)):
+        raise UserError(
+            f"data.episodes: found {item!r}, wanted N, START:END or START:END:STEP with a step "
+            f"above 0; recorded: {len(recorded)} episodes, {recorded[0]} to {recorded[-1]}"
+        )
+    if match["number"]:
+        number, count = int(match["number"]), len(recorded)
+        if number < 0:
+            return [count + number] if count + number >= 0 else []
+        position = bisect_left(recorded, number)
+        return [position] if position < count and recorded[position] == number else []
+
+    def place(bound: str) -> int:
+        """Return the position of the first episode with this number or a higher one."""
+        if int(bound) < 0:
+            return max(len(recorded) + int(bound), 0)
+        return bisect_left(recorded, int(bound))
+
+    start = place(match["start"]) if match["start"] else 0
+    end = place(match["end"]) if match["end"] else len(recorded)
+    return range(start, end, int(match["step"] or 1))
 
 
 def split_episodes(num_episodes: int, val_share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -49,12 +104,13 @@ class Windows:
     ends: 'drop' keeps only clips that lie in their episode; 'repeat' keeps every start, and frames
     past the end repeat the last one. per_episode: clips drawn from an episode in one pass; 0 draws
     all. `fits`: which episodes hold a clip; `too_short`: how many do not. Stores two numbers an
-    episode, not a table of windows.
+    episode, not a table of windows. lengths may be a table (cameras, episodes): then the windows of
+    the first camera come first, and a position is one in the flattened table.
     """
 
     def __init__(
         self,
-        lengths: np.ndarray | list[int],
+        lengths: ArrayLike,
         frames: int,
         stride: int,
         *,
@@ -69,10 +125,11 @@ class Windows:
         if longest < span:
             raise UserError(
                 f"data.frames={frames}: a clip at stride {stride} spans {span} recorded frames; "
-                f"the longest of {len(lengths)} episodes has {longest}"
+                f"the longest of {lengths.shape[-1]} episodes has {longest}"
             )
         starts = np.maximum(lengths - span + 1, 0)
         self.fits = starts > 0
+        starts = starts.ravel()
         self.too_short = int((~self.fits).sum())
         self._ends = np.cumsum(starts)
         self._draw_ends = np.cumsum(np.minimum(starts, per_episode or starts))

@@ -21,8 +21,9 @@ _FILE_NUMBERS = ("chunk_index", "file_index")
 class EpisodeEntry:
     """An episode as the metadata lists it.
 
-    table, videos: values for the path templates; videos by camera. from_timestamp: where the
-    episode starts in each camera's video, in seconds; 0 in v2, where each episode has its own file.
+    table, videos: values for the path templates; videos by camera, without cameras that did not
+    record the episode. from_timestamp: where the episode starts in each of these videos, in
+    seconds; 0 in v2, where each episode has its own file.
     """
 
     index: int
@@ -41,7 +42,7 @@ def listing_of(root: Path, info: dict) -> Path:
     return root / "meta" / "info.json" if early else path
 
 
-def list_files(root: Path, info: dict) -> list[Path]:
+def list_files(root: Path, info: dict, *, follow_links: bool = False) -> list[Path]:
     """Return the files that list the episodes: one in v2, at least one in v3.0."""
     source = listing_of(root, info)
     if info["codebase_version"] != "v3.0":
@@ -50,21 +51,23 @@ def list_files(root: Path, info: dict) -> list[Path]:
         return [source]
     if not (paths := sorted(source.glob("*/*.parquet"))):
         raise UserError(f"{source}: no parquet files; wanted the list of the episodes")
-    return [inside(root, path) for path in paths]
+    return [inside(root, path, follow_links=follow_links) for path in paths]
 
 
-def read_entries(root: Path, info: dict, path: Path, cameras: Iterable[str]) -> list[EpisodeEntry]:
+def read_entries(
+    root: Path, info: dict, path: Path, cameras: Iterable[str], *, follow_links: bool = False
+) -> list[EpisodeEntry]:
     """Return the episodes that one of `list_files` lists."""
     if info["codebase_version"] == "v3.0":
         return _read_entries_v3(path, cameras)
-    return _read_entries_v2(root, info, path, cameras)
+    return _read_entries_v2(root, info, path, cameras, follow_links)
 
 
 def _read_entries_v2(
-    root: Path, info: dict, path: Path, cameras: Iterable[str]
+    root: Path, info: dict, path: Path, cameras: Iterable[str], follow_links: bool
 ) -> list[EpisodeEntry]:
     if path.suffix == ".jsonl":
-        listed = read_json_lines(root, path)
+        listed = read_json_lines(root, path, follow_links=follow_links)
     else:
         items = (item if isinstance(item, dict) else {} for item in info["episodes"])
         listed = [{**item, "episode_index": item.get("index")} for item in items]
@@ -95,24 +98,40 @@ def _read_entries_v2(
 def _read_entries_v3(path: Path, cameras: Iterable[str]) -> list[EpisodeEntry]:
     cameras = tuple(cameras)
     stamps = {camera: f"videos/{camera}/from_timestamp" for camera in cameras}
-    integers = ["episode_index", "length", *(f"data/{name}" for name in _FILE_NUMBERS)]
-    integers += [f"videos/{camera}/{name}" for camera in cameras for name in _FILE_NUMBERS]
-    names = [*integers, *stamps.values()]
-    table = read_columns(path, names, integers=integers, numbers=stamps.values())
+    integers = ["episode_index", "length"]
+    prefixes = ["data", *(f"videos/{camera}" for camera in cameras)]
+    places = [f"{prefix}/{name}" for prefix in prefixes for name in _FILE_NUMBERS]
+    numbers = [*places, *stamps.values()]
+    names = [*integers, *numbers]
+    table = read_columns(path, names, integers=integers, numbers=numbers, nullable=numbers)
+    entries = []
+    for row in table.to_pylist():
+        where = f"{path}: episode {row['episode_index']}"
+        if (data := _place(where, row, "data")) is None:
+            found = ", ".join(f"data/{name}={row[f'data/{name}']}" for name in _FILE_NUMBERS)
+            raise UserError(f"{where}: {found}: wanted whole numbers")
+        found_videos = {camera: _place(where, row, f"videos/{camera}") for camera in cameras}
+        videos = {
+            camera: place
+            for camera, place in found_videos.items()
+            if place is not None and row[stamps[camera]] is not None
+        }
+        starts = {camera: row[stamps[camera]] for camera in videos}
+        entries.append(EpisodeEntry(row["episode_index"], row["length"], data, videos, starts))
+    return entries
 
-    def fields(row: dict, prefix: str) -> Fields:
-        return {name: row[f"{prefix}/{name}"] for name in _FILE_NUMBERS}
 
-    return [
-        EpisodeEntry(
-            row["episode_index"],
-            row["length"],
-            fields(row, "data"),
-            {camera: fields(row, f"videos/{camera}") for camera in cameras},
-            {camera: row[stamp] for camera, stamp in stamps.items()},
-        )
-        for row in table.to_pylist()
-    ]
+def _place(where: str, row: dict, prefix: str) -> Fields | None:
+    """Return chunk and file of an episode as whole numbers; None where one is null or NaN."""
+    place: dict[str, int | str] = {}
+    for name in _FILE_NUMBERS:
+        value = row[f"{prefix}/{name}"]
+        if value is None or value != value:
+            return None
+        if value != value // 1 or abs(value) >= LIMIT:  # pandas writes whole numbers as floats
+            raise UserError(f"{where}: {prefix}/{name} is {value}: wanted a whole number")
+        place[name] = int(value)
+    return place
 
 
 def missing_columns(root: Path, info: dict, path: Path, camera: str) -> UserError | None:

@@ -10,16 +10,17 @@ import re
 from pathlib import Path
 
 from wmjax.data.lerobot.paths import inside, video_keys
+from wmjax.data.media import pointers
 from wmjax.errors import UserError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 LIMIT = 2**31  # every count, size and length is below it: clips are numbered in int32
 
 
-def read_info(root: Path) -> dict:
-    """Read and check meta/info.json."""
+def read_info(root: Path, *, follow_links: bool = False) -> dict:
+    """Read and check meta/info.json; follow_links: it may be a link out of the folder."""
     path = _find_info(root)
-    info = read_json(root, path)
+    info = read_json(root, path, follow_links=follow_links)
     version = info.get("codebase_version")
     if version not in VERSIONS:
         raise UserError(
@@ -28,7 +29,7 @@ def read_info(root: Path) -> dict:
         )
     if version == "v2.0" and "features" not in info:
         info = _with_features(path, info)
-    _check_features(path, info.get("features"))
+    info["features"] = _read_features(path, info.get("features"))
     _check_values(path, info)
     return info
 
@@ -48,27 +49,24 @@ def _find_info(root: Path) -> Path:
     return path
 
 
-def _check_features(path: Path, features: object) -> None:
+def _read_features(path: Path, features: object) -> dict[str, dict]:
+    """Return the features, each an object with dtype as text; most of them are never read.
+
+    A feature is checked when it is asked for: by choose_cameras and width_of.
+    """
     if not isinstance(features, dict):
         raise UserError(f"{path}: features={str(features)[:40]}: wanted an object")
-    for name, feature in features.items():
-        if not _is_feature(feature):
-            raise UserError(
-                f"{path}: features: {name[:80]} is {str(feature)[:80]}: wanted dtype (text) and "
-                "shape (whole numbers)"
-            )
+    objects = {name: f if isinstance(f, dict) else {} for name, f in features.items()}
+    return {name: {**f, "dtype": str(f.get("dtype"))} for name, f in objects.items()}
 
 
-def _is_feature(feature: object) -> bool:
-    """Say whether the readers can use this description of a feature."""
-    if not isinstance(feature, dict) or not isinstance(shape := feature.get("shape"), list):
-        return False
-    described = (feature.get(key) or {} for key in ("info", "video_info"))
-    return (
-        isinstance(feature.get("dtype"), str)
-        and all(isinstance(size, int) and 0 <= size < LIMIT for size in shape)
-        and all(isinstance(value, dict) for value in described)
-    )
+def size_of(feature: dict) -> list[int] | None:
+    """Return the shape of a feature, or None where it is no list of whole numbers above 0."""
+    shape = feature.get("shape")
+    if not isinstance(shape, list | tuple):
+        return None
+    whole = all(isinstance(size, int) and 0 < size < LIMIT for size in shape)
+    return list(shape) if whole else None
 
 
 def _check_values(path: Path, info: dict) -> None:
@@ -125,10 +123,16 @@ def _list(value: object) -> list:
 
 def camera_kind(feature: dict) -> str:
     """Return 'video', 'image', 'depth', or '' for a feature that is no camera."""
-    info = feature.get("info") or {}
-    if info.get("is_depth_map") or info.get("video.is_depth_map"):
-        return "depth"
+    for key in ("is_depth_map", "video.is_depth_map"):
+        if any(info.get(key) for info in descriptions(feature)):
+            return "depth"
     return feature["dtype"] if feature["dtype"] in ("video", "image") else ""
+
+
+def descriptions(feature: dict) -> list[dict]:
+    """Return what is recorded of a camera's videos; versions differ in the name of the key."""
+    found = (feature.get(key) for key in ("info", "video_info"))
+    return [value for value in found if isinstance(value, dict)]
 
 
 def channels_first(feature: dict) -> bool:
@@ -140,26 +144,27 @@ def channels_first(feature: dict) -> bool:
 def number_widths(features: dict) -> dict[str, int]:
     """Return how many numbers each numeric feature has in a row, by its name."""
     return {
-        name: math.prod(feature["shape"])
+        name: math.prod(shape)
         for name, feature in features.items()
-        if re.match("float|int", feature["dtype"])
+        if re.match("float|int", feature["dtype"]) and (shape := size_of(feature)) is not None
     }
 
 
-def read_json(root: Path, path: Path) -> dict:
+def read_json(root: Path, path: Path, *, follow_links: bool = False) -> dict:
     """Return the JSON object in a file of the dataset in `root`."""
-    return _parse(path, _read(root, path))
+    return _parse(path, _read(root, path, follow_links))
 
 
-def read_json_lines(root: Path, path: Path) -> list[dict]:
+def read_json_lines(root: Path, path: Path, *, follow_links: bool = False) -> list[dict]:
     """Return the JSON objects in a file of the dataset in `root`, one a line."""
-    lines = filter(None, map(bytes.strip, _read(root, path).splitlines()))
+    lines = filter(None, map(bytes.strip, _read(root, path, follow_links).splitlines()))
     return [_parse(path, line) for line in lines]
 
 
-def _read(root: Path, path: Path) -> bytes:
+def _read(root: Path, path: Path, follow_links: bool) -> bytes:
+    home = root.resolve()
     try:
-        return inside(root.resolve(), path).read_bytes()
+        return inside(home, home / path.relative_to(root), follow_links=follow_links).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -168,6 +173,7 @@ def _parse(path: Path, text: bytes) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        pointers.check(path)
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: wanted a JSON object, found {type(value).__name__}")

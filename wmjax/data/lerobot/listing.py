@@ -6,7 +6,7 @@ the assumption. `python -m wmjax.data check` calls the same functions.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ from wmjax.errors import UserError
 
 @dataclass(frozen=True)
 class EpisodeFiles:
-    """An episode with its files on disk: its table, and each camera's (video, from_timestamp)."""
+    """An episode with its files on disk: its table, and each camera's (video, from_timestamp).
+
+    videos lacks a camera that did not record the episode.
+    """
 
     index: int
     length: int
@@ -42,11 +45,13 @@ def list_episodes(
     *,
     optional: bool,
     notes: list[str],
+    follow_links: bool = False,
 ) -> tuple[list[EpisodeFiles], list[str]]:
     """Return the episodes in order with their files, and the names of the cameras found.
 
     videos, images: the cameras asked for. optional: leave out a camera without any file, with a
     note, if another remains. In the Hub's cache that is an error: it may not be downloaded yet.
+    follow_links: links in the dataset may lead outside its folder.
     """
     lost: list[UserError] = []
 
@@ -58,24 +63,30 @@ def list_episodes(
         lost.append(error)
         notes.append(f"{root}: {camera} is declared, but has no files: left out")
 
-    lists = list_files(root, info)
+    lists = list_files(root, info, follow_links=follow_links)
     for camera in videos:
         if error := missing_columns(root, info, lists[0], camera):
             leave_out(camera, error)
             videos = tuple(name for name in videos if name != camera)
-    entries = [entry for path in lists for entry in read_entries(root, info, path, videos)]
+    entries = [
+        entry
+        for path in lists
+        for entry in read_entries(root, info, path, videos, follow_links=follow_links)
+    ]
     entries.sort(key=lambda entry: entry.index)
     source = listing_of(root, info)
     for error in entry_faults(source, entries):
         raise error
-    episodes = _locate(root, info, entries, videos, leave_out, notes)
-    _check_totals(root, info, source, episodes, notes)
+    episodes = _locate(root, info, entries, videos, leave_out, notes, follow_links)
+    _check_totals(root, info, source, episodes, notes, follow_links)
     notes += split_notes(root, info, len(episodes))
     columns = column_names(episodes[0].table)
     for camera in images:
         if camera not in columns:
             leave_out(camera, UserError(f"{episodes[0].table}: no column {camera}"))
-    kept = [*episodes[0].videos, *(camera for camera in images if camera in columns)]
+    kept = [camera for camera in videos if any(camera in e.videos for e in episodes)]
+    notes += _count_missing(root, episodes, kept)
+    kept += [camera for camera in images if camera in columns]
     if lost and not kept:
         raise lost[0]
     return episodes, kept
@@ -88,23 +99,41 @@ def _locate(
     cameras: tuple[str, ...],
     leave_out: Callable[[str, UserError], None],
     notes: list[str],
+    follow_links: bool,
 ) -> list[EpisodeFiles]:
     """Find the table and the videos of every episode."""
-    tables = find(root, info, "data", [entry.table for entry in entries], notes)
+    fields = [entry.table for entry in entries]
+    tables = find(root, info, "data", fields, notes, follow_links=follow_links)
     videos: list[dict[str, tuple[Path, float]]] = [{} for _ in entries]
     for camera in cameras:
+        having = [i for i, entry in enumerate(entries) if camera in entry.videos]
+        recorded = [entries[i] for i in having]
+        if not recorded:
+            leave_out(camera, UserError(f"{root}: 0 of {len(entries)} episodes have {camera}"))
+            continue
         try:
-            fields = [entry.videos[camera] for entry in entries]
-            files = find_videos(root, info, camera, fields, notes)
+            fields = [entry.videos[camera] for entry in recorded]
+            files = find_videos(root, info, camera, fields, notes, follow_links=follow_links)
         except CameraMissing as error:
             leave_out(camera, error)
             continue
-        for entry, video, file in zip(entries, videos, files, strict=True):
-            video[camera] = (file, entry.from_timestamp[camera])
+        for i, entry, file in zip(having, recorded, files, strict=True):
+            videos[i][camera] = (file, entry.from_timestamp[camera])
     return [
         EpisodeFiles(entry.index, entry.length, table, video)
         for entry, table, video in zip(entries, tables, videos, strict=True)
     ]
+
+
+def _count_missing(root: Path, episodes: list[EpisodeFiles], cameras: list[str]) -> Iterator[str]:
+    """Yield a note with the count of episodes that some of these video cameras did not record."""
+    counts = {name: sum(name not in episode.videos for episode in episodes) for name in cameras}
+    if missing := [f"{count} have no {name}" for name, count in counts.items() if count]:
+        empty = sum(not episode.videos for episode in episodes)
+        yield (
+            f"{root}: of {len(episodes)} episodes, {', '.join(missing)}"
+            + (f"; {empty} have no video" if empty else "")
+        )
 
 
 def wrong_totals(info: dict, lengths: Sequence[int]) -> dict[str, tuple[Any, int]]:
@@ -115,7 +144,12 @@ def wrong_totals(info: dict, lengths: Sequence[int]) -> dict[str, tuple[Any, int
 
 
 def _check_totals(
-    root: Path, info: dict, source: Path, episodes: list[EpisodeFiles], notes: list[str]
+    root: Path,
+    info: dict,
+    source: Path,
+    episodes: list[EpisodeFiles],
+    notes: list[str],
+    follow_links: bool,
 ) -> None:
     """Check the totals of meta/info.json; wrong ones are a note where lists and tables agree."""
     lengths = [episode.length for episode in episodes]
@@ -123,7 +157,8 @@ def _check_totals(
         return
     said = ", ".join(f"{key}={str(found)[:20]}" for key, (found, _) in wrong.items())
     tables = {path for path in root.rglob("*.parquet") if path.relative_to(root).parts[0] != "meta"}
-    tables = {inside(root, path) for path in tables} | {episode.table for episode in episodes}
+    tables = {inside(root, path, follow_links=follow_links) for path in tables}
+    tables |= {episode.table for episode in episodes}
     rows = sum(map(count_rows, tables))
     indices = [episode.index for episode in episodes]
     if indices != list(range(len(episodes))) or rows != sum(lengths):

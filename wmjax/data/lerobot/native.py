@@ -29,7 +29,8 @@ class LeRobotSource(Recording):
     """
 
     def __init__(self, root: str | Path, **settings: Any) -> None:
-        info = read_info(Path(root).expanduser())
+        links = settings.get("follow_links", False)
+        info = read_info(Path(root).expanduser(), follow_links=links)
         root = Path(root).expanduser().resolve()
         features = info["features"]
         super().__init__(root, features, info["fps"], **settings)
@@ -40,11 +41,17 @@ class LeRobotSource(Recording):
         )
         notes: list[str] = []
         optional = settings.get("cameras", "all") in ("all", "each")
-        entries, found = list_episodes(root, info, videos, images, optional=optional, notes=notes)
+        entries, found = list_episodes(
+            root, info, videos, images, optional=optional, notes=notes, follow_links=links
+        )
         self.notes = notes
         self.cameras = tuple(name for name in self.cameras if name in found)
         self._images = frozenset(images) & frozenset(found)
-        chosen = self._choose_episodes([entry.length for entry in entries])
+        chosen = self._choose_episodes(
+            [entry.length for entry in entries],
+            [entry.index for entry in entries],
+            [{*entry.videos, *self._images} for entry in entries],
+        )
         self.episodes, self._tables, times_R = read_tables(
             [entries[i] for i in chosen], self._widths, self._images, fps=self._recorded_fps
         )
@@ -100,6 +107,8 @@ class LeRobotSource(Recording):
     def _read_video(
         self, episode: Episode, camera: str, steps: list[int], picture: Picture
     ) -> list:
+        if camera not in episode.videos:
+            return []
         path, first = episode.videos[camera]
         try:
             if camera in self._images:

@@ -3,17 +3,17 @@
 Imports no lerobot, torch, models, ConfigDict or jax.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot.info import camera_kind, number_widths
+from wmjax.data.lerobot.info import camera_kind, descriptions, number_widths, size_of
 from wmjax.data.lerobot.tables import Episode
 from wmjax.data.source import Source, counted
 from wmjax.data.stats import summarize
-from wmjax.data.windows import Windows, split_episodes, stride_for
+from wmjax.data.windows import Windows, pick_episodes, split_episodes, stride_for
 from wmjax.errors import UserError
 
 # Kinds of cameras that are not read. describe() names them, so none is dropped silently.
@@ -26,8 +26,10 @@ class Recording(Source):
     cameras: 'all' makes every camera a view of each clip; 'each' makes every camera a clip of its
     own; otherwise names separated by commas, full or their last part ('top' for
     'observation.images.top'). stride: recorded frames between sampled ones; 0 computes it from
-    fps. ends, clips_per_episode: as in Windows. labels: features for probes, names separated by
-    commas; 'auto' takes the state and, where recorded, observation.environment_state.
+    fps. ends, clips_per_episode: as in Windows. episodes: which to read, as in pick_episodes.
+    follow_links: links in the dataset may lead outside its folder. labels: features for probes,
+    names separated by commas; 'auto' takes the state and, where recorded,
+    observation.environment_state. A camera that did not record an episode is a view without frames.
 
     A reader calls `_choose_episodes`, sets `episodes` and `_tables`, and defines `__getitem__`.
     """
@@ -47,6 +49,8 @@ class Recording(Source):
         stride: int = 0,
         ends: str = "drop",
         clips_per_episode: int = 0,
+        episodes: str = "",
+        follow_links: bool = False,
         split: str = "train",
         val_share: float = 0.0,
         state_key: str = "observation.state",
@@ -72,24 +76,46 @@ class Recording(Source):
             **self.label_sizes,
         }
         self._each = cameras == "each"
-        self._split, self._val_share = split, val_share
+        self._asked, self._split, self._val_share = episodes, split, val_share
         self._ends, self._per_episode = ends, clips_per_episode
         self._speed = f"data.stride={stride}" if stride else f"data.fps={fps:g}"
 
-    def _choose_episodes(self, lengths: Sequence[int]) -> list[int]:
-        """Cut the episodes of the split into windows; return their positions in `lengths`."""
+    def _choose_episodes(
+        self,
+        lengths: Sequence[int],
+        numbers: Sequence[int] | None = None,
+        cameras: Sequence[Collection[str]] | None = None,
+    ) -> list[int]:
+        """Cut the episodes of the split into windows; return their positions in `lengths`.
+
+        numbers: of the episodes, ascending; None: from 0. cameras: those that recorded each
+        episode; None: all did.
+        """
         self.views = 1 if self._each else len(self.cameras)
-        parts = split_episodes(len(lengths), self._val_share)
-        chosen = parts[("train", "validation").index(self._split)].tolist()
+        try:
+            asked = pick_episodes(self._asked, numbers or range(len(lengths)))
+        except UserError as error:
+            raise UserError(f"{error}, in {self.root}") from None
+        parts = split_episodes(len(asked), self._val_share)
+        chosen = [asked[i] for i in parts[("train", "validation").index(self._split)]]
         if not chosen:
             remedy = "; train without validation: --config.train.eval_every=0"
             raise UserError(
                 f"data.val_share={self._val_share:g}: leaves no {self._split} episode of the "
-                f"{len(lengths)} in {self.root}" + (remedy if self._split == "validation" else "")
+                f"{len(asked)} in {self.root}" + (remedy if self._split == "validation" else "")
+            )
+        lengths_E = np.array([lengths[i] for i in chosen])
+        seen_CE = np.ones((len(self.cameras), len(chosen)), bool)
+        if cameras is not None:
+            seen_CE = np.array([[name in cameras[i] for i in chosen] for name in self.cameras])
+        if not seen_CE.any():
+            raise UserError(
+                f"{self.root}: 0 of {len(chosen)} {self._split} episodes have a camera of "
+                f"{', '.join(self.cameras)}: wanted at least 1"
             )
         try:
             self._windows = Windows(
-                [lengths[i] for i in chosen],
+                lengths_E * (seen_CE if self._each else seen_CE.any(axis=0)),
                 self.frames,
                 self.stride,
                 ends=self._ends,
@@ -100,29 +126,29 @@ class Recording(Source):
                 f"{error}\n{self.root}: {self._split} episodes, recorded at "
                 f"{self._recorded_fps:g} frames a second, {self._speed}"
             ) from None
+        self._fits = self._windows.fits.reshape(-1, len(chosen)).any(axis=0)
+        self._too_short = int((seen_CE.any(axis=0) & ~self._fits).sum())
         return chosen
 
     def __len__(self) -> int:
-        return len(self._windows) * len(self.cameras) // self.views
+        return len(self._windows)
 
     @property
     def draws(self) -> int:
-        return self._windows.draws * len(self.cameras) // self.views
+        return self._windows.draws
 
     def draw(self, number: int, rng: np.random.Generator) -> int:
-        camera, number = divmod(number, self._windows.draws)
-        return camera * len(self._windows) + self._windows.draw(number, rng)
+        return self._windows.draw(number, rng)
 
     def _place(self, index: int) -> tuple[tuple[str, ...], int, int]:
         """Return cameras, position of the episode and first frame of clip `index`.
 
         With cameras='each', the clips of the first camera come first, then those of the next.
         """
-        camera, window = divmod(index, len(self._windows))
-        return (
-            self.cameras[camera : camera + 1] if self._each else self.cameras,
-            *self._windows[window],
-        )
+        position, start = self._windows[index]
+        camera, position = divmod(position, len(self.episodes))
+        cameras = self.cameras[camera : camera + 1] if self._each else self.cameras
+        return cameras, position, start
 
     def labels(self, part: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
         _, position, start = self._place(index)
@@ -140,7 +166,7 @@ class Recording(Source):
         rows = np.concatenate(
             [
                 np.arange(episode.first_row, episode.first_row + episode.length)
-                for episode, fits in zip(self.episodes, self._windows.fits, strict=True)
+                for episode, fits in zip(self.episodes, self._fits, strict=True)
                 if fits
             ]
         )
@@ -158,7 +184,7 @@ class Recording(Source):
         cameras = ", ".join(f"{name} ({_picture(features[name])})" for name in self.cameras)
         unread = [name for name in features if camera_kind(features[name]) in UNREAD]
         left_out = f", not read: {', '.join(unread)}" if unread else ""
-        short = self._windows.too_short
+        short = self._too_short
         return (
             f"{self.root}: {kind}, {counted(len(self.episodes), 'episode')}"
             + (f" ({short} shorter than a clip)" if short else "")
@@ -181,7 +207,7 @@ def choose_cameras(
         if not readable:
             unread = [f"{name} is stored as {kind}" for name, kind in kinds.items()]
             raise UserError(f"{option}={cameras!r}: {', '.join([*unread, wanted])}")
-        return tuple(readable)
+        return _with_shapes(root, features, readable)
     chosen: list[str] = []
     for asked in (part.strip() for part in cameras.split(",")):
         found = [asked] if asked in kinds else [n for n in kinds if n.split(".")[-1] == asked]
@@ -196,7 +222,19 @@ def choose_cameras(
         if found[0] in chosen:
             raise UserError(f"{option}={cameras!r}: {found[0]} is named twice")
         chosen += found
-    return tuple(chosen)
+    return _with_shapes(root, features, chosen)
+
+
+def _with_shapes(root: Path, features: dict, cameras: Sequence[str]) -> tuple[str, ...]:
+    """Return these cameras; each has a shape of whole numbers above 0, or none at all."""
+    for name in cameras:
+        shape = features[name].get("shape")
+        if shape and size_of(features[name]) is None:
+            raise UserError(
+                f"{root}/meta/info.json: features: {name}: shape is {str(shape)[:80]}: wanted "
+                "whole numbers above 0"
+            )
+    return tuple(cameras)
 
 
 def _choose_labels(labels: str, state_key: str, features: dict) -> tuple[str, ...]:
@@ -208,9 +246,9 @@ def _choose_labels(labels: str, state_key: str, features: dict) -> tuple[str, ..
 
 def _picture(feature: dict) -> str:
     """Return size and codec of a camera, as far as the metadata has them."""
-    info = feature.get("info") or feature.get("video_info") or {}
-    shape = "x".join(str(n) for n in feature["shape"])
-    kind = "images" if feature["dtype"] == "image" else info.get("video.codec", "unknown codec")
+    shape = "x".join(str(n) for n in size_of(feature) or []) or "unknown size"
+    codecs = [info["video.codec"] for info in descriptions(feature) if "video.codec" in info]
+    kind = "images" if feature["dtype"] == "image" else (codecs or ["unknown codec"])[0]
     return f"{shape}, {kind}"
 
 
@@ -218,7 +256,11 @@ def width_of(root: Path, features: dict, option: str, key: str) -> int:
     """Return how many numbers the feature `key` has in a row; option: what named it, for errors."""
     widths = number_widths(features)
     if key not in widths:
-        text = f"{option}={key!r}: no such numeric feature; {root} has: {', '.join(widths)}"
+        fault = "no such numeric feature"
+        if key in features:
+            shape = str(features[key].get("shape"))[:80]
+            fault = f"no numeric feature: its dtype is {features[key]['dtype'][:80]}, shape {shape}"
+        text = f"{option}={key!r}: {fault}; {root} has: {', '.join(widths)}"
         without_actions = option == "data.action" and not any("action" in name for name in widths)
         if without_actions and "observation.state" in widths:
             text += "\nfor a recording without actions: --config.data.action=observation.state"

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from wmjax.data.media import pointers
 from wmjax.errors import UserError
 
 
@@ -21,6 +22,7 @@ def opened_table(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
             yield file
     # ValueError: text that is not UTF-8.
     except (pa.ArrowException, OSError, ValueError) as error:
+        pointers.check(path)
         raise UserError(
             f"{path}: not readable as parquet: {' '.join(str(error).split())}"
         ) from None
@@ -43,15 +45,18 @@ def read_columns(
     *,
     integers: Iterable[str] = (),
     numbers: Iterable[str] = (),
+    optional: Iterable[str] = (),
+    nullable: Iterable[str] = (),
 ) -> pa.Table:
     """Read the columns `names`; every row must have a value.
 
     images: columns that must exist and hold pictures; they are not read. integers, numbers: which
-    of `names` must hold integers, or numbers of any kind.
+    columns must hold integers, or numbers of any kind. optional: columns to read where the table
+    has them. nullable: columns with rows that may be empty.
     """
-    names = list(dict.fromkeys(names))
     with opened_table(path) as file:
         columns = file.schema_arrow.names
+        names = list(dict.fromkeys([*names, *(name for name in optional if name in columns)]))
         for image in images:
             kind = file.schema_arrow.field(image).type if image in columns else None
             if not holds_images(kind):
@@ -62,10 +67,14 @@ def read_columns(
             raise UserError(f"{path}: more than one column {', '.join(twice)}")
         table = file.read(columns=names).select(names)
     for name in names:
-        if table[name].null_count:
+        if table[name].null_count and name not in nullable:
             raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
-    for name in (*integers, *numbers):
+    for name in dict.fromkeys([*integers, *numbers]):
+        if name not in names:
+            continue
         kind = table[name].type
+        if name in nullable and pa.types.is_null(kind):
+            continue
         if not (pa.types.is_integer(kind) or (name in numbers and pa.types.is_floating(kind))):
             wanted = "numbers" if name in numbers else "integers"
             raise UserError(f"{path}: {name} is {kind}: wanted {wanted}")
@@ -73,9 +82,14 @@ def read_columns(
 
 
 def read_numbers(
-    path: Path, name: str, column: pa.ChunkedArray, owners: np.ndarray, width: int
+    path: Path,
+    name: str,
+    column: pa.ChunkedArray,
+    owners: np.ndarray,
+    width: int,
+    dtype: type = np.float32,
 ) -> np.ndarray:
-    """Return a column of numbers, or of lists of numbers, as float32 (rows, width).
+    """Return a column of numbers, or of lists of numbers, as (rows, width).
 
     owners: the episode of each row, for errors.
     """
@@ -92,9 +106,11 @@ def read_numbers(
         )
     numeric = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
     if not numeric or values.null_count:
-        raise UserError(f"{path}: {name} is {kind}, {values.null_count} empty: wanted numbers")
+        empty = np.flatnonzero(pc.is_null(values).to_numpy())
+        where = f"{path}: episode {owners[empty[0] // width]}" if len(empty) else path
+        raise UserError(f"{where}: {name} is {kind}, {len(empty)} empty: wanted numbers")
     with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused
-        return values.to_numpy().astype(np.float32).reshape(-1, width)
+        return values.to_numpy().astype(dtype).reshape(-1, width)
 
 
 def holds_images(kind: pa.DataType | None) -> bool:
