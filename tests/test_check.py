@@ -98,8 +98,7 @@ FAULTS = [
     (lambda r: (r / VIDEO).unlink(), VIDEO, ["chunk_index=0", "file_index=0"]),
     (lambda r: os.truncate(r / VIDEO, 3000), VIDEO, ["moov"]),
     (lambda r: (r / VIDEO).write_text("text"), VIDEO, ["moov"]),
-    (lambda r: edit_video(r / VIDEO, 300), VIDEO, [300, 400]),
-    (lambda r: edit_info(r, fps=20), VIDEO, ["frame 399", "20.0000 s", "19.9500 s"]),
+    (lambda r: edit_video(r / VIDEO, 300), f"{VIDEO}: episode 3", [300, 400]),
     (lambda r: edit_info(r, fps=20), f"{TABLE}: episode 0", ["timestamp", "0.100000001", 0.05]),
     (lambda r: (r / TABLE).unlink(), TABLE, ["chunk_index=0", "file_index=0"]),
     (lambda r: (r / TABLE).write_text("text"), TABLE, ["parquet"]),
@@ -168,8 +167,8 @@ FAULTS = [
         lambda r: edit_column(
             r / EPISODES, "videos/observation.image/from_timestamp", set_row(2, 16.3)
         ),
-        f"{VIDEO}: episode 2",
-        ["frame 163.00", "from_timestamp", 160],
+        f"{VIDEO}: episode 3",
+        ["frame 240", "24.0000 s", "episode 2: frame 77"],
     ),
     (
         lambda r: edit_column(r / EPISODES, "episode_index", set_row(4, 3)),

@@ -273,12 +273,15 @@ def test_files_of_video_and_of_rows_switch_at_different_episodes():
     assert switch_of_rows not in switches
     starts = np.cumsum([0, *(episode.length - 1 for episode in source.episodes)])
     for index in [0, *switches, switch_of_rows, 249]:
-        episode, first = source.episodes[index], videos[index][1]
+        episode, first = source.episodes[index], round(10 * videos[index][1])
         assert (first == 0) == (index in [0, *switches])
         if index in switches:
             before = source.episodes[index - 1]
             with av.open(videos[index - 1][0]) as container:
-                assert videos[index - 1][1] + before.length == container.streams.video[0].frames
+                assert (
+                    round(10 * videos[index - 1][1]) + before.length
+                    == container.streams.video[0].frames
+                )
         for i, number in (
             (starts[index], first),
             (starts[index + 1] - 1, first + episode.length - 2),
@@ -290,23 +293,23 @@ def test_files_of_video_and_of_rows_switch_at_different_episodes():
         )
 
 
-def test_a_timestamp_one_frame_off_gives_way_to_the_lengths(pusht):
+@pytest.mark.parametrize(
+    ("off", "names"),
+    [
+        (0.05, ["episode 3: frame 0", "24.0500 s", "80 of 400", "400 frames"]),
+        (0.1, ["episode 4: frame 0", "frame 320", "episode 3: frame 79", "400 frames"]),
+        (0.3, ["episode 4: frame 0", "frame 320", "episode 3: frame 77", "400 frames"]),
+        (1e4, ["episode 3: frame 0", "10024.0000 s", "80 of 400", "400 frames"]),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_start_that_is_off_is_refused_for_the_whole_file(pusht, off, names, split):
     name = "videos/observation.image/from_timestamp"
-    edit_column(pusht / EPISODES, name, lambda v: [*v[:3], v[3] + 0.09, v[4] - 0.09])
-    assert [e.videos["observation.image"][1] for e in open_pusht(pusht).episodes] == [
-        0, 80, 160, 240, 320,
-    ]  # fmt: skip
-    # If the file does not end with the last episode, neither account is certain.
-    edit_video(pusht / VIDEO, 399)
-    with refused(VIDEO, "episode 3", "frame 240.90", 240):
-        open_pusht(pusht)
-
-
-def test_a_timestamp_further_off_is_an_error(pusht):
-    name = "videos/observation.image/from_timestamp"
-    edit_column(pusht / EPISODES, name, lambda v: [*v[:2], v[2] + 0.3, *v[3:]])
-    with refused(VIDEO, "episode 2", "frame 163.00", 160):
-        open_pusht(pusht)
+    edit_column(pusht / EPISODES, name, lambda v: [*v[:3], v[3] + off, v[4]])
+    source = open_pusht(pusht, split=split, val_share=0.2)
+    for index in (0, len(source) - 1):
+        with refused(VIDEO, *names, kind=ClipError, lines=3):
+            source[index]
 
 
 def write_v21(root, *, lengths, fps=30, video_fps=30, kind="float32"):
@@ -368,14 +371,16 @@ def test_b_frames_and_long_groups_of_pictures(tmp_path, frames, fps):
 def test_a_file_read_to_its_end_is_read_again(tmp_path):
     """A decoder with delay returns its last frames only after the last packet."""
     path = next(write_v21(tmp_path / "set", lengths=[60]).rglob("*.mp4"))
-    video = video_files._Video(path, 30)
-    assert len(list(video._decode())) == 60
-    assert [video.frame(n).pts for n in (3, 59, 0)] == [1536, 30208, 0]
+    videos = video_files.VideoFiles()
+    times = videos.timeline(path).pts_N.tolist()
+    assert times == [512 * number for number in range(60)]
+    for order in (times, [1536, 30208, 0]):
+        assert [frame.pts for frame in videos.read(path, order)] == order
 
 
 def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
     path = next(write_v21(tmp_path / "set", lengths=[60]).rglob("*.mp4"))
-    video = video_files._Video(path, 30)
+    video = video_files._Video(path, None)
     seeks = []
 
     class Counted:
@@ -389,7 +394,7 @@ def test_seeks_only_where_a_key_frame_lies_ahead(tmp_path):
     video._container = Counted(video._container)
     # Key frames: 0, 12, 24, ... It decodes on to 3 and 11, and seeks to 13, 40 and backwards.
     for number, total in [(0, 1), (3, 1), (11, 1), (13, 2), (14, 2), (40, 3), (38, 4), (38, 5)]:
-        assert video.frame(number).pts == 512 * number
+        assert video.frame(512 * number).pts == 512 * number
         assert len(seeks) == total
 
 
@@ -398,7 +403,7 @@ def test_more_files_than_stay_open(tmp_path, monkeypatch):
     root = write_v21(tmp_path / "set", lengths=[9, 9, 9, 9])
     source = LeRobotSource(root, frames=2, fps=30)
     clips = [source[i] for i in [0, 8, 16, 24] * 3]
-    assert len(source._videos._local.videos) == 2
+    assert len(source._frames.videos._local.videos) == 2
     # Frames stay valid after their file is closed.
     for clip, again in zip(clips[:4], clips[4:8], strict=True):
         assert digest(clip) == digest(again)
@@ -570,7 +575,7 @@ def replace(at, value):
         (EPISODES, "length", replace(4, 0), ["episode 4", "length", 0]),
         (EPISODES, "length", lambda v: ["80"] * 5, ["length", "string"]),
         (EPISODES, "length", replace(4, 79), ["total_frames=400", 399, 400]),
-        (EPISODES, "length", replace(0, 70), [VIDEO, "episode 1", "frame 80.00", 70]),
+        (EPISODES, "length", replace(0, 70), ["total_frames=400", 390, "400 rows"]),
         (EPISODES, "episode_index", replace(4, 3), ["episode 3", 2]),
         (EPISODES, "data/file_index", lambda v: [{"x": 0}] * 5, ["data/file_index", "struct"]),
         (EPISODES, "data/file_index", lambda v: [1] * 5, ["data/chunk-000/file-001.parquet"]),
@@ -587,7 +592,7 @@ def test_a_number_that_is_none_is_found_where_it_is(pusht, value):
     edit_column(pusht / TABLE, "action", lambda v: [*v[:200], [v[200][0], float(value)], *v[201:]])
     names = [str(pusht / TABLE), "episode 2", "action[1]", value, "frame 40"]
     check(names, open_pusht, pusht)
-    assert len(open_pusht(pusht, val_share=0.2)) > 0  # the bad number is in a held-out episode
+    check(names, open_pusht, pusht, val_share=0.2)  # in a held-out episode: read with the others
 
 
 def test_a_length_that_no_memory_holds_is_held_against_the_rows_first(pusht):
@@ -663,16 +668,22 @@ def test_damaged_video_data(pusht):
 def test_fewer_frames_than_rows(pusht):
     edit_video(pusht / VIDEO, 300)
     source = open_pusht(pusht)
-    assert digest(source[2 * 71]) == digest(open_pusht()[2 * 71])
-    names = [VIDEO, 300, 320, "episode 3", "observation.image"]
-    check(names, source.__getitem__, 3 * 71)
+    for index in (0, 3 * 71):
+        names = [VIDEO, "300 frames", "400 rows", "100 of 400", "episode 3", "observation.image"]
+        check(names, source.__getitem__, index)
 
 
 def test_video_at_another_rate(tmp_path):
     root = write_v21(tmp_path / "set", lengths=[20], fps=30, video_fps=20)
     source = LeRobotSource(root, frames=3, fps=30)
-    names = ["episode_000000.mp4", "frame 1", "0.0500 s", "0.0333 s"]
-    check(names, source.__getitem__, 0)
+    (note,) = source.notes
+    assert not missing_names(
+        note, "episode_000000.mp4", "frame 1", "0.0500 s", "0.0333 s", "13 of 20"
+    )
+    assert [frame.pts for frame in source[5]["frames_VT"][0]] == [512 * n for n in (5, 6, 7)]
+    # Two episodes, of which one has too few frames: not by count.
+    edit_video(next(root.rglob("*.mp4")), 19)
+    check(["19 frames", "20 rows"], LeRobotSource(root, frames=3, fps=30).__getitem__, 0)
 
 
 def test_no_video_stream(tmp_path):

@@ -12,7 +12,6 @@ from recordings import missing_names, refused
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.tools.check import check
 from wmjax.data.tools.transcode import transcode
-from wmjax.errors import UserError
 
 CASES = Path(__file__).parent / "data/recordings"
 
@@ -74,7 +73,7 @@ def test_every_row_has_its_picture(name, frames):
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("decode", [False, True])
 def test_check_agrees_with_training(name, decode):
-    findings, _ = check(CASES / name, decode=decode)
+    findings = [f for f in check(CASES / name, decode=decode)[0] if "stats" not in f.where]
     assert bool(findings) == (name in NOTED), findings
 
 
@@ -95,12 +94,7 @@ def test_pointers_of_git_lfs_are_named():
     root = CASES / "lfs_pointers"
     with refused("git lfs pull"):
         LeRobotSource(root, frames=1, fps=30)
-    try:
-        findings = check(root)[0]
-    except UserError as error:
-        assert "git lfs pull" in str(error)
-    else:
-        assert any("git lfs pull" in " ".join(finding) for finding in findings)
+    assert any("git lfs pull" in " ".join(finding) for finding in check(root)[0])
 
 
 @pytest.mark.parametrize("name", ["mp4_fragmented", "mkv", "v3_gap_between_episodes"])

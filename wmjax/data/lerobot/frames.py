@@ -170,7 +170,7 @@ def _rounding(stamps_R: np.ndarray) -> np.ndarray:
 
 
 def by_time(path: Path, timeline: Timeline, rows: _Rows) -> np.ndarray | None:
-    """Return the frame of each row by its time; None if a row has none, or more than one.
+    """Return the frame of each row by its time; None if rows have none, several or the same.
 
     Times count from the clock's 0, or from the first frame. UserError if both fit and differ.
     """
@@ -178,7 +178,7 @@ def by_time(path: Path, timeline: Timeline, rows: _Rows) -> np.ndarray | None:
     fits = []
     for origin in dict.fromkeys([0.0, *seconds_N[:1].tolist()]):
         frames_R, fit_R = _nearest(seconds_N - origin, rows, float(timeline.clock))
-        if fit_R.all():
+        if fit_R.all() and len(np.unique(frames_R)) == len(frames_R):
             fits.append(frames_R)
     if not fits:
         return None
@@ -212,25 +212,37 @@ def _nearest(seconds_N: np.ndarray, rows: _Rows, tick: float) -> tuple[np.ndarra
     return nearest_R - 1, exact_R | rounded_R
 
 
-def by_count(
-    path: Path, timeline: Timeline, rows: _Rows, episodes: int
-) -> tuple[np.ndarray, str]:
+def by_count(path: Path, timeline: Timeline, rows: _Rows, episodes: int) -> tuple[np.ndarray, str]:
     """Return frame n for row n, and a note; UserError with both accounts if that is not certain."""
     seconds_N = (timeline.pts_N - timeline.pts_N[:1]) * float(timeline.clock)
-    frames_R, fit_R = _nearest(seconds_N, rows, float(timeline.clock))
-    row = int(np.flatnonzero(~fit_R)[0])
-    count, total = len(seconds_N), len(fit_R)
-    nearest = f"the nearest is at {seconds_N[frames_R[row]]:.4f} s" if count else "there is none"
-    account = (
-        f"{path}: {rows.name(row)}: no frame at {rows.times_R[row]:.4f} s, {nearest}; "
-        f"{int((~fit_R).sum())} of {total} rows have none within {rows.tolerance_R[row]:.4f} s"
-    )
+    account = f"{path}: {_misfit(seconds_N, rows, float(timeline.clock))}"
+    count, total = len(seconds_N), len(rows.times_R)
     if episodes == 1 and count == total:
         return np.arange(total), f"{account}: used frame n for row n, {count} of each"
     raise UserError(
         f"{account}\n{count} frames and {total} rows of {episodes} "
         f"episode{'s' * (episodes != 1)}: wanted a frame at the time of every row, or one episode "
         "with as many frames as rows"
+    )
+
+
+def _misfit(seconds_N: np.ndarray, rows: _Rows, tick: float) -> str:
+    """Say why rows do not go by time: the first row without a frame, or with another row's."""
+    frames_R, fit_R = _nearest(seconds_N, rows, tick)
+    if not fit_R.all():
+        row = int(np.flatnonzero(~fit_R)[0])
+        nearest = f"the nearest is at {seconds_N[frames_R[row]]:.4f} s" if len(seconds_N) else ""
+        return (
+            f"{rows.name(row)}: no frame at {rows.times_R[row]:.4f} s, "
+            f"{nearest or 'there is none'}; {int((~fit_R).sum())} of {len(fit_R)} rows have none "
+            f"within {rows.tolerance_R[row]:.4f} s"
+        )
+    order_R = np.argsort(frames_R, kind="stable")
+    at = np.flatnonzero(np.diff(frames_R[order_R]) == 0)[0]
+    first, second = order_R[at : at + 2].tolist()
+    return (
+        f"{rows.name(second)}: frame {frames_R[second]} of the video, at "
+        f"{rows.times_R[second]:.4f} s, is also that of {rows.name(first)}"
     )
 
 

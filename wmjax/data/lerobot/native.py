@@ -52,10 +52,13 @@ class LeRobotSource(Recording):
             [entry.index for entry in entries],
             [{*entry.videos, *self._images} for entry in entries],
         )
-        self.episodes, self._tables, times_R = read_tables(
-            [entries[i] for i in chosen], self._widths, self._images, fps=self._recorded_fps
+        # The rows of both splits: a video is judged by all of them.
+        every, self._tables, times_R = read_tables(
+            [entries[i] for i in self._asked], self._widths, self._images, fps=self._recorded_fps
         )
-        self._frames = row_frames(entries, self.episodes, self._recorded_fps, times_R)
+        own = {entries[i].index for i in chosen}
+        self.episodes = tuple(episode for episode in every if episode.index in own)
+        self._frames = row_frames(entries, every, self._recorded_fps, times_R)
         self.notes = notes + self._first_notes()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -96,7 +99,8 @@ class LeRobotSource(Recording):
         cameras, position, start = self._place(index)
         episode = self.episodes[position]
         steps = self._steps(episode, start)
-        paths = [episode.videos[name][0] for name in cameras if name not in self._images]
+        videos = [n for n in cameras if n not in self._images and n in episode.videos]
+        paths = [episode.videos[name][0] for name in videos]
         return [(path, self._frames.numbers(path, episode.index, steps)) for path in paths]
 
     def _steps(self, episode: Episode, start: int) -> list[int]:

@@ -76,7 +76,7 @@ class Recording(Source):
             **self.label_sizes,
         }
         self._each = cameras == "each"
-        self._asked, self._split, self._val_share = episodes, split, val_share
+        self._episodes, self._split, self._val_share = episodes, split, val_share
         self._ends, self._per_episode = ends, clips_per_episode
         self._speed = f"data.stride={stride}" if stride else f"data.fps={fps:g}"
 
@@ -93,9 +93,10 @@ class Recording(Source):
         """
         self.views = 1 if self._each else len(self.cameras)
         try:
-            asked = pick_episodes(self._asked, numbers or range(len(lengths)))
+            asked = pick_episodes(self._episodes, numbers or range(len(lengths)))
         except UserError as error:
             raise UserError(f"{error}, in {self.root}") from None
+        self._asked = asked  # of both splits
         parts = split_episodes(len(asked), self._val_share)
         chosen = [asked[i] for i in parts[("train", "validation").index(self._split)]]
         if not chosen:

@@ -36,7 +36,9 @@ class LeRobotReader(Recording):
                 raise UserError(f"data.root={str(root)!r}: not a LeRobot dataset: no folder meta")
             where = {"repo_id": self.root.name, "root": self.root}
         meta = self._try(lerobot.LeRobotDatasetMetadata, **where)
-        features = {name: {**f, "shape": list(f["shape"])} for name, f in meta.features.items()}
+        features = {
+            name: {**f, "shape": list(f["shape"] or ())} for name, f in meta.features.items()
+        }
         super().__init__(self.root, features, meta.fps, **settings)
         bounds = [
             [int(meta.episodes[i][f"dataset_{end}_index"]) for end in ("from", "to")]

@@ -1,4 +1,4 @@
-"""Read frames of video files by number, with an LRU of open files in each thread.
+"""Read frames of video files by presentation time, with an LRU of open files in each thread.
 
 It seeks only past a key frame; otherwise it decodes on. Frames are returned as decoded (YUV).
 Knows PyAV, no dataset.
@@ -8,58 +8,93 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 
+from wmjax.data.media import pointers
 from wmjax.errors import UserError
 
 MAX_OPEN = 8  # files in a thread
 MAX_PIXELS = 1 << 25  # of a frame, 8K: a damaged header may ask for gigabytes
+MOST_FRAMES = 1 << 22  # whose times are kept in memory
+
+
+class WrongTimes(UserError):
+    """A decoded frame contradicts a timeline that is not proven."""
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """When the frames of a video are shown.
+
+    pts_N: times in ticks, in order of presentation. keys: times of key frames, near enough to
+    decide when to seek. clock: seconds a tick. height, width: of a frame in pixels. proven: True if
+    times come from the packets, False if from the container's index. Each decoded frame is checked.
+    """
+
+    pts_N: np.ndarray
+    keys: list[int]
+    clock: Fraction
+    height: int
+    width: int
+    proven: bool
 
 
 class VideoFiles:
-    """Reads frames by number from many files of one frame rate.
+    """Reads frames by time from many files.
 
     Thread-safe: each thread has its own open files, at most MAX_OPEN. They are not pickled.
+    Timelines are shared by the threads.
     """
 
-    def __init__(self, fps: float):
-        self._fps = fps
-        self._local = threading.local()
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._timelines: OrderedDict[Path, Timeline] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_local": None}
+        return {}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _local=threading.local())
+        self._forget()
 
-    def count(self, path: Path) -> int:
-        """Return how many frames the index of the file lists."""
-        return self._open(path).count
+    def timeline(self, path: Path, *, proven: bool = False) -> Timeline:
+        """Return when the frames of a file are shown; proven: read its packets if need be."""
+        video = self._open(path)
+        if proven and not video.timeline.proven:
+            try:
+                video.timeline = video.read_packets()
+            except UserError:
+                self._close(path)
+                raise
+            self._keep(path, video.timeline)
+        return video.timeline
 
     def read(
         self,
         path: Path,
-        numbers: Iterable[int],
-        need: int,
+        times: Iterable[int],
         picture: Callable[[av.VideoFrame], Any] = lambda frame: frame,
     ) -> list:
-        """Decode frames by number, from 0 at the start of the file; return picture(frame) of each.
+        """Decode the frames that are shown at exactly these times; return picture(frame) of each.
 
-        need: how many frames the file must hold. picture: called on each frame before the next is
-        decoded. UserError names a file that is damaged, too short or of another frame rate.
+        times: in ticks, of the file's timeline, in any order. picture: called on each frame before
+        the next is decoded. UserError names a file that is damaged. WrongTimes: a frame is not
+        shown when the index says; ask for a proven timeline.
         """
         video = self._open(path)
-        if video.count < need:
-            raise UserError(f"{path}: {video.count} frames; wanted {need}, by its episodes")
         try:
             pictures: list = []
             shapes: dict[tuple[int, int, str], None] = {}
-            for number in numbers:
-                frame = video.frame(number)
+            for time in times:
+                frame = video.frame(time)
                 shapes[frame.width, frame.height, frame.format.name] = None
                 pictures.append(picture(frame))
             if len(shapes) > 1:
@@ -67,8 +102,7 @@ class VideoFiles:
                 raise UserError(f"{path}: frames of {found}: wanted one size and pixel format")
             return pictures
         except UserError:
-            # The state of the decoder is unknown after an error.
-            self._local.videos.pop(path).close()
+            self._close(path)  # the state of the decoder is unknown after an error
             raise
 
     def _open(self, path: Path) -> "_Video":
@@ -76,19 +110,34 @@ class VideoFiles:
         if path not in videos:
             if len(videos) >= MAX_OPEN:
                 videos.popitem(last=False)[1].close()
-            videos[path] = _Video(path, self._fps)
+            with self._lock:
+                known = self._timelines.get(path)
+            video = videos[path] = _Video(path, known)
+            self._keep(path, video.timeline)
         videos.move_to_end(path)
         return videos[path]
 
+    def _close(self, path: Path) -> None:
+        self._local.videos.pop(path).close()
+
+    def _keep(self, path: Path, timeline: Timeline) -> None:
+        with self._lock:
+            self._timelines[path] = timeline
+            self._timelines.move_to_end(path)
+            while len(self._timelines) > 1 and self._kept() > MOST_FRAMES:
+                self._timelines.popitem(last=False)
+
+    def _kept(self) -> int:
+        return sum(len(timeline.pts_N) for timeline in self._timelines.values())
+
 
 class _Video:
-    """One open file: its index, its decoder, and the frame decoded last."""
+    """One open file: its timeline, its decoder, and the time of the frame decoded last."""
 
-    def __init__(self, path: Path, fps: float):
+    def __init__(self, path: Path, timeline: Timeline | None):
         self._path = path
         self._at: int | None = None
         self._decoded: Iterator[av.VideoFrame] = iter(())
-        self._keys: list[int] | None = None
         try:
             self._container = av.open(str(path))
             if not self._container.streams.video:
@@ -101,80 +150,189 @@ class _Video:
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
             self._clock = stream.time_base or Fraction(1)
-            self._start = stream.start_time or 0
-            # Ticks a frame. A float tells frames apart; a Fraction is slow, used twice a frame.
-            self._tick = float(1 / (Fraction(fps).limit_denominator(1001) * self._clock))
-            if hasattr(stream, "index_entries"):
-                self._read_index()
-            else:  # PyAV 15, which lerobot pins, has no index_entries: read all packets
-                packets = [packet for packet in self._container.demux(stream) if packet.size]
-                self.count = len(packets)
-                self._keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
+            if not self._clock:
+                raise UserError(f"{path}: not readable as video (time base 0)")
             self._packets = self._container.demux(stream)
+            self.timeline = timeline or self._read_index() or self.read_packets()
         except ZeroDivisionError:
             raise UserError(f"{path}: not readable as video (time base 0)") from None
         except av.FFmpegError as error:
+            pointers.check(path)
             raise UserError(
                 f"{path}: not readable as video ({error.strerror}); if it was cut short, its index "
                 "(moov atom) is lost: download it again"
             ) from None
 
-    def _read_index(self) -> None:
-        index = self._stream.index_entries
-        self.count = len(index)
-        if not self.count:
-            return
-        end, size = index[-1].pos + index[-1].size, self._path.stat().st_size
+    def _read_index(self) -> Timeline | None:
+        """Return the timeline that the container's index implies; None if that is not enough.
+
+        The index has decoding times. Frames are shown a constant later if none are reordered, or
+        if they are evenly spaced.
+        """
+        stream = self._stream
+        if not hasattr(stream, "index_entries"):  # PyAV 15, which lerobot pins
+            return None
+        entries = list(stream.index_entries)
+        if not entries or len(entries) != stream.frames:
+            return None
+        end, size = entries[-1].pos + entries[-1].size, self._path.stat().st_size
         if end > size:
             raise UserError(
                 f"{self._path}: cut short: {size} bytes; wanted {end}: download it again"
             )
-        # The index has decoding times. With B-frames, display times are a constant later. The
-        # index only decides when to seek; the time of each decoded frame is checked.
-        self._shift = self._start - index[0].timestamp
+        times_N = np.array([entry.timestamp for entry in entries], np.int64)
+        steps = np.diff(times_N)
+        if len(steps) and int(steps.min()) < 1:
+            return None
+        uneven = len(steps) and int(steps.max()) - int(steps.min()) > 1
+        if any(entry.is_discard for entry in entries):
+            return None
+        if uneven and stream.codec_context.has_b_frames:
+            return None
+        times_N += (stream.start_time or 0) - times_N[0]
+        keys = times_N[[entry.is_keyframe for entry in entries]].tolist()
+        return self._timeline(times_N, keys, proven=False)
 
-    def _key_before(self, pts: int) -> int:
-        if self._keys is not None:
-            return self._keys[max(bisect_right(self._keys, pts) - 1, 0)]
-        index = self._stream.index_entries
-        return index[max(index.search_timestamp(pts - self._shift), 0)].timestamp + self._shift
+    def read_packets(self) -> Timeline:
+        """Read all packets, undecoded, and return the timeline that they say."""
+        times: list[int] = []
+        keys: list[int] = []
+        try:
+            self._container.seek(self._stream.start_time or 0, stream=self._stream)
+            for packet in self._all_packets():
+                if packet.pts is None:
+                    raise UserError(f"{self._path}: packet {len(times)}: no presentation time")
+                if not packet.is_discard:
+                    times.append(packet.pts)
+                    keys += [packet.pts] if packet.is_keyframe else []
+        except av.FFmpegError as error:
+            raise UserError(f"{self._path}: packet {len(times)}: {error.strerror}") from None
+        self._at = None
+        return self._timeline(np.sort(np.array(times, np.int64)), sorted(keys), proven=True)
+
+    def _timeline(self, pts_N: np.ndarray, keys: list[int], *, proven: bool) -> Timeline:
+        codec = self._stream.codec_context
+        return Timeline(pts_N, keys, self._clock, codec.height, codec.width, proven)
 
     def close(self) -> None:
         self._container.close()
 
-    def frame(self, number: int) -> av.VideoFrame:
-        """Decode frame `number`; seek if it lies behind, or after a later key frame."""
-        wanted = self._start + round(number * self._tick)
+    def frame(self, wanted: int) -> av.VideoFrame:
+        """Decode the frame shown at `wanted`; seek if it lies behind, or past a key frame."""
         try:
             if self._at is None or not self._at < wanted or self._key_before(wanted) > self._at:
-                self._container.seek(wanted, stream=self._stream)
-                self._decoded = self._decode()
-            for frame in self._decoded:
-                self._at = frame.pts
-                if frame.pts is None or frame.is_corrupt:
-                    raise UserError(f"{self._path}: frame {number}: damaged data before it")
-                # Within half a frame: a coarse clock rounds times by a tick or two.
-                if abs(frame.pts - wanted) < self._tick / 2:
-                    return frame
-                if frame.pts > wanted:
-                    raise UserError(
-                        f"{self._path}: frame {number}: found time {self._seconds(frame.pts)}, "
-                        f"wanted {self._seconds(wanted)}, by the fps of meta/info.json"
-                    )
+                frame = self._sought(wanted)
+            else:
+                frame = self._decode_to(wanted)
         except av.FFmpegError as error:
-            raise UserError(f"{self._path}: frame {number}: {error.strerror}") from None
-        raise UserError(f"{self._path}: frame {number}: the video ends before it")
+            raise UserError(f"{self._name(wanted)}: {error.strerror}") from None
+        if frame is None:
+            raise self._fault(wanted, "the video ends before it")
+        if frame.pts != wanted:
+            raise self._fault(
+                wanted, f"found time {self._seconds(frame.pts)}, wanted {self._seconds(wanted)}"
+            )
+        return frame
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
-        """Decode from the current position, as container.decode does.
+    def _key_before(self, wanted: int) -> int:
+        keys = self.timeline.keys
+        return keys[max(bisect_right(keys, wanted) - 1, 0)] if keys else wanted
 
-        One demuxer serves every seek, because PyAV 18 leaks 150 bytes for each new one. It ends
-        with an empty packet, which flushes the decoder.
+    def _sought(self, wanted: int) -> av.VideoFrame | None:
+        """Seek and decode to `wanted`; from further back where the decoder left frames out.
+
+        A key frame may be shown after `wanted`, though its decoding time is before. Frames that
+        follow it and are shown before it cannot be decoded from there (open GOP), nor those before
+        a gradual refresh is complete.
+        """
+        target = wanted
+        while True:
+            first = self._seek(target)
+            while first.pts is None or first.pts > wanted:
+                before = first.pts if first.dts is None else first.dts
+                if before is None or before - 1 >= target or before <= self._begin(first):
+                    break
+                target = before - 1
+                again = self._seek(target)
+                if (again.pts, again.dts) == (first.pts, first.dts):  # the start of the file
+                    break
+                first = again
+            start = first.pts if first.dts is None else first.dts
+            if start is not None and not self._is_refresh(first):
+                # The decoder returns frames that a gradual refresh has not completed yet.
+                again = self._seek(start - 1)
+                first = again if again.pts is None or again.pts <= wanted else self._seek(target)
+                start = first.pts if first.dts is None else first.dts
+            frame = self._decode_to(wanted)
+            if frame is not None and frame.pts == wanted:
+                return frame
+            if start is None or start - 1 >= target or start <= self._begin(first):
+                return frame
+            target = start - 1
+
+    def _begin(self, packet: av.Packet) -> int:
+        """Return a time before which no packet lies."""
+        return min(int(self.timeline.pts_N[0]), packet.pts or 0) - (1 << 40)
+
+    def _is_refresh(self, key: av.Packet) -> bool:
+        """Say whether decoding can start at this key frame: any, but in H.264 only IDR frames."""
+        if self._stream.codec_context.name != "h264":
+            return True
+        return 5 in _h264_units(bytes(key), self._stream.codec_context.extradata or b"")
+
+    def _seek(self, target: int) -> av.Packet:
+        """Seek to a key frame at or before `target`, by the container's account; return it."""
+        self._container.seek(target, stream=self._stream)
+        packets = self._all_packets()
+        first = next(packets)
+        self._decoded = self._decode(first, packets)
+        return first
+
+    def _decode_to(self, wanted: int) -> av.VideoFrame | None:
+        """Decode on to the first frame at or after `wanted`; None at the end of the file."""
+        for frame in self._decoded:
+            self._at = frame.pts
+            if frame.pts is None or frame.is_corrupt:
+                raise UserError(f"{self._name(wanted)}: damaged data before it")
+            if frame.pts >= wanted:
+                return frame
+        return None
+
+    def _all_packets(self) -> Iterator[av.Packet]:
+        """Yield the packets from the current position, without the empty one at the end.
+
+        One demuxer serves every seek, because PyAV 18 leaks 150 bytes for each new one.
         """
         for packet in self._packets:
             if not packet.size:
                 self._packets = self._container.demux(self._stream)
-            yield from packet.decode()
+                return
+            yield packet
 
-    def _seconds(self, pts: int) -> str:
-        return f"{float((pts - self._start) * self._clock):.4f} s"
+    def _decode(self, first: av.Packet, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
+        yield from first.decode()
+        for packet in packets:
+            yield from packet.decode()
+        yield from self._stream.codec_context.decode(None)
+
+    def _fault(self, wanted: int, found: str) -> UserError:
+        kind = UserError if self.timeline.proven else WrongTimes
+        return kind(f"{self._name(wanted)}: {found}")
+
+    def _name(self, wanted: int) -> str:
+        number = int(np.searchsorted(self.timeline.pts_N, wanted))
+        return f"{self._path}: frame {number}"
+
+    def _seconds(self, pts: int | None) -> str:
+        return f"{float((pts or 0) * self._clock):.4f} s"
+
+
+def _h264_units(data: bytes, extradata: bytes) -> set[int]:
+    """Return the types of the NAL units in an H.264 packet; 5 is an IDR slice (Table 7-1)."""
+    if extradata[:1] != b"\x01":  # units begin after start codes (Annex B)
+        return {unit[0] & 31 for unit in data.split(b"\0\0\1")[1:] if unit}
+    size, at, kinds = (extradata[4] & 3) + 1, 0, set()
+    while at + size < len(data):  # each unit's length comes before it
+        kinds.add(data[at + size] & 31)
+        at += size + int.from_bytes(data[at : at + size], "big")
+    return kinds

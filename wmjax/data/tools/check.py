@@ -32,10 +32,12 @@ from wmjax.data.lerobot.info import (
     read_info,
     read_json,
     read_json_lines,
+    size_of,
 )
 from wmjax.data.lerobot.listing import split_notes, wrong_totals
 from wmjax.data.lerobot.paths import CameraMissing, Fields, find, find_videos, video_keys
-from wmjax.data.lerobot.tables import INDEX_COLUMNS, check_finite, check_run, find_runs
+from wmjax.data.lerobot.recording import choose_cameras
+from wmjax.data.lerobot.tables import check_finite, check_run, find_runs, read_rows
 from wmjax.data.media.images import read_images
 from wmjax.data.media.tables import read_columns, read_numbers
 from wmjax.data.media.transforms import frame_size
@@ -100,6 +102,8 @@ class _Check:
         self.numbers: dict[str, dict[int, np.ndarray]] = {name: {} for name in self.widths}
 
     def run(self) -> tuple[list[Finding], str]:
+        with self._going_on():
+            choose_cameras(self.root, self.info["features"], "all")
         for step in (self._list, self._totals, self._tables, self._statistics, self._videos):
             with self._going_on():
                 step()
@@ -174,14 +178,15 @@ class _Check:
         for episode, table in zip(self.episodes, tables, strict=True):
             episode.table = table
         for camera in self.cameras:
+            members = [e for e in self.episodes if camera in e.entry.videos]
             videos = self._each_file(
-                [entry.videos[camera] for entry in entries],
+                [episode.entry.videos[camera] for episode in members],
                 lambda fields, notes, camera=camera: find_videos(  # type: ignore[misc]
                     self.root, self.info, camera, fields, notes
                 ),
                 notes,
             )
-            for episode, video in zip(self.episodes, videos, strict=True):
+            for episode, video in zip(members, videos, strict=True):
                 if video:
                     episode.videos[camera] = video
         for note in notes:
@@ -241,13 +246,14 @@ class _Check:
                 self._check_table(path, episodes, starts)
 
     def _check_table(self, path: Path, episodes: list[_Episode], starts: dict[int, int]) -> None:
-        table = read_columns(path, INDEX_COLUMNS, integers=INDEX_COLUMNS)
-        owners, counts = (table[name].to_numpy() for name in INDEX_COLUMNS)
+        _, owners, counts, times_R = read_rows(path, (), (), self.info["fps"])
         runs = find_runs(path, owners)
         for episode in episodes:
             with self._going_on():
                 run = runs.get(episode.index, slice(0))
                 check_run(path, episode.index, episode.length, counts[run])
+                check_finite(f"{path}: episode {episode.index}", "timestamp", times_R[run, None])
+                self.times[episode.index] = times_R[run]
         if strange := sorted(set(runs) - {episode.index for episode in episodes}):
             self._add(path, f"rows of episodes {strange}", "of its own alone")
         for name, width in self.widths.items():
@@ -268,8 +274,8 @@ class _Check:
     def _check_counter(self, where: str, name: str, rows: np.ndarray, start: int) -> None:
         """Check timestamp and index, which count the frames; start: rows of earlier episodes."""
         frames = np.arange(len(rows))
-        if name == "timestamp":
-            wanted, allowed = frames / self.info["fps"], TIMESTAMP_TOLERANCE_S
+        if name == "timestamp":  # rows may be cut off at the start of an episode
+            wanted, allowed = rows[:1, 0] + frames / self.info["fps"], TIMESTAMP_TOLERANCE_S
         elif name == "index":
             # Read as float32, which is exact to 2**24 and a little off beyond.
             wanted = start + frames
@@ -292,7 +298,9 @@ class _Check:
 
     def _check_size(self, path: Path, camera: str, height: int, width: int) -> None:
         feature = self.info["features"][camera]
-        shape = list(feature["shape"])
+        shape = size_of(feature)
+        if shape is None or len(shape) != 3:
+            return
         sides = shape[1:] if channels_first(feature) else shape[:2]
         if [height, width] != sides:
             self._add(path, f"{height}x{width}", f"{'x'.join(map(str, sides))}, by {camera}")

@@ -5,6 +5,7 @@ files alone are the progress: each is written to a part file, then renamed, meta
 the same command again resumes, and a half-done copy is no dataset.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -16,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from wmjax.data.lerobot.frames import row_frames
-from wmjax.data.lerobot.info import channels_first, read_info
+from wmjax.data.lerobot.info import channels_first, read_info, size_of
 from wmjax.data.lerobot.listing import list_episodes
 from wmjax.data.lerobot.paths import inside, video_keys
 from wmjax.data.lerobot.recording import choose_cameras
@@ -99,7 +99,7 @@ def transcode(
     for place, path in files.items():
         if path.resolve() not in frames.paths and path.suffix not in _VIDEOS and place != _INFO:
             _carry_over(path, out / place, dropped)
-    firsts = {name: entries[0].videos[name][0] for name in kept}
+    firsts = {name: next(e.videos[name][0] for e in entries if name in e.videos) for name in kept}
     sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
     with _placed(out / _INFO) as part:
         part.write_text(json.dumps(_new_info(info, sizes, dropped, gop, crf), indent=4))
@@ -152,7 +152,7 @@ def _is_kept(path: Path) -> bool:
     return path.is_file() and path.suffix != ".part"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _placed(target: Path) -> Iterator[Path]:
     """Yield a part file to write to; then rename it to `target` in one step."""
     # Its name holds the process id, so that two processes never write to one file.
@@ -228,11 +228,15 @@ def _encode(job: Job, part: Path) -> None:
     """Encode one video; every frame keeps its timestamp."""
     number, times = 0, []
     try:
-        with av.open(str(job.source)) as old, av.open(str(part), "w", format="mp4") as new:
+        with contextlib.ExitStack() as stack:
+            old = stack.enter_context(av.open(str(job.source)))
             if not old.streams.video:
                 raise UserError(f"{job.source}: no video stream")
             read = old.streams.video[0]
             clock = read.time_base or Fraction(1)
+            # The start of the video is written in ticks of the movie's clock.
+            options = {"movie_timescale": str(clock.denominator)}
+            new = stack.enter_context(av.open(str(part), "w", format="mp4", options=options))
             read.thread_type, read.codec_context.thread_count = "NONE", 1
             graph = None
             for number, frame in enumerate(old.decode(read)):
@@ -253,10 +257,10 @@ def _encode(job: Job, part: Path) -> None:
     except av.FFmpegError as error:
         where = job.target if error.errno in _DISK_FULL else job.source
         raise UserError(f"{where}: frame {number}: {error.strerror}") from None
-    with av.open(str(part)) as new:
-        stream = new.streams.video[0]
+    with av.open(str(part)) as written_file:
+        stream = written_file.streams.video[0]
         ticks = stream.time_base or Fraction(1)
-        found = [p.pts * ticks for p in new.demux(stream) if p.size and p.pts is not None]
+        found = [p.pts * ticks for p in written_file.demux(stream) if p.size and p.pts is not None]
     if found != times:
         raise UserError(f"{job.source}: MP4 cannot keep the timestamps of its {len(times)} frames")
 
@@ -345,7 +349,7 @@ def _new_info(
     for name, (height, width) in sizes.items():
         feature = features[name] = dict(features[name])
         first, shape = channels_first(feature), [height, width]
-        channels = (feature["shape"] or [3])[0 if first else -1]
+        channels = (size_of(feature) or [3])[0 if first else -1]
         feature["shape"] = [channels, *shape] if first else [*shape, channels]
         key = "video_info" if feature.get("video_info") else "info"
         feature[key] = {
