@@ -127,7 +127,7 @@ def test_a_mistake_arrives_with_its_traceback_and_a_refusal_as_its_line(started)
     reader._masks._masks["m"] = (strategy, budget._replace(context=99), options)
     with refused(99, lines=1):
         started(reader).read(0, 0)
-    reader._source._videos = None
+    reader._source._frames = None
     with pytest.raises(RuntimeError) as error:
         started(reader).read(0, 0)
     assert not missing_names(str(error.value), "Traceback", "AttributeError", "_read_video")
