@@ -258,10 +258,12 @@ class _Video:
                     break
                 first = again
             start = first.pts if first.dts is None else first.dts
-            if start is not None and not self._is_refresh(first):
+            while start is not None and not self._is_complete(first, wanted):
                 # The decoder returns frames that a gradual refresh has not completed yet.
                 again = self._seek(start - 1)
-                first = again if again.pts is None or again.pts <= wanted else self._seek(target)
+                if (again.pts, again.dts) == (first.pts, first.dts):  # the start of the file
+                    break
+                first = again
                 start = first.pts if first.dts is None else first.dts
             frame = self._decode_to(wanted)
             if frame is not None and frame.pts == wanted:
@@ -274,11 +276,21 @@ class _Video:
         """Return a time before which no packet lies."""
         return min(int(self.timeline.pts_N[0]), packet.pts or 0) - (1 << 40)
 
-    def _is_refresh(self, key: av.Packet) -> bool:
-        """Say whether decoding can start at this key frame: any, but in H.264 only IDR frames."""
-        if self._stream.codec_context.name != "h264":
+    def _is_complete(self, key: av.Packet, wanted: int) -> bool:
+        """Say whether the frame at `wanted` is whole if decoding starts at this key frame.
+
+        All are but those of H.264 with gradual refresh: its recovery point says how many frames it
+        takes. They are counted four times, because frames that nothing refers to do not count.
+        """
+        codec = self._stream.codec_context
+        if codec.name != "h264" or key.pts is None:
             return True
-        return 5 in _h264_units(bytes(key), self._stream.codec_context.extradata or b"")
+        units = _h264_units(bytes(key), codec.extradata or b"")
+        if any(unit[0] & 31 == 5 for unit in units):  # IDR (Table 7-1)
+            return True
+        takes = 4 * max(map(_recovery_frames, units), default=0)
+        number, first = np.searchsorted(self.timeline.pts_N, [wanted, key.pts]).tolist()
+        return number - first >= takes
 
     def _seek(self, target: int) -> av.Packet:
         """Seek to a key frame at or before `target`, by the container's account; return it."""
@@ -327,12 +339,28 @@ class _Video:
         return f"{float((pts or 0) * self._clock):.4f} s"
 
 
-def _h264_units(data: bytes, extradata: bytes) -> set[int]:
-    """Return the types of the NAL units in an H.264 packet; 5 is an IDR slice (Table 7-1)."""
+def _h264_units(data: bytes, extradata: bytes) -> list[bytes]:
+    """Return the NAL units of an H.264 packet."""
     if extradata[:1] != b"\x01":  # units begin after start codes (Annex B)
-        return {unit[0] & 31 for unit in data.split(b"\0\0\1")[1:] if unit}
-    size, at, kinds = (extradata[4] & 3) + 1, 0, set()
+        return [unit for unit in data.split(b"\0\0\1")[1:] if unit]
+    size, at, units = (extradata[4] & 3) + 1, 0, []
     while at + size < len(data):  # each unit's length comes before it
-        kinds.add(data[at + size] & 31)
-        at += size + int.from_bytes(data[at : at + size], "big")
-    return kinds
+        end = at + size + int.from_bytes(data[at : at + size], "big")
+        units += [data[at + size : end]] if end > at + size else []
+        at = end
+    return units
+
+
+def _recovery_frames(unit: bytes) -> int:
+    """Return recovery_frame_cnt of a NAL unit's recovery point (H.264, D.1.8); 0: none."""
+    at = 1
+    while unit[0] & 31 == 6 and at + 2 < len(unit):  # supplemental enhancement information
+        kind, size, at = unit[at], unit[at + 1], at + 2
+        if kind == 6:
+            bits = "".join(f"{byte:08b}" for byte in unit[at : at + 5])
+            zeros = len(bits) - len(bits.lstrip("0"))
+            return int(bits[zeros : 2 * zeros + 1] or "1", 2) - 1
+        if 255 in (kind, size):
+            break
+        at += size
+    return 0
