@@ -24,7 +24,7 @@ def number_of(frame):
     return sum((block.mean() > 125) << bit for bit, block in enumerate(blocks))
 
 
-def pictures(root, frames=1, order=None):
+def pictures(root, frames=1):
     """Read every clip of a dataset, shuffled; return {(episode, row): number of its picture}."""
     source = LeRobotSource(root, frames=frames, fps=30, stride=1, ends="repeat")
     found = {}

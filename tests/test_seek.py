@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from test_published import CASES, number_of
 
+from wmjax.data.media import video
 from wmjax.data.media.video import VideoFiles, WrongTimes
+from wmjax.errors import UserError
 
 QUIET = "log-level=none"
 KINDS = [
@@ -108,6 +110,19 @@ def test_many_draws(tmp_path):
 def test_any_frame_of_the_published(path):
     if "lfs_pointers" not in path.parts:
         check_order(path, np.random.default_rng(0))
+
+
+def test_a_lost_frame_is_not_sought_from_every_key_frame(tmp_path, monkeypatch):
+    path = tmp_path / "lost.mp4"
+    write_numbered(path, "libx264", "mp4", {"bf": "0"}, 2, 30, 0, 400)
+    videos = VideoFiles()
+    (lost,) = videos.timeline(path, proven=True).pts_N[[380]] + 1
+    seeks = []
+    seek = video._Video._seek
+    monkeypatch.setattr(video._Video, "_seek", lambda *a: seeks.append(a[1]) or seek(*a))
+    with pytest.raises(UserError):
+        videos.read(path, [int(lost)])
+    assert len(seeks) < 15  # of 200 key frames
 
 
 def test_an_index_that_lies_is_found_out(tmp_path):

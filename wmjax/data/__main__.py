@@ -49,7 +49,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     checks.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
     checks.add_argument(
-        "--decode", action="store_true", help="decode every frame (default: two of each file)"
+        "--decode",
+        action="store_true",
+        help="decode every frame (default: only the first of each table with images)",
     )
     counts = commands.add_parser("stats", help="print statistics of state and action as JSON")
     counts.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")

@@ -3,11 +3,11 @@
 It is LeRobot's own rule: the frame at from_timestamp + timestamp, within a tolerance. It is decided
 once for a file. If every row has such a frame, rows go by time. Otherwise they go by count, with a
 note, if the file holds exactly one episode and as many frames as rows. Otherwise the file is
-refused. The nearest frame beyond the tolerance is never used. All readers and tools call this room.
+refused. The nearest frame beyond the tolerance is never used. The native reader, check and
+transcode call this room. lerobot's reader gets its tolerance.
 """
 
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 
 from wmjax.data.lerobot.listing import EpisodeFiles
 from wmjax.data.lerobot.tables import Episode
+from wmjax.data.media.recent import Recent
 from wmjax.data.media.video import Timeline, VideoFiles, WrongTimes
 from wmjax.errors import UserError
 
@@ -29,6 +30,15 @@ class Span(NamedTuple):
     start: float  # from_timestamp, in seconds
     first_row: int
     length: int
+    offset: int = 0  # rows of the file before them
+
+
+class _Decided(NamedTuple):
+    """What was decided for a file: the frame of each row, when it is shown, and a note or ''."""
+
+    frames_R: np.ndarray
+    pts_R: np.ndarray
+    note: str
 
 
 class RowFrames:
@@ -43,22 +53,13 @@ class RowFrames:
         self._fps, self._times_R = fps, times_R
         self._spans: dict[Path, dict[int, Span]] = {}
         self._listed: Counter[Path] = Counter()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._decided: OrderedDict[Path, tuple[np.ndarray, np.ndarray, str]] = OrderedDict()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_lock": None, "_decided": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self._decided: Recent[_Decided] = Recent(MOST_ROWS)
 
     def add(self, path: Path, span: Span) -> None:
         """Name the rows of an episode in a file."""
-        self._spans.setdefault(path, {})[span.episode] = span
+        spans = self._spans.setdefault(path, {})
+        last = next(reversed(spans.values()), span._replace(length=0))
+        spans[span.episode] = span._replace(offset=last.offset + last.length)
 
     def listed(self, paths: Iterable[Path]) -> None:
         """Count the episodes of each file; paths: the file of every episode of the metadata."""
@@ -68,17 +69,16 @@ class RowFrames:
     def paths(self) -> list[Path]:
         return list(self._spans)
 
-    def decide(self, path: Path, *, proven: bool = False) -> str:
+    def decide(self, path: Path) -> str:
         """Find the frame of every row of a file; return a note, '' if nothing is off.
 
-        proven: read all packets first. Raises UserError with both accounts if neither fits.
+        Raises UserError with both accounts if rows go neither by time nor by count.
         """
-        return self._decide(path, proven)[2]
+        return self._decide(path).note
 
     def numbers(self, path: Path, episode: int, steps: Sequence[int]) -> list[int]:
         """Return the number of the frame, from 0, of these rows of an episode."""
-        frames_R, _, _ = self._decide(path)
-        return [int(frames_R[step]) for step in self._rows(path, episode, steps)]
+        return self._decide(path).frames_R[self._rows(path, episode, steps)].tolist()
 
     def read(
         self,
@@ -90,37 +90,23 @@ class RowFrames:
         """Decode the pictures of these rows of an episode; picture: see VideoFiles.read."""
         rows = self._rows(path, episode, steps)
         try:
-            _, pts_R, _ = self._decide(path)
-            return self.videos.read(path, pts_R[rows].tolist(), picture)
+            return self.videos.read(path, self._decide(path).pts_R[rows].tolist(), picture)
         except WrongTimes:  # its index does not tell when frames are shown; its packets do
-            _, pts_R, _ = self._decide(path, proven=True)
-            return self.videos.read(path, pts_R[rows].tolist(), picture)
+            proven = self._decide(path, proven=True)
+            return self.videos.read(path, proven.pts_R[rows].tolist(), picture)
 
     def _rows(self, path: Path, episode: int, steps: Sequence[int]) -> np.ndarray:
         """Return where the rows of an episode are among all rows of the file."""
-        first = 0
-        for span in self._spans[path].values():
-            if span.episode == episode:
-                break
-            first += span.length
-        return first + np.asarray(steps)
+        return self._spans[path][episode].offset + np.asarray(steps)
 
-    def _decide(self, path: Path, proven: bool = False) -> tuple[np.ndarray, np.ndarray, str]:
-        with self._lock:
-            if path in self._decided and not proven:
-                self._decided.move_to_end(path)
-                return self._decided[path]
+    def _decide(self, path: Path, proven: bool = False) -> _Decided:
+        if not proven and (known := self._decided.get(path)):
+            return known
         decided = self._match(path, proven)
-        with self._lock:
-            self._decided[path] = decided
-            while len(self._decided) > 1 and self._kept() > MOST_ROWS:
-                self._decided.popitem(last=False)
+        self._decided.put(path, decided, len(decided.frames_R))
         return decided
 
-    def _kept(self) -> int:
-        return sum(len(frames_R) for frames_R, _, _ in self._decided.values())
-
-    def _match(self, path: Path, proven: bool) -> tuple[np.ndarray, np.ndarray, str]:
+    def _match(self, path: Path, proven: bool) -> _Decided:
         spans = list(self._spans[path].values())
         timeline = self.videos.timeline(path, proven=proven)
         stamps_R = np.concatenate(
@@ -130,11 +116,11 @@ class RowFrames:
         rows = _Rows(spans, stamps_R + starts_R, _rounding(stamps_R), self._fps)
         frames_R = by_time(path, timeline, rows)
         if frames_R is not None:
-            return frames_R, timeline.pts_N[frames_R], ""
+            return _Decided(frames_R, timeline.pts_N[frames_R], "")
         if not timeline.proven:
             return self._match(path, proven=True)
         frames_R, note = by_count(path, timeline, rows, max(self._listed[path], len(spans)))
-        return frames_R, timeline.pts_N[frames_R], note
+        return _Decided(frames_R, timeline.pts_N[frames_R], note)
 
 
 class _Rows(NamedTuple):

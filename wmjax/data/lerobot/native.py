@@ -44,7 +44,6 @@ class LeRobotSource(Recording):
         entries, found = list_episodes(
             root, info, videos, images, optional=optional, notes=notes, follow_links=links
         )
-        self.notes = notes
         self.cameras = tuple(name for name in self.cameras if name in found)
         self._images = frozenset(images) & frozenset(found)
         chosen = self._choose_episodes(

@@ -17,6 +17,7 @@ import av
 import numpy as np
 
 from wmjax.data.media import pointers
+from wmjax.data.media.recent import Recent
 from wmjax.errors import UserError
 
 MAX_OPEN = 8  # files in a thread
@@ -53,17 +54,11 @@ class VideoFiles:
     """
 
     def __init__(self) -> None:
-        self._forget()
+        self._local = threading.local()
+        self._timelines: Recent[Timeline] = Recent(MOST_FRAMES)
 
-    def _forget(self) -> None:
-        self._local, self._lock = threading.local(), threading.Lock()
-        self._timelines: OrderedDict[Path, Timeline] = OrderedDict()
-
-    def __getstate__(self) -> dict:
-        return {}
-
-    def __setstate__(self, state: dict) -> None:
-        self._forget()
+    def __reduce__(self) -> tuple:
+        return type(self), ()
 
     def timeline(self, path: Path, *, proven: bool = False) -> Timeline:
         """Return when the frames of a file are shown; proven: read its packets if need be."""
@@ -74,7 +69,7 @@ class VideoFiles:
             except UserError:
                 self._close(path)
                 raise
-            self._keep(path, video.timeline)
+            self._timelines.put(path, video.timeline, len(video.timeline.pts_N))
         return video.timeline
 
     def read(
@@ -110,25 +105,15 @@ class VideoFiles:
         if path not in videos:
             if len(videos) >= MAX_OPEN:
                 videos.popitem(last=False)[1].close()
-            with self._lock:
-                known = self._timelines.get(path)
+            known = self._timelines.get(path)
             video = videos[path] = _Video(path, known)
-            self._keep(path, video.timeline)
+            if not known:
+                self._timelines.put(path, video.timeline, len(video.timeline.pts_N))
         videos.move_to_end(path)
         return videos[path]
 
     def _close(self, path: Path) -> None:
         self._local.videos.pop(path).close()
-
-    def _keep(self, path: Path, timeline: Timeline) -> None:
-        with self._lock:
-            self._timelines[path] = timeline
-            self._timelines.move_to_end(path)
-            while len(self._timelines) > 1 and self._kept() > MOST_FRAMES:
-                self._timelines.popitem(last=False)
-
-    def _kept(self) -> int:
-        return sum(len(timeline.pts_N) for timeline in self._timelines.values())
 
 
 class _Video:
@@ -150,8 +135,6 @@ class _Video:
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
             self._clock = stream.time_base or Fraction(1)
-            if not self._clock:
-                raise UserError(f"{path}: not readable as video (time base 0)")
             self._packets = self._container.demux(stream)
             self.timeline = timeline or self._read_index() or self.read_packets()
         except ZeroDivisionError:
@@ -239,42 +222,23 @@ class _Video:
         return keys[max(bisect_right(keys, wanted) - 1, 0)] if keys else wanted
 
     def _sought(self, wanted: int) -> av.VideoFrame | None:
-        """Seek and decode to `wanted`; from further back where the decoder left frames out.
+        """Seek and decode to `wanted`; from further back where decoding cannot start so near.
 
-        A key frame may be shown after `wanted`, though its decoding time is before. Frames that
-        follow it and are shown before it cannot be decoded from there (open GOP), nor those before
-        a gradual refresh is complete.
+        A key frame may be shown after `wanted`, though its decoding time is before. A gradual
+        refresh may not be complete, or the decoder may leave frames out. Steps back double, so a
+        frame that is lost costs few decodings of the file.
         """
-        target = wanted
+        key, at_start = self._seek(wanted), False
         while True:
-            first = self._seek(target)
-            while first.pts is None or first.pts > wanted:
-                before = first.pts if first.dts is None else first.dts
-                if before is None or before - 1 >= target or before <= self._begin(first):
-                    break
-                target = before - 1
-                again = self._seek(target)
-                if (again.pts, again.dts) == (first.pts, first.dts):  # the start of the file
-                    break
-                first = again
-            start = first.pts if first.dts is None else first.dts
-            while start is not None and not self._is_complete(first, wanted):
-                # The decoder returns frames that a gradual refresh has not completed yet.
-                again = self._seek(start - 1)
-                if (again.pts, again.dts) == (first.pts, first.dts):  # the start of the file
-                    break
-                first = again
-                start = first.pts if first.dts is None else first.dts
-            frame = self._decode_to(wanted)
-            if frame is not None and frame.pts == wanted:
-                return frame
-            if start is None or start - 1 >= target or start <= self._begin(first):
-                return frame
-            target = start - 1
-
-    def _begin(self, packet: av.Packet) -> int:
-        """Return a time before which no packet lies."""
-        return min(int(self.timeline.pts_N[0]), packet.pts or 0) - (1 << 40)
+            shown = key.pts is not None and key.pts <= wanted
+            if at_start or (shown and self._is_complete(key, wanted)):
+                frame = self._decode_to(wanted)
+                if at_start or (frame is not None and frame.pts == wanted):
+                    return frame
+            begins = _decoding_time(key)
+            earlier = self._seek(begins - max(1, wanted - begins))
+            at_start = _decoding_time(earlier) >= begins
+            key = earlier
 
     def _is_complete(self, key: av.Packet, wanted: int) -> bool:
         """Say whether the frame at `wanted` is whole if decoding starts at this key frame.
@@ -296,7 +260,9 @@ class _Video:
         """Seek to a key frame at or before `target`, by the container's account; return it."""
         self._container.seek(target, stream=self._stream)
         packets = self._all_packets()
-        first = next(packets)
+        first = next(packets, None)
+        if first is None:
+            raise self._fault(target, "the video ends before it")
         self._decoded = self._decode(first, packets)
         return first
 
@@ -337,6 +303,11 @@ class _Video:
 
     def _seconds(self, pts: int | None) -> str:
         return f"{float((pts or 0) * self._clock):.4f} s"
+
+
+def _decoding_time(packet: av.Packet) -> int:
+    """Return when a packet is decoded, as seeking counts; 0 where the file does not say."""
+    return packet.dts if packet.dts is not None else packet.pts or 0
 
 
 def _h264_units(data: bytes, extradata: bytes) -> list[bytes]:

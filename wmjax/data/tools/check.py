@@ -81,7 +81,7 @@ class _Episode:
 def check(root: Path, *, decode: bool = False) -> tuple[list[Finding], str]:
     """Return the findings, and a line that names the dataset and its size.
 
-    decode: decode every frame; otherwise the first and the last of each file. UserError where
+    decode: decode every frame; otherwise only the first of each table with images. UserError where
     there is no dataset: no metadata of a known version.
     """
     info = read_info(root.expanduser())

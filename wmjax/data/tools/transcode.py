@@ -88,16 +88,19 @@ def transcode(
     _claim(root, out, {**settings, "source": _fingerprint(files)})
     names = {path.resolve(): name for name, path in files.items()}
     jobs = [Job(path, out / names[path], size, gop, crf) for path in frames.paths]
+    sources = {job.source for job in jobs}
     waiting, errors = [], []
     for job in jobs:
         try:  # a copy of a video that cannot be read would be as bad
-            notes += filter(None, [frames.decide(job.source)])
-            waiting += [] if job.target.exists() else [job]
+            if note := frames.decide(job.source):
+                notes.append(note)
+            if not job.target.exists():
+                waiting.append(job)
         except UserError as error:
             errors.append(str(error))
     _run(waiting, errors, total=len(jobs), workers=workers)
     for place, path in files.items():
-        if path.resolve() not in frames.paths and path.suffix not in _VIDEOS and place != _INFO:
+        if path.resolve() not in sources and path.suffix not in _VIDEOS and place != _INFO:
             _carry_over(path, out / place, dropped)
     firsts = {name: next(e.videos[name][0] for e in entries if name in e.videos) for name in kept}
     sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
