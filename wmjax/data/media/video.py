@@ -22,6 +22,7 @@ from wmjax.errors import UserError
 
 MAX_OPEN = 8  # files in a thread
 MAX_PIXELS = 1 << 25  # of a frame, 8K: a damaged header may ask for gigabytes
+FAR = 1 << 40  # ticks before a file's first packet
 MOST_FRAMES = 1 << 22  # whose times are kept in memory
 
 
@@ -65,7 +66,7 @@ class VideoFiles:
         video = self._open(path)
         if proven and not video.timeline.proven:
             try:
-                video.timeline = video.read_packets()
+                video.timeline = video.read_packets(rewind=True)
             except UserError:
                 self._close(path)
                 raise
@@ -176,12 +177,17 @@ class _Video:
         keys = times_N[[entry.is_keyframe for entry in entries]].tolist()
         return self._timeline(times_N, keys, proven=False)
 
-    def read_packets(self) -> Timeline:
-        """Read all packets, undecoded, and return the timeline that they say."""
+    def read_packets(self, *, rewind: bool = False) -> Timeline:
+        """Read all packets, undecoded, and return the timeline that they say.
+
+        rewind: packets were read before. A file just opened is not rewound, because a seek to the
+        first frame's time may land on a later key frame, by its decoding time.
+        """
         times: list[int] = []
         keys: list[int] = []
         try:
-            self._container.seek(self._stream.start_time or 0, stream=self._stream)
+            if rewind:
+                self._container.seek(int(self.timeline.pts_N[0]) - FAR, stream=self._stream)
             for packet in self._all_packets():
                 if packet.pts is None:
                     raise UserError(f"{self._path}: packet {len(times)}: no presentation time")
