@@ -36,10 +36,10 @@ from recordings import (
 )
 from shared_data import PUSHT
 
+from wmjax.data.lerobot.episodes import Dropped, Episodes, Places
 from wmjax.data.lerobot.info import read_info
-from wmjax.data.lerobot.listing import EpisodeFiles
 from wmjax.data.lerobot.native import LeRobotSource
-from wmjax.data.lerobot.paths import find, inside
+from wmjax.data.lerobot.paths import Folder, find
 from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.media import images, pointers
 from wmjax.data.mixture import Mixture
@@ -294,7 +294,7 @@ def test_a_template_without_the_camera(pusht, expected):
     shutil.copytree(pusht / "videos" / CAMERA, pusht / "videos/observation.side")
     add_camera(pusht, "observation.side")
     source = open_pusht(pusht)
-    paths = [path for path, _ in source.episodes[0].videos.values()]
+    paths = [place.path for place in source.episodes[0].videos.values()]
     assert [path.parts[-3] for path in paths] == [CAMERA, "observation.side"]
     (note,) = source.notes
     assert not missing_names(note, f"video_path={VIDEO!r}")
@@ -503,8 +503,9 @@ def test_published_recordings_are_read(name, names):
 
 def write_table(path, **columns):
     pq.write_table(pa.table({"episode_index": [3, 3, 3, 5, 5], **columns}), path)
-    entries = [EpisodeFiles(3, 3, path, {}), EpisodeFiles(5, 2, path, {})]
-    return read_tables(entries, {}, fps=10)
+    table = Places([path], np.zeros(2, int), np.zeros(2), np.array([2]))
+    episodes = Episodes(np.array([3, 5]), np.array([3, 2]), np.zeros(2, int), table, {})
+    return read_tables(episodes, {}, fps=10, dropped=Dropped(skip=False))
 
 
 def test_rows_without_frame_index_are_in_the_order_of_the_file(tmp_path):
@@ -753,19 +754,20 @@ def test_paths_are_resolved_as_by_the_system(tmp_path):
     (root / "link").symlink_to("a/b")
     (root / "file").symlink_to("link/file")
     for path in ("file", "link/file", "a/../link/file", "a/b/../b/file"):
-        assert inside(root, root / path) == root / "a/b/file"
+        assert Folder(root).resolve(root / path) == root / "a/b/file"
     for path in ("..", "a/../..", "../other", "link/../../../x"):
         with refused(str(tmp_path)):
-            inside(root, root / path)
+            Folder(root).resolve(root / path)
 
 
 def test_many_files_are_found_with_few_calls(tmp_path, monkeypatch):
     root = write_v2(tmp_path.resolve() / "set")
+    folder = Folder(root)
     fields = [{"episode_chunk": 0, "episode_index": i, "total_episodes": 300} for i in range(300)]
     for i in range(300):
         (root / f"data/chunk-000/episode_{i:06d}.parquet").touch()
     calls = []
     real = os.path.realpath
     monkeypatch.setattr(os.path, "realpath", lambda *a, **k: calls.append(a) or real(*a, **k))
-    assert len(set(find(root, read_info(root), "data", fields, []))) == 300
+    assert len(set(find(folder, read_info(folder), "data", fields, []))) == 300
     assert len(calls) < 10

@@ -268,18 +268,18 @@ def test_files_of_video_and_of_rows_switch_at_different_episodes():
     states = np.array(pa.concat_tables(tables)["observation.state"].to_pylist(), np.float32)
     switch_of_rows = tables[1]["episode_index"][0].as_py()
     videos = [episode.videos["observation.image"] for episode in source.episodes]
-    switches = [i for i in range(1, 250) if videos[i][0] != videos[i - 1][0]]
+    switches = [i for i in range(1, 250) if videos[i].path != videos[i - 1].path]
     assert len(switches) == 2
     assert switch_of_rows not in switches
     starts = np.cumsum([0, *(episode.length - 1 for episode in source.episodes)])
     for index in [0, *switches, switch_of_rows, 249]:
-        episode, first = source.episodes[index], round(10 * videos[index][1])
+        episode, first = source.episodes[index], round(10 * videos[index].start)
         assert (first == 0) == (index in [0, *switches])
         if index in switches:
             before = source.episodes[index - 1]
-            with av.open(videos[index - 1][0]) as container:
+            with av.open(videos[index - 1].path) as container:
                 assert (
-                    round(10 * videos[index - 1][1]) + before.length
+                    round(10 * videos[index - 1].start) + before.length
                     == container.streams.video[0].frames
                 )
         for i, number in (

@@ -6,7 +6,8 @@ commands call this room.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from wmjax import evals, initial, optim, sharding
 from wmjax.data import settings as data_settings
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.lerobot.hub import download
+from wmjax.data.lerobot.recording import Recording
 from wmjax.data.lerobot.via_lerobot import LeRobotReader
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import Pipeline
@@ -83,7 +85,7 @@ def prepare(
     mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     if sources is None:
-        sources = {split: make_source(config, split) for split in splits}
+        sources = make_sources(config, splits)
     blueprint = make_blueprint(config, sources["train"])
     return Setup(mesh, sources, make_masks(config), make_steps(config, blueprint, mesh))
 
@@ -193,30 +195,44 @@ def make_generator(config: ml_collections.ConfigDict, split: str, views: int = 1
     )
 
 
-def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
-    """Open the source of a split: a recording, a mixture, generated clips, or one from outside."""
+def make_sources(config: ml_collections.ConfigDict, splits: Sequence[str]) -> dict[str, Source]:
+    """Open the source of each split: recordings, generated clips, or one from outside.
+
+    Recordings are read once for all splits.
+    """
     data = config.data
     height, width = data_settings.size(data)
     if data.source == "synthetic":
-        return make_generator(config, split)
+        return {split: make_generator(config, split) for split in splits}
     if ":" in data.source:
-        given = {"height": height, "width": width, "seed": config.seed, "split": split}
-        return data_settings.open_outside(data.to_dict(), labels=config.eval.labels, **given)
+        given = {"height": height, "width": width, "seed": config.seed}
+        open_outside = partial(data_settings.open_outside, data.to_dict(), **given)
+        return {split: open_outside(split=split, labels=config.eval.labels) for split in splits}
     if not data.mixture:
-        return open_dataset(data, config.eval.labels, data.root, split)
-    sources = {}
-    for name, (root, _) in (members := data_settings.mixture(data)).items():
+        opened = open_dataset(data, config.eval.labels, data.root, splits[0])
+        return {split: opened.of_split(split) for split in splits}
+    members = data_settings.mixture(data)
+    sources: dict[str, dict[str, Source]] = {split: {} for split in splits}
+    for name, (root, _) in members.items():
         settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
         try:
-            sources[name] = open_dataset(settings, config.eval.labels, root, split)
+            opened = open_dataset(settings, config.eval.labels, root, splits[0])
+            for split in splits:
+                sources[split][name] = opened.of_split(split)
         except UserError as error:
             raise UserError(f"{error}\nin data.mixture: {name}") from None
-    return Mixture(sources, {name: weight for name, (_, weight) in members.items()})
+    weights = {name: weight for name, (_, weight) in members.items()}
+    return {split: Mixture(sources[split], weights) for split in splits}
+
+
+def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
+    """Open the source of one split."""
+    return make_sources(config, [split])[split]
 
 
 def open_dataset(
     data: ml_collections.ConfigDict, labels: str, root: str | Path, split: str
-) -> Source:
+) -> Recording:
     """Open one LeRobot dataset, from a folder or from the Hub; labels: features for probes."""
     settings: dict[str, Any] = {
         "cameras": data.cameras,
@@ -227,6 +243,7 @@ def open_dataset(
         "clips_per_episode": data.clips_per_episode or 0,
         "episodes": data.episodes,
         "follow_links": data.follow_links,
+        "on_error": data.on_error,
         "split": split,
         "val_share": data.val_share,
         "state_key": data.state,

@@ -6,6 +6,7 @@ save. The loop waits for the device only to stay one step ahead of it.
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from wmjax import config as configs
 from wmjax.assemble import Setup
 from wmjax.errors import UserError
 from wmjax.evals import Evaluator, health
-from wmjax.run import summary
+from wmjax.run import coordination, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
@@ -54,6 +55,7 @@ def train(
     begun = time.perf_counter()
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     setup = assemble.prepare(config, splits, mesh)
+    agree_on_dropped(setup)
     num_steps = config.train.num_steps
     watchdog, stop = Watchdog(config.train.stuck_after), StopSignal()
     with watchdog, open_checkpoints(config, workdir) as checkpoints:
@@ -136,8 +138,8 @@ def loop(
     settings, num_steps = config.train, config.train.num_steps
     meta = {
         "config": configs.plain(config),
-        "statistics": jax.tree.map(as_plain, setup.sources["train"].statistics()),
         "spec": dataclasses.asdict(setup.steps.blueprint.spec),
+        "dropped": [*setup.sources["train"].dropped],
     }
     late = Late()
     guard = Guard(settings.max_skipped, reporter.note)
@@ -150,6 +152,8 @@ def loop(
 
     def save(step: int) -> None:
         with clock.phase("checkpoint"):
+            statistics = jax.tree.map(as_plain, [*setup.sources["train"].statistics()])
+            meta["statistics"] = statistics
             checkpoints.save(step, state, {"position": batches.position}, meta)
             clock.save(step)
 
@@ -237,9 +241,28 @@ def restore_or_init(
             say(origin)
         return state, 0
     state, data, meta = checkpoints.restore(newest, setup.steps.abstract)
+    found, wanted = [*setup.sources["train"].dropped], meta.get("dropped", [])
+    if found != wanted:
+        raise UserError(
+            f"data.on_error={config.data.on_error!r}: dropped episodes {found or 'none'}; the run "
+            f"dropped {wanted or 'none'} until step {newest}: wanted the same"
+        )
     for line in configs.differences(meta["config"], configs.plain(config)):
         say(f"  changed since: {line}")
     return state, data["position"]
+
+
+def agree_on_dropped(setup: Setup) -> None:
+    """Raise UserError unless all processes have dropped the same episodes."""
+    if coordination.alone():
+        return
+    dropped = {split: [*source.dropped] for split, source in setup.sources.items()}
+    answers = coordination.gather_values("dropped", json.dumps(dropped), seconds=600)
+    if len(set(answers)) > 1:
+        shown = "; ".join(f"process {i}: {text}" for i, text in enumerate(answers))
+        raise UserError(
+            f"data.on_error: the processes dropped other episodes: {shown[:1000]}: wanted the same"
+        )
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

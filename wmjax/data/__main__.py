@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from wmjax import door
+from wmjax.data.lerobot.episodes import Dropped
 from wmjax.data.lerobot.info import read_info
-from wmjax.data.lerobot.listing import list_episodes
+from wmjax.data.lerobot.listing import Wanted, all_of, list_episodes
+from wmjax.data.lerobot.paths import Folder
 from wmjax.data.lerobot.recording import width_of
 from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.stats import summarize
@@ -59,20 +61,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--state", default="observation.state", help="its feature (default observation.state)"
     )
     counts.add_argument("--action", default="action", help="its feature (default action)")
+    for command in (writes, checks, counts):
+        command.add_argument(
+            "--follow-links",
+            action="store_true",
+            help="links in the dataset may lead outside its folder (default: an error)",
+        )
     return parser.parse_args(argv)
 
 
-def statistics(root: Path, state: str, action: str) -> dict[str, Any]:
+def statistics(root: Path, state: str, action: str, follow_links: bool = False) -> dict[str, Any]:
     """Summarise state and action over all episodes; reads no videos."""
-    info = read_info(root.expanduser())
-    root = root.expanduser().resolve()
+    folder, dropped = Folder(root, follow_links), Dropped(skip=False)
+    info = read_info(folder)
     features = info["features"]
     widths = {
-        name: width_of(root, features, flag, name)
+        name: width_of(folder.root, features, flag, name)
         for flag, name in (("--state", state), ("--action", action))
     }
-    entries, _ = list_episodes(root, info, (), (), optional=False, notes=[])
-    _, tables, _ = read_tables(entries, widths, fps=info["fps"])
+    episodes, _ = list_episodes(folder, info, Wanted(), all_of, [], dropped)
+    _, tables, _ = read_tables(episodes, widths, fps=info["fps"], dropped=dropped)
     return {name: summarize(values) for name, values in tables.items()}
 
 
@@ -97,9 +105,9 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code; UserError passes through."""
     flags = parse(argv)
     if flags.command == "check":
-        return report(*check(flags.root, decode=flags.decode))
+        return report(*check(flags.root, decode=flags.decode, follow_links=flags.follow_links))
     if flags.command == "stats":
-        print(as_json(statistics(flags.root, flags.state, flags.action)))
+        print(as_json(statistics(flags.root, flags.state, flags.action, flags.follow_links)))
         return 0
     for note in transcode(
         flags.root,
@@ -109,6 +117,7 @@ def run(argv: list[str]) -> int:
         crf=flags.crf,
         cameras=flags.cameras,
         workers=flags.workers,
+        follow_links=flags.follow_links,
     ):
         print(f"warning: {note}", file=sys.stderr)
     print(f"written to {flags.out}")

@@ -3,12 +3,13 @@
 NumPy only; knows no file format.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from wmjax.data.source import Dataset, Picture, Source
+from wmjax.data.stats import Later
 
 
 class Mixture(Source):
@@ -23,6 +24,10 @@ class Mixture(Source):
         """weights: relative shares of the clips drawn; they need not add up to 1."""
         self._sources, self._names = list(sources.values()), list(sources)
         self.notes = [note for source in self._sources for note in source.notes]
+        self.dropped = [
+            [name, *source.dropped] for name, source in sources.items() if source.dropped
+        ]
+        self._statistics = Later(self._merge)
         self._weights = [weights[name] / sum(weights.values()) for name in sources]
         self._starts = _starts([len(source) for source in self._sources])
         self._draw_starts = _starts([source.draws for source in self._sources])
@@ -84,7 +89,10 @@ class Mixture(Source):
             "action_mask_TPA": _pad(action_mask_TPA, shape_TPA),
         }
 
-    def statistics(self) -> list[dict[str, Any]]:
+    def statistics(self) -> Sequence[dict[str, Any]]:
+        return self._statistics
+
+    def _merge(self) -> list[dict[str, Any]]:
         return [
             entry | {"name": name}
             for name, source in zip(self._names, self._sources, strict=True)

@@ -39,6 +39,7 @@ class Source:
     state_size: int
     action_size: int
     label_sizes: Mapping[str, int] = {}  # labels of the probe: name -> count of numbers
+    dropped: Sequence = ()  # episodes left out because they cannot be read, in order
     notes: Sequence[str] = ()  # warnings and assumptions about the data, a line each
 
     def __len__(self) -> int:
@@ -82,6 +83,9 @@ class Source:
         """Return (episode, labels) of a clip; labels: arrays (frames, numbers) by name."""
         raise NotImplementedError
 
-    def statistics(self) -> list[dict[str, Any]]:
-        """Return statistics of state and action by dataset (see nn/normalize.py); []: none."""
+    def statistics(self) -> Sequence[dict[str, Any]]:
+        """Return statistics of state and action by dataset (see nn/normalize.py); []: none.
+
+        The sequence may be computed when it is first looked at.
+        """
         return []

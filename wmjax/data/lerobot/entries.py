@@ -4,33 +4,45 @@ Tasks, statistics and the timestamps of rows are not read. Knows no other file o
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from wmjax.data.lerobot.episodes import Places
 from wmjax.data.lerobot.info import LIMIT, read_json_lines
-from wmjax.data.lerobot.paths import Fields, inside
+from wmjax.data.lerobot.paths import Fields, Folder
 from wmjax.data.media.tables import column_names, read_columns
 from wmjax.errors import UserError
 
+_NUMBERS = ("episode_index", "length")
 _FILE_NUMBERS = ("chunk_index", "file_index")
+
+Columns = dict[str, np.ndarray]  # places are float64, NaN where a value is empty
 
 
 @dataclass(frozen=True)
-class EpisodeEntry:
-    """An episode as the metadata lists it.
+class Listed:
+    """The episodes that the metadata lists, sorted by number.
 
-    table, videos: values for the path templates; videos by camera, without cameras that did not
-    record the episode. from_timestamp: where the episode starts in each of these videos, in
-    seconds; 0 in v2, where each episode has its own file.
+    tables, videos: the values for the path templates; videos by camera, with the second at which
+    an episode starts, which is 0 in v2, where each episode has its own file.
     """
 
-    index: int
-    length: int
-    table: Fields
-    videos: Mapping[str, Fields]
-    from_timestamp: Mapping[str, float]
+    index_E: np.ndarray
+    length_E: np.ndarray
+    tables: Places[Fields]
+    videos: Mapping[str, Places[Fields]]
+
+    def take(self, positions: np.ndarray) -> "Listed":
+        """Return the episodes at these positions."""
+        return Listed(
+            self.index_E[positions],
+            self.length_E[positions],
+            self.tables.take(positions),
+            {camera: places.take(positions) for camera, places in self.videos.items()},
+        )
 
 
 def listing_of(root: Path, info: dict) -> Path:
@@ -42,96 +54,95 @@ def listing_of(root: Path, info: dict) -> Path:
     return root / "meta" / "info.json" if early else path
 
 
-def list_files(root: Path, info: dict, *, follow_links: bool = False) -> list[Path]:
+def list_files(folder: Folder, info: dict) -> list[Path]:
     """Return the files that list the episodes: one in v2, at least one in v3.0."""
-    source = listing_of(root, info)
+    source = listing_of(folder.root, info)
     if info["codebase_version"] != "v3.0":
         if not source.is_file():
             raise UserError(f"{source}: no such file")
         return [source]
     if not (paths := sorted(source.glob("*/*.parquet"))):
         raise UserError(f"{source}: no parquet files; wanted the list of the episodes")
-    return [inside(root, path, follow_links=follow_links) for path in paths]
+    return [folder.resolve(path) for path in paths]
 
 
-def read_entries(
-    root: Path, info: dict, path: Path, cameras: Iterable[str], *, follow_links: bool = False
-) -> list[EpisodeEntry]:
-    """Return the episodes that one of `list_files` lists."""
+def read_list(folder: Folder, info: dict, path: Path, cameras: Sequence[str]) -> Columns:
+    """Return the columns of one of `list_files`."""
     if info["codebase_version"] == "v3.0":
-        return _read_entries_v3(path, cameras)
-    return _read_entries_v2(root, info, path, cameras, follow_links)
-
-
-def _read_entries_v2(
-    root: Path, info: dict, path: Path, cameras: Iterable[str], follow_links: bool
-) -> list[EpisodeEntry]:
+        return _read_list_v3(path, cameras)
     if path.suffix == ".jsonl":
-        listed = read_json_lines(root, path, follow_links=follow_links)
-    else:
-        items = (item if isinstance(item, dict) else {} for item in info["episodes"])
-        listed = [{**item, "episode_index": item.get("index")} for item in items]
-    entries = []
-    for item in listed:
-        if not all(isinstance(item.get(key), int) for key in ("episode_index", "length")):
+        items = read_json_lines(folder, path)
+    else:  # the oldest v2.0
+        items = [item if isinstance(item, dict) else {} for item in info["episodes"]]
+        items = [{**item, "episode_index": item.get("index")} for item in items]
+    for item in items:
+        numbers = [item.get(name) for name in _NUMBERS]
+        if not all(isinstance(n, int) and abs(n) < 2**62 for n in numbers):
             raise UserError(
                 f"{path}: found {str(item)[:200]}: wanted numbers episode_index and length"
             )
-        index = item["episode_index"]
-        fields = {
-            "episode_index": index,
-            "episode_chunk": index // info.get("chunks_size", 1000),
-            "total_episodes": info.get("total_episodes", len(listed)),
-        }
-        entries.append(
-            EpisodeEntry(
-                index,
-                item["length"],
-                fields,
-                dict.fromkeys(cameras, fields),
-                dict.fromkeys(cameras, 0.0),
-            )
-        )
-    return entries
+    return {name: np.array([item[name] for item in items], np.int64) for name in _NUMBERS}
 
 
-def _read_entries_v3(path: Path, cameras: Iterable[str]) -> list[EpisodeEntry]:
-    cameras = tuple(cameras)
-    stamps = {camera: f"videos/{camera}/from_timestamp" for camera in cameras}
-    integers = ["episode_index", "length"]
-    prefixes = ["data", *(f"videos/{camera}" for camera in cameras)]
-    places = [f"{prefix}/{name}" for prefix in prefixes for name in _FILE_NUMBERS]
-    numbers = [*places, *stamps.values()]
-    names = [*integers, *numbers]
-    table = read_columns(path, names, integers=integers, numbers=numbers, nullable=numbers)
-    entries = []
-    for row in table.to_pylist():
-        where = f"{path}: episode {row['episode_index']}"
-        if (data := _place(where, row, "data")) is None:
-            found = ", ".join(f"data/{name}={row[f'data/{name}']}" for name in _FILE_NUMBERS)
-            raise UserError(f"{where}: {found}: wanted whole numbers")
-        found_videos = {camera: _place(where, row, f"videos/{camera}") for camera in cameras}
-        videos = {
-            camera: place
-            for camera, place in found_videos.items()
-            if place is not None and row[stamps[camera]] is not None
-        }
-        starts = {camera: row[stamps[camera]] for camera in videos}
-        entries.append(EpisodeEntry(row["episode_index"], row["length"], data, videos, starts))
-    return entries
+def _read_list_v3(path: Path, cameras: Sequence[str]) -> Columns:
+    places = [f"{prefix}/{name}" for prefix in _prefixes(cameras) for name in _FILE_NUMBERS]
+    numbers = [*places, *(f"videos/{camera}/from_timestamp" for camera in cameras)]
+    names = [*_NUMBERS, *numbers]
+    table = read_columns(path, names, integers=_NUMBERS, numbers=numbers, nullable=numbers)
+    columns = {
+        name: table[name].cast("int64" if name in _NUMBERS else "float64", safe=False).to_numpy()
+        for name in names
+    }
+
+    def check(name: str, wrong_E: np.ndarray) -> None:
+        for row in np.flatnonzero(wrong_E)[:1]:
+            value, episode = columns[name][row], columns["episode_index"][row]
+            found = None if np.isnan(value) else value
+            raise UserError(f"{path}: episode {episode}: {name}={found}: wanted a whole number")
+
+    for name in places:
+        values_E = columns[name]
+        # pandas writes whole numbers as floats. An episode without a camera has no place in it.
+        check(name, ((values_E % 1 != 0) | (np.abs(values_E) >= LIMIT)) & ~np.isnan(values_E))
+        if name.startswith("data/"):
+            check(name, np.isnan(values_E))
+    return columns
 
 
-def _place(where: str, row: dict, prefix: str) -> Fields | None:
-    """Return chunk and file of an episode as whole numbers; None where one is null or NaN."""
-    place: dict[str, int | str] = {}
-    for name in _FILE_NUMBERS:
-        value = row[f"{prefix}/{name}"]
-        if value is None or value != value:
-            return None
-        if value != value // 1 or abs(value) >= LIMIT:  # pandas writes whole numbers as floats
-            raise UserError(f"{where}: {prefix}/{name} is {value}: wanted a whole number")
-        place[name] = int(value)
-    return place
+def _prefixes(cameras: Iterable[str]) -> list[str]:
+    return ["data", *(f"videos/{camera}" for camera in cameras)]
+
+
+def merge_lists(info: dict, lists: Sequence[Columns], cameras: Sequence[str]) -> Listed:
+    """Return the episodes of all `lists`, in order."""
+    columns = {name: np.concatenate([part[name] for part in lists]) for name in lists[0]}
+    order_E = np.argsort(columns["episode_index"], kind="stable")
+    columns = {name: values[order_E] for name, values in columns.items()}
+    index_E, length_E = (columns[name] for name in _NUMBERS)
+    if info["codebase_version"] == "v3.0":
+        tables, *videos = (_places_v3(columns, prefix) for prefix in _prefixes(cameras))
+        return Listed(index_E, length_E, tables, dict(zip(cameras, videos, strict=True)))
+    size = info.get("chunks_size", 1000)
+    total = info.get("total_episodes", len(index_E))
+    fields: list[Fields] = [
+        {"episode_index": index, "episode_chunk": index // size, "total_episodes": total}
+        for index in index_E.tolist()
+    ]
+    count = len(fields)
+    places = Places(fields, np.arange(count), np.zeros(count), np.ones(count, np.int64))
+    return Listed(index_E, length_E, places, dict.fromkeys(cameras, places))
+
+
+def _places_v3(columns: Columns, prefix: str) -> Places[Fields]:
+    chunk_E, file_E = (columns[f"{prefix}/{name}"] for name in _FILE_NUMBERS)
+    start_E = columns.get(f"{prefix}/from_timestamp", np.zeros(len(chunk_E)))
+    numbers_E3 = np.stack([chunk_E, file_E, start_E], axis=1)
+    has_E = ~np.isnan(numbers_E3).any(axis=1)
+    files, where = np.unique(numbers_E3[has_E, :2].astype(np.int64), axis=0, return_inverse=True)
+    at_E = np.full(len(chunk_E), -1)
+    at_E[has_E] = where.ravel()
+    fields: list[Fields] = [dict(zip(_FILE_NUMBERS, row, strict=True)) for row in files.tolist()]
+    return Places(fields, at_E, start_E, np.bincount(where.ravel(), minlength=len(fields)))
 
 
 def missing_columns(root: Path, info: dict, path: Path, camera: str) -> UserError | None:
@@ -144,16 +155,16 @@ def missing_columns(root: Path, info: dict, path: Path, camera: str) -> UserErro
     return UserError(f"{path}: no column {', '.join(wanted)}")
 
 
-def entry_faults(source: Path, entries: Sequence[EpisodeEntry]) -> Iterator[UserError]:
+def entry_faults(source: Path, listed: Listed) -> Iterator[UserError]:
     """Yield what is wrong with the numbers and lengths of the episodes; source: for the errors."""
-    if not entries:
+    if not len(listed.index_E):
         yield UserError(f"{source}: no episodes; wanted at least 1")
-    for index, times in Counter(entry.index for entry in entries).items():
-        if times > 1:
-            yield UserError(f"{source}: episode {index}: listed {times} times; wanted once")
-    for entry in entries:
-        if not 0 < entry.length < LIMIT:
-            yield UserError(
-                f"{source}: episode {entry.index}: length is {str(entry.length)[:20]}; wanted "
-                "above 0, below 2**31"
-            )
+    numbers, counts = np.unique(listed.index_E, return_counts=True)
+    for index, times in zip(numbers[counts > 1], counts[counts > 1], strict=True):
+        yield UserError(f"{source}: episode {index}: listed {times} times; wanted once")
+    for at in np.flatnonzero((listed.length_E <= 0) | (listed.length_E >= LIMIT)):
+        length = listed.length_E[at]
+        yield UserError(
+            f"{source}: episode {listed.index_E[at]}: length is {str(length)[:20]}; wanted above "
+            "0, below 2**31"
+        )

@@ -3,34 +3,23 @@
 It is LeRobot's own rule: the frame at from_timestamp + timestamp, within a tolerance. It is decided
 once for a file. If every row has such a frame, rows go by time. Otherwise they go by count, with a
 note, if the file holds exactly one episode and as many frames as rows. Otherwise the file is
-refused. The nearest frame beyond the tolerance is never used. The native reader, check and
-transcode call this room. lerobot's reader gets its tolerance.
+refused. The nearest frame beyond the tolerance is never used. Both readers, check and transcode
+call this room.
 """
 
-from collections import Counter
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from wmjax.data.lerobot.listing import EpisodeFiles
-from wmjax.data.lerobot.tables import Episode
+from wmjax.data.lerobot.episodes import Episodes
 from wmjax.data.media.recent import Recent
 from wmjax.data.media.video import Timeline, VideoFiles, WrongTimes
 from wmjax.errors import UserError
 
 MOST_ROWS = 1 << 22  # whose frames are kept in memory
-
-
-class Span(NamedTuple):
-    """The rows of one episode in one video file."""
-
-    episode: int
-    start: float  # from_timestamp, in seconds
-    first_row: int
-    length: int
-    offset: int = 0  # rows of the file before them
 
 
 class _Decided(NamedTuple):
@@ -44,30 +33,45 @@ class _Decided(NamedTuple):
 class RowFrames:
     """Finds and reads the frames of rows, in all video files of a dataset.
 
-    fps: of the tables. times_R: the timestamp of every row, in seconds. `add` and `listed` say
-    which rows and how many episodes each file has. Thread-safe.
+    A file is named by its path. Thread-safe.
     """
 
-    def __init__(self, fps: float, times_R: np.ndarray) -> None:
+    def __init__(
+        self, episodes: Episodes, cameras: Iterable[str], fps: float, times_R: np.ndarray
+    ) -> None:
+        """cameras: stored as video. fps: of the tables. times_R: of every row, in seconds."""
         self.videos = VideoFiles()
-        self._fps, self._times_R = fps, times_R
-        self._spans: dict[Path, dict[int, Span]] = {}
-        self._listed: Counter[Path] = Counter()
+        self._episodes, self._fps, self._times_R = episodes, fps, times_R
+        self._camera_and_file: dict[Path, tuple[str, int]] = {}
+        self._order: dict[str, np.ndarray] = {}  # positions of the episodes, sorted by file
+        for camera in cameras:
+            places = episodes.videos[camera]
+            self._order[camera] = np.argsort(places.file_E, kind="stable")
+            for file in np.unique(places.file_E[places.file_E >= 0]).tolist():
+                self._camera_and_file[places.files[file]] = camera, file
         self._decided: Recent[_Decided] = Recent(MOST_ROWS)
-
-    def add(self, path: Path, span: Span) -> None:
-        """Name the rows of an episode in a file."""
-        spans = self._spans.setdefault(path, {})
-        last = next(reversed(spans.values()), span._replace(length=0))
-        spans[span.episode] = span._replace(offset=last.offset + last.length)
-
-    def listed(self, paths: Iterable[Path]) -> None:
-        """Count the episodes of each file; paths: the file of every episode of the metadata."""
-        self._listed.update(paths)
+        self.warned = (
+            False  # only the first file that is a little off is named while clips are read
+        )
 
     @property
     def paths(self) -> list[Path]:
-        return list(self._spans)
+        return list(self._camera_and_file)
+
+    def paths_of(self, camera: str) -> list[Path]:
+        return [path for path, (of, _) in self._camera_and_file.items() if of == camera]
+
+    def path_of(self, episode: int, camera: str) -> Path | None:
+        """Return the file of an episode; None if it has none, or the camera is not video."""
+        if camera not in self._order:
+            return None
+        places = self._episodes.videos[camera]
+        file = places.file_E[np.searchsorted(self._episodes.index_E, episode)]
+        return places.files[file] if file >= 0 else None
+
+    def episodes_in(self, path: Path) -> list[int]:
+        """Return the recorded numbers of the episodes in a file."""
+        return self._episodes.index_E[self._spans(path).position_S].tolist()
 
     def decide(self, path: Path) -> str:
         """Find the frame of every row of a file; return a note, '' if nothing is off.
@@ -75,6 +79,16 @@ class RowFrames:
         Raises UserError with both accounts if rows go neither by time nor by count.
         """
         return self._decide(path).note
+
+    def by_clock(self, path: Path) -> bool:
+        """Say whether the frame of every row is the nearest on the video's own clock, from its 0.
+
+        lerobot takes that frame.
+        """
+        decided, timeline = self._decide(path), self.videos.timeline(path)
+        seconds_N = timeline.pts_N * float(timeline.clock)
+        frames_R, _ = _nearest(seconds_N, self._rows_in(path), float(timeline.clock))
+        return bool((frames_R == decided.frames_R).all())
 
     def numbers(self, path: Path, episode: int, steps: Sequence[int]) -> list[int]:
         """Return the number of the frame, from 0, of these rows of an episode."""
@@ -88,16 +102,28 @@ class RowFrames:
         picture: Callable[[Any], Any] = lambda frame: frame,
     ) -> list:
         """Decode the pictures of these rows of an episode; picture: see VideoFiles.read."""
-        rows = self._rows(path, episode, steps)
+        rows, decided = self._rows(path, episode, steps), self._decide(path)
+        if decided.note and not self.warned:
+            self.warned = True
+            print(f"warning: {decided.note}", file=sys.stderr, flush=True)
         try:
-            return self.videos.read(path, self._decide(path).pts_R[rows].tolist(), picture)
+            return self.videos.read(path, decided.pts_R[rows].tolist(), picture)
         except WrongTimes:  # its index does not tell when frames are shown; its packets do
             proven = self._decide(path, proven=True)
             return self.videos.read(path, proven.pts_R[rows].tolist(), picture)
 
     def _rows(self, path: Path, episode: int, steps: Sequence[int]) -> np.ndarray:
         """Return where the rows of an episode are among all rows of the file."""
-        return self._spans[path][episode].offset + np.asarray(steps)
+        position_S = self._spans(path).position_S
+        at = int(np.searchsorted(self._episodes.index_E[position_S], episode))
+        return self._episodes.length_E[position_S[:at]].sum() + np.asarray(steps)
+
+    def _spans(self, path: Path) -> "_Spans":
+        camera, file = self._camera_and_file[path]
+        places, order_E = self._episodes.videos[camera], self._order[camera]
+        bounds = np.searchsorted(places.file_E, [file, file + 1], sorter=order_E)
+        position_S = order_E[slice(*bounds)]
+        return _Spans(position_S, places.start_E[position_S], int(places.listed_F[file]))
 
     def _decide(self, path: Path, proven: bool = False) -> _Decided:
         if not proven and (known := self._decided.get(path)):
@@ -107,26 +133,40 @@ class RowFrames:
         return decided
 
     def _match(self, path: Path, proven: bool) -> _Decided:
-        spans = list(self._spans[path].values())
+        rows = self._rows_in(path)
         timeline = self.videos.timeline(path, proven=proven)
-        stamps_R = np.concatenate(
-            [self._times_R[s.first_row : s.first_row + s.length] for s in spans]
-        )
-        starts_R = np.repeat([span.start for span in spans], [span.length for span in spans])
-        rows = _Rows(spans, stamps_R + starts_R, _rounding(stamps_R), self._fps)
         frames_R = by_time(path, timeline, rows)
         if frames_R is not None:
             return _Decided(frames_R, timeline.pts_N[frames_R], "")
         if not timeline.proven:
             return self._match(path, proven=True)
-        frames_R, note = by_count(path, timeline, rows, max(self._listed[path], len(spans)))
+        frames_R, note = by_count(path, timeline, rows, self._spans(path).listed)
         return _Decided(frames_R, timeline.pts_N[frames_R], note)
+
+    def _rows_in(self, path: Path) -> "_Rows":
+        position_S, start_S, _ = self._spans(path)
+        every = self._episodes
+        first_S, length_S = every.first_row_E[position_S], every.length_E[position_S]
+        stamps_R = np.concatenate(
+            [self._times_R[i : i + n] for i, n in zip(first_S, length_S, strict=True)]
+        )
+        times_R = stamps_R + np.repeat(start_S, length_S)
+        return _Rows(every.index_E[position_S], length_S, times_R, _rounding(stamps_R), self._fps)
+
+
+class _Spans(NamedTuple):
+    """The episodes in a file: their positions, the second at which each starts, how many listed."""
+
+    position_S: np.ndarray
+    start_S: np.ndarray
+    listed: int
 
 
 class _Rows(NamedTuple):
     """The rows of a file: their times in it, and what rounding to float32 may have added."""
 
-    spans: list[Span]
+    number_S: np.ndarray  # of each episode
+    length_S: np.ndarray
     times_R: np.ndarray
     rounding_R: np.ndarray
     fps: float
@@ -138,11 +178,10 @@ class _Rows(NamedTuple):
 
     def name(self, row: int) -> str:
         """Return the episode and the frame of a row, for an error."""
-        for span in self.spans:
-            if row < span.length:
-                return f"episode {span.episode}: frame {row}"
-            row -= span.length
-        raise IndexError(row)
+        ends_S = np.cumsum(self.length_S)
+        at = int(np.searchsorted(ends_S, row, side="right"))
+        frame = row - ends_S[at] + self.length_S[at]
+        return f"episode {self.number_S[at]}: frame {frame}"
 
 
 def tolerance_s(fps: float) -> float:
@@ -230,17 +269,3 @@ def _misfit(seconds_N: np.ndarray, rows: _Rows, tick: float) -> str:
         f"{rows.name(second)}: frame {frames_R[second]} of the video, at "
         f"{rows.times_R[second]:.4f} s, is also that of {rows.name(first)}"
     )
-
-
-def row_frames(
-    listed: Iterable[EpisodeFiles], episodes: Iterable[Episode], fps: float, times_R: np.ndarray
-) -> RowFrames:
-    """Return the frames of the rows of `episodes`; listed: all episodes of the metadata."""
-    frames = RowFrames(fps, times_R)
-    rows = {episode.index: episode for episode in episodes}
-    for entry in listed:
-        frames.listed(path for path, _ in entry.videos.values())
-        if episode := rows.get(entry.index):
-            for path, start in entry.videos.values():
-                frames.add(path, Span(entry.index, start, episode.first_row, entry.length))
-    return frames

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from wmjax.data.lerobot.info import read_info
-from wmjax.data.lerobot.paths import templates
+from wmjax.data.lerobot.paths import Folder, templates
 from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.errors import UserError
 from wmjax.hub import snapshot
@@ -20,7 +20,7 @@ def download(repo_id: str, revision: str, cameras: str) -> Path:
     """
     root = _snapshot(repo_id, revision, ["meta/*"])
     try:
-        info = read_info(root)
+        info = read_info(Folder(root))
         features = info["features"]
         chosen = choose_cameras(root, features, cameras)
     except UserError as error:

@@ -9,7 +9,7 @@ import math
 import re
 from pathlib import Path
 
-from wmjax.data.lerobot.paths import inside, video_keys
+from wmjax.data.lerobot.paths import Folder, video_keys
 from wmjax.data.media import pointers
 from wmjax.errors import UserError
 
@@ -17,10 +17,10 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 LIMIT = 2**31  # every count, size and length is below it: clips are numbered in int32
 
 
-def read_info(root: Path, *, follow_links: bool = False) -> dict:
-    """Read and check meta/info.json; follow_links: it may be a link out of the folder."""
-    path = _find_info(root)
-    info = read_json(root, path, follow_links=follow_links)
+def read_info(folder: Folder) -> dict:
+    """Read and check meta/info.json."""
+    path = _find_info(folder)
+    info = read_json(folder, path)
     version = info.get("codebase_version")
     if version not in VERSIONS:
         raise UserError(
@@ -34,16 +34,23 @@ def read_info(root: Path, *, follow_links: bool = False) -> dict:
     return info
 
 
-def _find_info(root: Path) -> Path:
+def has_known_version(folder: Folder) -> bool:
+    """Say whether `read_info` knows this version of the format."""
+    info = read_json(folder, _find_info(folder))
+    return info.get("codebase_version") in VERSIONS
+
+
+def _find_info(folder: Folder) -> Path:
+    root = folder.root
     if not root.is_dir():
-        raise UserError(f"data.root={str(root)!r}: no such folder")
+        raise UserError(f"data.root={folder.given!r}: no such folder")
     path = root / "meta" / "info.json"
     if not path.is_file():
         near = [*root.parent.glob(f"{root.name}/info.json")]  # root is the folder meta itself
         near += sorted(root.glob("*/meta/info.json"))
         hint = ", ".join(str(found.parents[1]) for found in near[:3])
         raise UserError(
-            f"data.root={str(root)!r}: not a LeRobot dataset: no meta/info.json in it"
+            f"data.root={folder.given!r}: not a LeRobot dataset: no meta/info.json in it"
             + (f"; found one in {hint}" if hint else "")
         )
     return path
@@ -150,21 +157,20 @@ def number_widths(features: dict) -> dict[str, int]:
     }
 
 
-def read_json(root: Path, path: Path, *, follow_links: bool = False) -> dict:
-    """Return the JSON object in a file of the dataset in `root`."""
-    return _parse(path, _read(root, path, follow_links))
+def read_json(folder: Folder, path: Path) -> dict:
+    """Return the JSON object in a file of the dataset."""
+    return _parse(path, _read(folder, path))
 
 
-def read_json_lines(root: Path, path: Path, *, follow_links: bool = False) -> list[dict]:
-    """Return the JSON objects in a file of the dataset in `root`, one a line."""
-    lines = filter(None, map(bytes.strip, _read(root, path, follow_links).splitlines()))
+def read_json_lines(folder: Folder, path: Path) -> list[dict]:
+    """Return the JSON objects in a file of the dataset, one a line."""
+    lines = filter(None, map(bytes.strip, _read(folder, path).splitlines()))
     return [_parse(path, line) for line in lines]
 
 
-def _read(root: Path, path: Path, follow_links: bool) -> bytes:
-    home = root.resolve()
+def _read(folder: Folder, path: Path) -> bytes:
     try:
-        return inside(home, home / path.relative_to(root), follow_links=follow_links).read_bytes()
+        return folder.resolve(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 

@@ -4,17 +4,20 @@ The format is in info, listing and tables, decoding in data/media. Imports no le
 pandas, models, ConfigDict or jax.
 """
 
-import contextlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot.frames import row_frames
+from wmjax.data.lerobot.episodes import Episode
+from wmjax.data.lerobot.frames import RowFrames
 from wmjax.data.lerobot.info import read_info
-from wmjax.data.lerobot.listing import list_episodes
+from wmjax.data.lerobot.listing import Wanted, list_episodes
+from wmjax.data.lerobot.paths import Folder
 from wmjax.data.lerobot.recording import Recording
-from wmjax.data.lerobot.tables import Episode, read_tables
+from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.media.images import read_images
 from wmjax.data.source import Picture
 from wmjax.errors import ClipError, UserError
@@ -29,11 +32,10 @@ class LeRobotSource(Recording):
     """
 
     def __init__(self, root: str | Path, **settings: Any) -> None:
-        links = settings.get("follow_links", False)
-        info = read_info(Path(root).expanduser(), follow_links=links)
-        root = Path(root).expanduser().resolve()
+        folder = Folder(root, settings.get("follow_links", False))
+        info = read_info(folder)
         features = info["features"]
-        super().__init__(root, features, info["fps"], **settings)
+        super().__init__(folder.root, features, info["fps"], **settings)
         self._version = info["codebase_version"]
         videos, images = (
             tuple(name for name in self.cameras if features[name]["dtype"] == dtype)
@@ -41,24 +43,48 @@ class LeRobotSource(Recording):
         )
         notes: list[str] = []
         optional = settings.get("cameras", "all") in ("all", "each")
-        entries, found = list_episodes(
-            root, info, videos, images, optional=optional, notes=notes, follow_links=links
-        )
+        wanted, dropped = Wanted(videos, images, optional), self._dropped
+        episodes, found = list_episodes(folder, info, wanted, self._choose, notes, dropped)
         self.cameras = tuple(name for name in self.cameras if name in found)
         self._images = frozenset(images) & frozenset(found)
-        chosen = self._choose_episodes(
-            [entry.length for entry in entries],
-            [entry.index for entry in entries],
-            [{*entry.videos, *self._images} for entry in entries],
+        # The rows of all splits: a video is judged by all of them.
+        episodes, tables, times_R = read_tables(
+            episodes, self._widths, self._images, fps=self._recorded_fps, dropped=dropped
         )
-        # The rows of both splits: a video is judged by all of them.
-        every, self._tables, times_R = read_tables(
-            [entries[i] for i in self._asked], self._widths, self._images, fps=self._recorded_fps
-        )
-        own = {entries[i].index for i in chosen}
-        self.episodes = tuple(episode for episode in every if episode.index in own)
-        self._frames = row_frames(entries, every, self._recorded_fps, times_R)
-        self.notes = notes + self._first_notes()
+        videos = tuple(name for name in self.cameras if name not in self._images)
+        self._frames = RowFrames(episodes, videos, self._recorded_fps, times_R)
+        self.notes = notes + self._look(videos)
+        self._opened(episodes.take(dropped.kept(episodes.index_E)), tables)
+
+    def _look(self, videos: Iterable[str]) -> list[str]:
+        """Find the rows' frames in the first video of each camera; return what is off.
+
+        Errors wait for its clips. With on_error='skip' it looks at all videos, and drops the
+        episodes of those that cannot be read.
+        """
+        frames, dropped = self._frames, self._dropped
+        paths = [
+            path
+            for camera in videos
+            for path in frames.paths_of(camera)[: None if dropped.skip else 1]
+        ]
+
+        def look(path: Path) -> str | UserError:
+            try:
+                return frames.decide(path)
+            except UserError as error:
+                return error
+
+        notes = []
+        with ThreadPoolExecutor() as pool:
+            for path, found in zip(paths, pool.map(look, paths), strict=True):
+                if isinstance(found, str):
+                    notes += [found] if found else []
+                elif dropped.skip:
+                    dropped.add(frames.episodes_in(path), found)
+        frames.warned = bool(notes)
+        more = len(notes) - len(self.cameras)
+        return notes[: len(self.cameras)] + ([f"{more} more videos like these"] * (more > 0))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return clip `index`.
@@ -121,16 +147,6 @@ class LeRobotSource(Recording):
         except UserError as error:
             needed = f"needed for episode {episode.index}, {camera}"
             raise ClipError(f"{error}\n{needed}", f"{path}: {needed}") from None
-
-    def _first_notes(self) -> list[str]:
-        """Return what is off with the first video of each camera; errors wait for its clips."""
-        notes = []
-        for camera in self.cameras:
-            paths = (e.videos[camera][0] for e in self.episodes if camera in e.videos)
-            if camera not in self._images and (path := next(paths, None)):
-                with contextlib.suppress(UserError):
-                    notes.append(self._frames.decide(path))
-        return [note for note in notes if note]
 
     def describe(self) -> str:
         return self._describe(f"LeRobot {self._version}")

@@ -6,9 +6,8 @@ No path leads outside the dataset's folder, except by links where data.follow_li
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from stat import S_ISLNK
 from string import Formatter
 
 from wmjax.errors import UserError, suggest
@@ -40,6 +39,16 @@ class CameraMissing(FileMissing):
     """A camera has no file, under any name that may be its own."""
 
 
+Lost = Callable[[int, FileMissing], None]
+# The file of each of some fields, or what is wrong with it; or with the template.
+_Found = list[Path | FileMissing] | FileMissing
+
+
+def raise_lost(position: int, error: FileMissing) -> None:
+    """Take the first missing file for an error of the whole dataset."""
+    raise error
+
+
 def templates(info: dict, kind: str) -> list[str]:
     """Return the templates to try, in order: the metadata's own, lerobot's standard."""
     standard = _STANDARD[info["codebase_version"][:2]][kind]
@@ -57,72 +66,94 @@ def video_keys(info: dict) -> list[str]:
 
 
 def find(
-    root: Path,
+    folder: "Folder",
     info: dict,
     kind: str,
     fields: Sequence[Fields],
     notes: list[str],
-    *,
-    follow_links: bool = False,
-) -> list[Path]:
-    """Return the file of each of `fields`; kind: 'data' or 'video'."""
-    folder = Folder(root, follow_links)
+    lost: Lost = raise_lost,
+) -> list[Path | None]:
+    """Return the file of each of `fields`; kind: 'data' or 'video'.
+
+    lost: is called with the position in `fields` and the error of each file that is missing; the
+    file is None then.
+    """
     own, *standard = templates(info, kind)
-    try:
-        if kind == "video" and "{video_key" not in own and len(video_keys(info)) > 1:
-            raise FileMissing(
-                f"{root}/meta/info.json: video_path={own!r}: wanted {{video_key}} in it, for the "
-                f"cameras {', '.join(video_keys(info))}"
-            )
-        return _fill(folder, kind, own, fields)
-    except FileMissing as error:
-        for template in standard:
-            try:
-                paths = _fill(folder, kind, template, fields)
-            except FileMissing:
-                continue
-            fault = f"{kind}_path={own!r} does not lead to every file: used {template!r}"
-            if isinstance(error, FieldUnknown):
-                fault = _unknown_fields(info, fields[0])
-            _note(notes, f"{root}/meta/info.json: {fault}")
-            return paths
-        raise error
+    if kind == "video" and "{video_key" not in own and len(video_keys(info)) > 1:
+        found: _Found = FileMissing(
+            f"{folder.root}/meta/info.json: video_path={own!r}: wanted {{video_key}} in it, for "
+            f"the cameras {', '.join(video_keys(info))}"
+        )
+    else:
+        found = _fill(folder, kind, own, fields)
+    for template in standard:
+        other = _fill(folder, kind, template, fields)
+        if _count_found(other) <= _count_found(found):
+            continue
+        assert not isinstance(other, FileMissing)
+        fault = f"{kind}_path={own!r} does not lead to every file: used {template!r}"
+        if isinstance(found, FieldUnknown):
+            fault = _unknown_fields(info, fields[0])
+        if _count_found(other) == len(fields):
+            _note(notes, f"{folder.root}/meta/info.json: {fault}")
+        else:  # the metadata's own template is what is wrong
+            own_errors = found if isinstance(found, list) else [found]
+            error = next(each for each in own_errors if isinstance(each, FileMissing))
+            other = [file if isinstance(file, Path) else error for file in other]
+        found = other
+    if isinstance(found, FileMissing):
+        raise found
+    files: list[Path | None] = []
+    for position, file in enumerate(found):
+        if isinstance(file, FileMissing):
+            lost(position, file)
+        files.append(file if isinstance(file, Path) else None)
+    return files
 
 
 def find_videos(
-    root: Path,
+    folder: "Folder",
     info: dict,
     camera: str,
     fields: Sequence[Fields],
     notes: list[str],
-    *,
-    follow_links: bool = False,
-) -> list[Path]:
-    """Return the camera's file for each of `fields`, in a folder of its name or a similar one."""
-    folder = Folder(root, follow_links)
+    lost: Lost = raise_lost,
+) -> list[Path | None]:
+    """Return the camera's file for each of `fields`, in a folder of its name or a similar one.
+
+    lost: as in `find`. CameraMissing: there is no file at all.
+    """
     named = [{**one, "video_key": camera} for one in fields]
+    missing: list[FileMissing] = []
     try:
-        return find(root, info, "video", named, notes, follow_links=follow_links)
+        files = find(folder, info, "video", named, notes, lambda _, error: missing.append(error))
     except FileMissing as error:
-        if any(_exists(folder, t, one) for t in templates(info, "video") for one in named):
-            raise
-        found: dict[str, list[Path]] = {}
-        for template in templates(info, "video"):
-            for name in _folders_like(root, info, camera, template, fields[0]):
-                try:
-                    others = [{**one, "video_key": name} for one in fields]
-                    found.setdefault(name, _fill(folder, "video", template, others))
-                except FileMissing:
-                    continue
-        if not found:
-            raise CameraMissing(str(error)) from None
-        if len(found) > 1:
-            raise UserError(
-                f"{root}: {camera} has no folder; {', '.join(sorted(found))} fit: wanted one"
-            ) from None
-        ((name, paths),) = found.items()
-        _note(notes, f"{root}: {camera} has no folder: used {name}")
-        return paths
+        files, missing = [None] * len(fields), [error]
+    if any(files):
+        for position, file in enumerate(files):
+            if file is None:
+                lost(position, missing.pop(0))
+        return files
+    similar: dict[str, list[Path | None]] = {}
+    for template in templates(info, "video"):
+        for name in _folders_like(folder.root, info, camera, template, fields[0]):
+            others = [{**one, "video_key": name} for one in fields]
+            found = _fill(folder, "video", template, others)
+            if _count_found(found) == len(fields):
+                similar.setdefault(name, found)  # type: ignore[arg-type]
+    if not similar:
+        raise CameraMissing(str(missing[0]))
+    if len(similar) > 1:
+        raise UserError(
+            f"{folder.root}: {camera} has no folder; {', '.join(sorted(similar))} fit: wanted one"
+        )
+    ((name, files),) = similar.items()
+    _note(notes, f"{folder.root}: {camera} has no folder: used {name}")
+    return files
+
+
+def _count_found(found: _Found) -> int:
+    return 0 if isinstance(found, FileMissing) else sum(isinstance(f, Path) for f in found)
 
 
 def _note(notes: list[str], note: str) -> None:
@@ -151,50 +182,49 @@ def _alike(a: str, b: str) -> bool:
     return f"_{a}".endswith(f"_{b}") or f"_{b}".endswith(f"_{a}")
 
 
-def _exists(folder: "Folder", template: str, fields: Fields) -> bool:
-    try:
-        _locate(folder, "video", template, fields)
-    except FileMissing:
-        return False
-    return True
+def _fill(folder: "Folder", kind: str, template: str, fields: Sequence[Fields]) -> _Found:
+    """Return the file, or what is wrong, for each of `fields`; two must not share a file.
 
-
-def _fill(folder: "Folder", kind: str, template: str, fields: Sequence[Fields]) -> list[Path]:
-    """Return the file for each of `fields`; two different fields must not share one."""
-    paths: dict[tuple, Path] = {}
-    owners: dict[Path, Fields] = {}
-    for one in fields:
-        key = tuple(one.values())
-        if key in paths:
-            continue
-        paths[key] = path = _locate(folder, kind, template, one)
-        if owners.setdefault(path, one) is not one:
-            raise FileMissing(
-                f"{folder.root}/meta/info.json: {kind}_path={template!r}: leads to {path} for "
-                f"{_text(owners[path])} and for {_text(one)}: wanted a file for each"
-            )
-    return [paths[tuple(one.values())] for one in fields]
-
-
-def _locate(folder: "Folder", kind: str, template: str, fields: Fields) -> Path:
-    """Fill in a path template of meta/info.json; the file must exist inside the dataset."""
+    A template that is wrong for all of them gives one error.
+    """
     where = f"{folder.root}/meta/info.json: {kind}_path={template!r}"
-    wanted = ", ".join(fields)
-    if unknown := _unknown_field(template, fields):
-        raise FieldUnknown(f"{where}: {{{unknown}}}: no such field; wanted: {wanted}")
+    wanted = ", ".join(fields[0])
+    if unknown := _unknown_field(template, fields[0]):
+        return FieldUnknown(f"{where}: {{{unknown}}}: no such field; wanted: {wanted}")
     try:
         for _, name, spec, conversion in Formatter().parse(template):
-            plain = name in fields and not conversion and re.fullmatch(r"(0?\dd)?", spec or "")
+            plain = name in fields[0] and not conversion and re.fullmatch(r"(0?\dd)?", spec or "")
             if name is not None and not plain:
                 raise ValueError(f"{{{name}}}")
-        filled = template.format(**fields)
-        path = folder.resolve(folder.root / filled, where)
+        if "\0" in template:
+            raise ValueError("a null byte")
+        names = [template.format(**one) for one in fields]
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}; wanted: {wanted}") from None
-    if not path.is_file():
-        hint = _folder_hint(folder.root, filled.split("/")[0])
-        raise FileMissing(f"{path}: no such file{hint}; wanted for {_text(fields)}")
-    return path
+    found: dict[str, Path | FileMissing] = {}
+    owners: dict[Path, Fields] = {}
+    for one, name in zip(fields, names, strict=True):
+        if name not in found:
+            found[name] = _existing(folder, where, name, one)
+        path = found[name]
+        if isinstance(path, Path) and (owner := owners.setdefault(path, one)) != one:
+            return FileMissing(
+                f"{where}: leads to {path} for {_text(owner)} and for {_text(one)}: wanted a "
+                "file for each"
+            )
+    return [found[name] for name in names]
+
+
+def _existing(folder: "Folder", where: str, name: str, fields: Fields) -> Path | FileMissing:
+    """Return a file of the dataset, or the error if there is none."""
+    try:
+        path = folder.resolve(folder.root / name, where)
+        if folder.has_file(path):
+            return path
+    except FileMissing as error:
+        return error
+    hint = _folder_hint(folder.root, name.split("/")[0])
+    return FileMissing(f"{path}: no such file{hint}; wanted for {_text(fields)}")
 
 
 def _unknown_field(template: str, fields: Fields) -> str:
@@ -225,15 +255,19 @@ def _folder_hint(root: Path, name: str) -> str:
 class Folder:
     """The folder of a dataset: resolves paths, and refuses those that lead outside.
 
-    follow_links: links in the folder may lead outside. What is resolved once is remembered, so an
-    object serves one search for files.
+    follow_links: links in the folder may lead outside. What was found once is remembered, so an
+    object serves one opening of the dataset.
     """
 
-    def __init__(self, root: Path, follow_links: bool = False) -> None:
-        self.root, self._follow_links = root, follow_links
+    def __init__(self, root: str | Path, follow_links: bool = False) -> None:
+        self.given = str(root)  # for errors
+        self.root = Path(root).expanduser().resolve()
+        self._follow_links = follow_links
         # In the Hub's cache, the files of a snapshot are links into ../../blobs.
-        self._homes = [root, root.parents[1] / "blobs"] if in_hub_cache(root) else [root]
+        cached = [self.root.parents[1] / "blobs"] if in_hub_cache(self.root) else []
+        self._homes = [self.root, *cached]
         self._parents: dict[str, Path] = {}  # folders already found inside, by their path
+        self._files: dict[str, dict[str, bool]] = {}  # of folders: name -> is a link
 
     def resolve(self, path: Path, where: str = "") -> Path:
         """Resolve a path and its links; where: how the error begins; '' begins with the path."""
@@ -246,12 +280,41 @@ class Folder:
                 self._check(path, parent / name, where)
                 self._parents[above] = parent
             found = self._parents[above] / name
-            if _is_link(found):
+            if self._listed(str(self._parents[above])).get(name):
                 found = self._check(path, found.resolve(), where)
                 found.exists()
         except (OSError, RuntimeError) as error:  # a name too long, or a link to itself
             raise FileMissing(f"{str(path)[:200]}: no such file: {str(error)[:80]}") from None
         return found
+
+    def has_file(self, path: Path) -> bool:
+        """Say whether this resolved path is a file."""
+        above, name = os.path.split(path)
+        return name in self._listed(above)
+
+    def walk(self) -> Iterator[Path]:
+        """Yield every file of the dataset, those in linked folders too."""
+        seen = set()
+        for above, folders, names in os.walk(self.root, followlinks=True):
+            if (real := self.resolve(Path(above))) in seen:  # a link to a folder above itself
+                folders.clear()
+                continue
+            seen.add(real)
+            yield from (Path(above, name) for name in names)
+
+    def _listed(self, folder: str) -> dict[str, bool]:
+        """Return the files and links in a folder, read once: one call for each is slow."""
+        if folder not in self._files:
+            try:
+                with os.scandir(folder) as entries:
+                    self._files[folder] = {
+                        e.name: e.is_symlink() for e in entries if e.is_symlink() or e.is_file()
+                    }
+            except (FileNotFoundError, NotADirectoryError):
+                self._files[folder] = {}
+            except OSError as error:
+                raise FileMissing(f"{folder}: {error.strerror}") from None
+        return self._files[folder]
 
     def _check(self, path: Path, found: Path, where: str) -> Path:
         """Return `found`, to which the path leads, if it may lead there."""
@@ -262,18 +325,6 @@ class Folder:
             return found
         remedy = "; data.follow_links=True allows it" if by_link else ""
         raise UserError(f"{where or path}: leads to {found}, outside the dataset's folder{remedy}")
-
-
-def _is_link(path: Path) -> bool:
-    try:
-        return S_ISLNK(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def inside(root: Path, path: Path, *, follow_links: bool = False) -> Path:
-    """Resolve a path and its links; UserError where it leads outside the dataset's folder."""
-    return Folder(root, follow_links).resolve(path)
 
 
 def _text(fields: Fields) -> str:

@@ -3,16 +3,17 @@
 Imports no lerobot, torch, models, ConfigDict or jax.
 """
 
-from collections.abc import Collection, Sequence
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from wmjax.data.lerobot.episodes import Dropped, Episodes
 from wmjax.data.lerobot.info import camera_kind, descriptions, number_widths, size_of
-from wmjax.data.lerobot.tables import Episode
 from wmjax.data.source import Source, counted
-from wmjax.data.stats import summarize
+from wmjax.data.stats import Later, summarize
 from wmjax.data.windows import Windows, pick_episodes, split_episodes, stride_for
 from wmjax.errors import UserError
 
@@ -27,14 +28,16 @@ class Recording(Source):
     own; otherwise names separated by commas, full or their last part ('top' for
     'observation.images.top'). stride: recorded frames between sampled ones; 0 computes it from
     fps. ends, clips_per_episode: as in Windows. episodes: which to read, as in pick_episodes.
-    follow_links: links in the dataset may lead outside its folder. labels: features for probes,
-    names separated by commas; 'auto' takes the state and, where recorded,
-    observation.environment_state. A camera that did not record an episode is a view without frames.
+    follow_links: links in the dataset may lead outside its folder. on_error: 'skip' drops episodes
+    whose files cannot be read. labels: features for probes, names separated by commas; 'auto'
+    takes the state and, where recorded, observation.environment_state. A camera that did not record
+    an episode is a view without frames.
 
-    A reader calls `_choose_episodes`, sets `episodes` and `_tables`, and defines `__getitem__`.
+    A reader calls `_opened` once; `of_split` then gives the other splits without reading again.
     """
 
-    episodes: tuple[Episode, ...]  # of the split
+    episodes: Episodes  # of the split
+    _every: Episodes  # of all splits
     _tables: dict[str, np.ndarray]  # their rows of state, action and labels, by feature
 
     def __init__(
@@ -51,6 +54,7 @@ class Recording(Source):
         clips_per_episode: int = 0,
         episodes: str = "",
         follow_links: bool = False,
+        on_error: str = "raise",
         split: str = "train",
         val_share: float = 0.0,
         state_key: str = "observation.state",
@@ -75,48 +79,58 @@ class Recording(Source):
             action_key: self.action_size,
             **self.label_sizes,
         }
-        self._each = cameras == "each"
-        self._episodes, self._split, self._val_share = episodes, split, val_share
+        self._asked, self._split, self._val_share = episodes, split, val_share
         self._ends, self._per_episode = ends, clips_per_episode
+        self._each = cameras == "each"
         self._speed = f"data.stride={stride}" if stride else f"data.fps={fps:g}"
+        self._dropped = Dropped(on_error == "skip")
 
-    def _choose_episodes(
-        self,
-        lengths: Sequence[int],
-        numbers: Sequence[int] | None = None,
-        cameras: Sequence[Collection[str]] | None = None,
-    ) -> list[int]:
-        """Cut the episodes of the split into windows; return their positions in `lengths`.
-
-        numbers: of the episodes, ascending; None: from 0. cameras: those that recorded each
-        episode; None: all did.
-        """
-        self.views = 1 if self._each else len(self.cameras)
+    def _choose(self, numbers_E: np.ndarray) -> np.ndarray:
+        """Return the positions of the episodes to read; numbers_E: those recorded, ascending."""
         try:
-            asked = pick_episodes(self._episodes, numbers or range(len(lengths)))
+            return np.array(pick_episodes(self._asked, numbers_E.tolist()), np.int64)
         except UserError as error:
             raise UserError(f"{error}, in {self.root}") from None
-        self._asked = asked  # of both splits
-        parts = split_episodes(len(asked), self._val_share)
-        chosen = [asked[i] for i in parts[("train", "validation").index(self._split)]]
-        if not chosen:
+
+    def _opened(self, episodes: Episodes, tables: dict[str, np.ndarray]) -> None:
+        """Take the episodes of all splits and their rows."""
+        self._every, self._tables = episodes, tables
+        self.views = 1 if self._each else len(self.cameras)
+        self.dropped = sorted(self._dropped.errors)
+        total = len(episodes) + len(self.dropped)
+        self.notes = [*self.notes, *self._dropped.note(self.root, total)]
+        self._cut(self._split)
+
+    def of_split(self, split: str) -> Self:
+        """Return the same recording for another split; the rows are shared."""
+        other = copy.copy(self)
+        other._cut(split)
+        return other
+
+    def _cut(self, split: str) -> None:
+        """Cut the episodes of a split into windows."""
+        self._split = split
+        parts = split_episodes(len(self._every), self._val_share)
+        self.episodes = self._every.take(parts[("train", "validation").index(split)])
+        count = len(self.episodes)
+        if not count:
             remedy = "; train without validation: --config.train.eval_every=0"
             raise UserError(
-                f"data.val_share={self._val_share:g}: leaves no {self._split} episode of the "
-                f"{len(asked)} in {self.root}" + (remedy if self._split == "validation" else "")
+                f"data.val_share={self._val_share:g}: leaves no {split} episode of the "
+                f"{len(self._every)} in {self.root}" + (remedy if split == "validation" else "")
             )
-        lengths_E = np.array([lengths[i] for i in chosen])
-        seen_CE = np.ones((len(self.cameras), len(chosen)), bool)
-        if cameras is not None:
-            seen_CE = np.array([[name in cameras[i] for i in chosen] for name in self.cameras])
-        if not seen_CE.any():
+        has_CE = np.ones((len(self.cameras), count), bool)
+        for i, camera in enumerate(self.cameras):
+            if camera in self.episodes.videos:
+                has_CE[i] = self.episodes.videos[camera].file_E >= 0
+        if not has_CE.any():
             raise UserError(
-                f"{self.root}: 0 of {len(chosen)} {self._split} episodes have a camera of "
+                f"{self.root}: 0 of {count} {split} episodes have a camera of "
                 f"{', '.join(self.cameras)}: wanted at least 1"
             )
         try:
             self._windows = Windows(
-                lengths_E * (seen_CE if self._each else seen_CE.any(axis=0)),
+                self.episodes.length_E * (has_CE if self._each else has_CE.any(axis=0)),
                 self.frames,
                 self.stride,
                 ends=self._ends,
@@ -124,12 +138,12 @@ class Recording(Source):
             )
         except UserError as error:
             raise UserError(
-                f"{error}\n{self.root}: {self._split} episodes, recorded at "
+                f"{error}\n{self.root}: {split} episodes, recorded at "
                 f"{self._recorded_fps:g} frames a second, {self._speed}"
             ) from None
-        self._fits = self._windows.fits.reshape(-1, len(chosen)).any(axis=0)
-        self._too_short = int((seen_CE.any(axis=0) & ~self._fits).sum())
-        return chosen
+        self._fits_E = self._windows.fits.reshape(-1, count).any(axis=0)
+        self._too_short = int((has_CE.any(axis=0) & ~self._fits_E).sum())
+        self._statistics = Later(self._summarize)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -158,24 +172,23 @@ class Recording(Source):
         rows_T = episode.first_row + np.minimum(steps_T, episode.length - 1)
         return episode.index, {name: self._tables[name][rows_T] for name in self.label_sizes}
 
-    def statistics(self) -> list[dict[str, Any]]:
+    def statistics(self) -> Sequence[dict[str, Any]]:
         """Summarise state and action over the episodes of this split that hold a clip.
 
-        Computed from the tables. The metadata's statistics include held-out episodes, and may be
-        of another version of the data.
+        Computed from the tables, when first looked at. The metadata's statistics include held-out
+        episodes, and may be of another version of the data.
         """
-        rows = np.concatenate(
-            [
-                np.arange(episode.first_row, episode.first_row + episode.length)
-                for episode, fits in zip(self.episodes, self._fits, strict=True)
-                if fits
-            ]
-        )
+        return self._statistics
+
+    def _summarize(self) -> list[dict[str, Any]]:
+        fitting = self.episodes.take(np.flatnonzero(self._fits_E))
+        first_E, length_E = fitting.first_row_E, fitting.length_E
+        features = {"state": self._state_key, "action": self._action_key}
         return [
-            {
-                "name": self.root.name,
-                "state": summarize(self._tables[self._state_key][rows]),
-                "action": summarize(self._tables[self._action_key][rows]),
+            {"name": self.root.name}
+            | {
+                name: summarize(self._tables[key], first_E, length_E)
+                for name, key in features.items()
             }
         ]
 
@@ -189,7 +202,7 @@ class Recording(Source):
         return (
             f"{self.root}: {kind}, {counted(len(self.episodes), 'episode')}"
             + (f" ({short} shorter than a clip)" if short else "")
-            + f", {sum(e.length for e in self.episodes)} frames at {self._recorded_fps:g} fps, "
+            + f", {self.episodes.length_E.sum()} frames at {self._recorded_fps:g} fps, "
             f"{cameras}{left_out}, stride {self.stride} ({self.fps_effective:.4g} fps), "
             f"{len(self)} clips"
             + (", each of one camera" if self._each else "")

@@ -3,8 +3,9 @@
 `python -m wmjax.data check` calls the same functions.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -12,51 +13,48 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from wmjax.data.lerobot.listing import EpisodeFiles
-from wmjax.data.media.tables import read_columns, read_numbers
+from wmjax.data.lerobot.episodes import Dropped, Episodes, Places
+from wmjax.data.media.tables import count_rows, read_columns, read_numbers
 from wmjax.errors import UserError
 
 INDEX_COLUMNS = ("episode_index", "frame_index")  # the second may be missing
 _TIME = "timestamp"
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A recorded episode: its first row in the arrays, and each camera's (file, start).
-
-    start: from_timestamp in seconds for a video; the first row for a camera stored as images.
-    """
-
-    index: int
-    length: int
-    first_row: int
-    videos: dict[str, tuple[Path, float]]
+_BLOCK = 100_000  # rows that are checked and copied at once: of many small tables, or of one
 
 
 class Rows(NamedTuple):
-    """The rows of a table: its columns, and of each row the episode, the frame and the time.
+    """The rows of tables: their columns, and of each row the episode, the frame and the time.
 
+    bounds: the rows of each table.
     frames_R: the column frame_index; in a table without it, rows count from the episode's first.
     times_R: seconds, as float64: the column timestamp; in a table without it, the frame / fps.
     """
 
     table: pa.Table
+    bounds: list[slice]
     owners_R: np.ndarray
     frames_R: np.ndarray
     times_R: np.ndarray
 
 
-def read_rows(path: Path, names: Iterable[str], images: Iterable[str], fps: float) -> Rows:
-    """Read the columns `names` of a table, and where its rows belong; images: see read_columns."""
+def read_rows(
+    paths: Sequence[Path], names: Iterable[str], images: Iterable[str], fps: float
+) -> Rows:
+    """Read the columns `names` of tables, and where their rows belong; images: see read_columns.
+
+    Errors name the first table, so they are true if it is the only one.
+    """
     owner, frame = INDEX_COLUMNS
-    table = read_columns(
-        path,
-        [*names, owner],
-        images,
-        integers=INDEX_COLUMNS,
-        optional=[frame, _TIME],
-        nullable=[_TIME],
-    )
+    names = [*names, owner]
+    tables = [
+        read_columns(
+            path, names, images, integers=INDEX_COLUMNS, optional=[frame, _TIME], nullable=[_TIME]
+        )
+        for path in paths
+    ]
+    if not all(table.schema.equals(tables[0].schema) for table in tables[1:]):
+        raise UserError(f"{paths[0]}: has other columns than tables after it")
+    path, table = paths[0], pa.concat_tables(tables)
     owners_R = table[owner].to_numpy()
     if frame in table.column_names:
         frames_R = table[frame].to_numpy()
@@ -67,48 +65,110 @@ def read_rows(path: Path, names: Iterable[str], images: Iterable[str], fps: floa
         times_R = read_numbers(path, _TIME, table[_TIME], owners_R, 1, np.float64)[:, 0]
     else:
         times_R = frames_R / fps
-    return Rows(table, owners_R, frames_R, times_R)
+    ends = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
+    bounds = [slice(*pair) for pair in pairwise(ends)]
+    return Rows(table, bounds, owners_R, frames_R, times_R)
 
 
 def read_tables(
-    entries: list[EpisodeFiles],
+    episodes: Episodes,
     widths: dict[str, int],
     images: Iterable[str] = (),
     *,
     fps: float,
-) -> tuple[tuple[Episode, ...], dict[str, np.ndarray], np.ndarray]:
-    """Read the rows of these episodes: the episodes in order, their columns and their times.
+    dropped: Dropped,
+) -> tuple[Episodes, dict[str, np.ndarray], np.ndarray]:
+    """Read the rows of these episodes; return the episodes, their columns and their times.
 
     widths: numbers in a row of each column to read; each is returned as (rows, width). images:
     cameras whose pictures are in the tables; they are located, not read. fps: of the recording.
-    Times: as in Rows. UserError names the episode with missing, misplaced or non-finite rows.
+    dropped: gets the episodes with missing, misplaced or non-finite rows. Times: as in Rows.
     """
-    by_table: dict[Path, list[EpisodeFiles]] = {}
-    for entry in entries:
-        by_table.setdefault(entry.table, []).append(entry)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in widths}
-    times: list[np.ndarray] = []
-    episodes = []
-    first_row = 0
-    for path, members in by_table.items():
-        table, owners, frames_R, times_R = read_rows(path, widths, images, fps)
-        columns = {n: read_numbers(path, n, table[n], owners, width) for n, width in widths.items()}
-        runs = find_runs(path, owners)
-        for entry in members:
-            run = runs.get(entry.index, slice(0))
-            check_run(path, entry.index, entry.length, frames_R[run])
-            check_finite(f"{path}: episode {entry.index}", _TIME, times_R[run, None])
-            times.append(times_R[run])
-            for name, values in columns.items():
-                check_finite(f"{path}: episode {entry.index}", name, values[run])
-                parts[name].append(values[run])
-            pictures = dict.fromkeys(images, (path, int(run.start)))
-            videos = {**entry.videos, **pictures}
-            episodes.append(Episode(entry.index, entry.length, first_row, videos))
-            first_row += entry.length
-    episodes.sort(key=lambda episode: episode.index)
-    merged = {name: np.concatenate(parts[name]) for name in widths}
-    return tuple(episodes), merged, np.concatenate(times)
+    images = tuple(images)
+    total = _count_rows(episodes)
+    columns = {name: np.empty((total, width), np.float32) for name, width in widths.items()}
+    times_R = np.empty(total)
+    first_row_E, row_in_table_E = (np.zeros(len(episodes), np.int64) for _ in range(2))
+    end = 0
+
+    def place(block: list[tuple[Path, np.ndarray]]) -> None:
+        """Read some tables; copy the rows of the episodes at these positions."""
+        nonlocal end
+        path = block[0][0]
+        rows = read_rows([path for path, _ in block], widths, images, fps)
+        values = {
+            name: read_numbers(path, name, rows.table[name], rows.owners_R, width)
+            for name, width in widths.items()
+        }
+        finite = all(np.isfinite(column).all() for column in (rows.times_R, *values.values()))
+        runs = find_runs(path, rows.owners_R)
+        found = []
+        for (_, positions), bound in zip(block, rows.bounds, strict=True):
+            for position in positions.tolist():
+                number, length = episodes.index_E[position].item(), episodes.length_E[position]
+                run = runs.get(number, slice(0))
+                try:
+                    check_run(path, number, length, rows.frames_R[run])
+                    if not bound.start <= run.start < run.stop <= bound.stop:
+                        raise UserError(f"{path}: episode {number}: rows in another table")
+                    if not finite:
+                        where = f"{path}: episode {number}"
+                        check_finite(where, _TIME, rows.times_R[run, None])
+                        for name, column in values.items():
+                            check_finite(where, name, column[run])
+                except UserError as error:
+                    if len(block) > 1:
+                        raise
+                    dropped.add([number], error)
+                    continue
+                found.append((position, run, run.start - bound.start))
+        for position, run, row_in_table in found:
+            first_row_E[position], row_in_table_E[position] = end, row_in_table
+            start, end = end, end + run.stop - run.start
+            times_R[start:end] = rows.times_R[run]
+            for name, column in values.items():
+                columns[name][start:end] = column[run]
+
+    for block in _blocks(episodes):
+        try:
+            place(block)
+        except UserError:
+            for one in block:  # each alone, so that the error names its table
+                try:
+                    place([one])
+                except UserError as error:
+                    dropped.add(episodes.index_E[one[1]].tolist(), error)
+    tables = episodes.tables
+    pictures = Places(tables.files, tables.file_E, row_in_table_E, tables.listed_F)
+    videos = {**episodes.videos, **dict.fromkeys(images, pictures)}
+    episodes = replace(episodes, first_row_E=first_row_E, videos=videos)
+    columns = {name: column[:end] for name, column in columns.items()}
+    return episodes.take(dropped.kept(episodes.index_E)), columns, times_R[:end]
+
+
+def _blocks(episodes: Episodes) -> Iterator[list[tuple[Path, np.ndarray]]]:
+    """Yield the tables, with the positions of their episodes, in blocks of some 100,000 rows."""
+    block, rows = [], 0
+    for path, positions in episodes.tables.groups():
+        block.append((path, positions))
+        rows += int(episodes.length_E[positions].sum())
+        if rows >= _BLOCK:
+            yield block
+            block, rows = [], 0
+    if block:
+        yield block
+
+
+def _count_rows(episodes: Episodes) -> int:
+    """Return how many rows these episodes have at most; the metadata may be wrong by billions."""
+    total = int(episodes.length_E.sum())
+    if total < 1 << 24:
+        return total
+    total = 0
+    for path, positions in episodes.tables.groups():
+        with contextlib.suppress(UserError):
+            total += min(count_rows(path), int(episodes.length_E[positions].sum()))
+    return total
 
 
 def find_runs(path: Path, owners: np.ndarray) -> dict[int, slice]:

@@ -6,14 +6,19 @@ not all decoders of lerobot are thread-safe. lerobot is an extra, imported when 
 
 import inspect
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wmjax.data.lerobot.frames import tolerance_s
+from wmjax.data.lerobot.episodes import Dropped, Episodes, Places
+from wmjax.data.lerobot.frames import RowFrames, tolerance_s
+from wmjax.data.lerobot.info import has_known_version, read_info
+from wmjax.data.lerobot.listing import Wanted, list_episodes
+from wmjax.data.lerobot.paths import Folder
 from wmjax.data.lerobot.recording import Recording
-from wmjax.data.lerobot.tables import Episode, check_finite
+from wmjax.data.lerobot.tables import check_finite, read_tables
 from wmjax.errors import ClipError, UserError, how_to_install, reason
 
 
@@ -40,11 +45,17 @@ class LeRobotReader(Recording):
             name: {**f, "shape": list(f["shape"] or ())} for name, f in meta.features.items()
         }
         super().__init__(self.root, features, meta.fps, **settings)
-        bounds = [
-            [int(meta.episodes[i][f"dataset_{end}_index"]) for end in ("from", "to")]
-            for i in range(meta.total_episodes)
-        ]
-        chosen = self._choose_episodes([end - first for first, end in bounds])
+        bounds_E2 = np.array(
+            [
+                [int(meta.episodes[i][f"dataset_{end}_index"]) for end in ("from", "to")]
+                for i in range(meta.total_episodes)
+            ]
+        ).reshape(-1, 2)
+        chosen = self._choose(np.arange(len(bounds_E2)))
+        folder = Folder(getattr(meta, "root", self.root), settings.get("follow_links", False))
+        known = len(chosen) and has_known_version(folder)
+        # Where the rule has proven each row's frame, the nearest one to its time is that frame.
+        tolerance = 0.5 / meta.fps if known else tolerance_s(meta.fps)
         sampled = [t * self.stride / meta.fps for t in range(self.frames)]
         every = [step / meta.fps for step in range(self.frames * self.stride)]
         options: dict[str, Any] = {
@@ -56,21 +67,23 @@ class LeRobotReader(Recording):
         }
         parameters = inspect.signature(lerobot.LeRobotDataset.__init__).parameters
         if "tolerance_s" in parameters:
-            options["tolerance_s"] = tolerance_s(meta.fps)
+            options["tolerance_s"] = tolerance
         if "return_uint8" in parameters:
             options["return_uint8"] = True  # lerobot before 0.6 returns floats from 0 to 1
         self._dataset = self._try(lerobot.LeRobotDataset, **where, **options)
+        self._videos = _row_frames(folder, self.cameras, chosen) if known else None
         self._lock = threading.Lock()
-        self._firsts = [bounds[i][0] for i in chosen]
-        lengths = [bounds[i][1] - bounds[i][0] for i in chosen]
-        starts = np.cumsum([0, *lengths[:-1]]).tolist()
-        episodes = (Episode(*row, {}) for row in zip(chosen, lengths, starts, strict=True))
-        rows = np.concatenate([np.arange(*bounds[i]) for i in chosen])
-        self.episodes, self._tables = tuple(episodes), self._read_rows(rows)
-        for episode in self.episodes:
-            for name, values in self._tables.items():
+        self._first_E = bounds_E2[:, 0]
+        length_E = bounds_E2[chosen, 1] - bounds_E2[chosen, 0]
+        rows = np.concatenate([np.arange(0), *(np.arange(*bounds_E2[i]) for i in chosen)])
+        none = Places[Path]([], np.full(len(chosen), -1), np.zeros(len(chosen)), np.zeros(0, int))
+        episodes = Episodes(chosen, length_E, np.cumsum(length_E) - length_E, none, {})
+        tables = self._read_rows(rows)
+        for episode in episodes:
+            for name, values in tables.items():
                 own = values[episode.first_row : episode.first_row + episode.length]
                 check_finite(f"{self.root}: episode {episode.index}", name, own)
+        self._opened(episodes, tables)
 
     def _read_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return these rows of state, action and labels, by feature."""
@@ -97,9 +110,10 @@ class LeRobotReader(Recording):
         """Return clip `index` as LeRobotSource does, its frames as uint8 HWC arrays."""
         cameras, position, start = self._place(index)
         episode = self.episodes[position].index
+        self._check_videos(episode, cameras)
         try:
             with self._lock:
-                item = self._dataset[self._firsts[position] + start]
+                item = self._dataset[int(self._first_E[episode]) + start]
         except Exception as error:  # each decoder of lerobot raises its own
             where = f"{self.root}: episode {episode}"
             raise ClipError(f"{where}, frame {start}: lerobot: {_line(error)}", where) from error
@@ -119,6 +133,22 @@ class LeRobotReader(Recording):
             "start": start,
         }
 
+    def _check_videos(self, episode: int, cameras: Iterable[str]) -> None:
+        """Raise ClipError where lerobot would show another picture than the row's."""
+        for camera in cameras:
+            path = self._videos and self._videos.path_of(episode, camera)
+            if not (self._videos and path):
+                continue
+            needed = f"needed for episode {episode}, {camera}"
+            try:
+                if not self._videos.by_clock(path):
+                    raise UserError(
+                        f"{path}: rows do not go by the video's clock: wanted data.reader=native, "
+                        "since lerobot reads by the clock only"
+                    )
+            except UserError as error:
+                raise ClipError(f"{error}\n{needed}", f"{path}: {needed}") from None
+
     def describe(self) -> str:
         return self._describe("read by lerobot")
 
@@ -127,6 +157,16 @@ class LeRobotReader(Recording):
             return call(**arguments)
         except Exception as error:  # lerobot's own, the Hub's or the table reader's
             raise UserError(f"{self.root}: lerobot cannot open it: {_line(error)}") from error
+
+
+def _row_frames(folder: Folder, cameras: Iterable[str], chosen: np.ndarray) -> RowFrames:
+    """Return which frame of the videos belongs to which row."""
+    dropped = Dropped(skip=False)
+    info = read_info(folder)
+    videos = tuple(name for name in cameras if info["features"][name]["dtype"] == "video")
+    episodes, found = list_episodes(folder, info, Wanted(videos), lambda _: chosen, [], dropped)
+    episodes, _, times_R = read_tables(episodes, {}, fps=info["fps"], dropped=dropped)
+    return RowFrames(episodes, found, info["fps"], times_R)
 
 
 def _import() -> Any:

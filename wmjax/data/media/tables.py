@@ -1,5 +1,6 @@
 """Parquet files: read columns as numbers, or raise a UserError. Knows pyarrow, no dataset."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,16 @@ import pyarrow.parquet as pq
 from wmjax.data.media import pointers
 from wmjax.errors import UserError
 
+_SMALL = 1 << 22  # bytes: such a file is read in one piece, by one thread, which is faster
+
 
 @contextmanager
 def opened_table(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
     """Open a table; an error of pyarrow, now or in the block, becomes a UserError."""
     try:
-        with pq.ParquetFile(path, **options) as file:
+        small = os.path.getsize(path) <= _SMALL
+        source = pa.BufferReader(path.read_bytes()) if small else path
+        with pq.ParquetFile(source, **options) as file:
             yield file
     # ValueError: text that is not UTF-8.
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -65,7 +70,8 @@ def read_columns(
             raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(columns)}")
         if twice := [name for name in names if columns.count(name) > 1]:
             raise UserError(f"{path}: more than one column {', '.join(twice)}")
-        table = file.read(columns=names).select(names)
+        threads = file.metadata.num_rows > 1 << 14
+        table = file.read(columns=names, use_threads=threads).select(names)
     for name in names:
         if table[name].null_count and name not in nullable:
             raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
@@ -95,7 +101,7 @@ def read_numbers(
     """
     values = column
     kind = column.type
-    sizes = np.ones(len(column))
+    sizes = np.ones(len(column) if width != 1 else 0)
     if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
         sizes = pc.list_value_length(column).to_numpy()
         values = pc.list_flatten(column)
@@ -110,7 +116,7 @@ def read_numbers(
         where = f"{path}: episode {owners[empty[0] // width]}" if len(empty) else path
         raise UserError(f"{where}: {name} is {kind}, {len(empty)} empty: wanted numbers")
     with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused
-        return values.to_numpy().astype(dtype).reshape(-1, width)
+        return values.to_numpy().astype(dtype, copy=False).reshape(-1, width)
 
 
 def holds_images(kind: pa.DataType | None) -> bool:

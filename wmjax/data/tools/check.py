@@ -8,7 +8,7 @@ tasks and frame sizes. Each error is one finding, and the check goes on after it
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from wmjax.data.lerobot.entries import (
-    EpisodeEntry,
+    Listed,
     entry_faults,
     list_files,
     listing_of,
+    merge_lists,
     missing_columns,
-    read_entries,
+    read_list,
 )
-from wmjax.data.lerobot.frames import MOST_ROWS, RowFrames, Span
+from wmjax.data.lerobot.episodes import Episodes, Places
+from wmjax.data.lerobot.frames import MOST_ROWS, RowFrames
 from wmjax.data.lerobot.info import (
     camera_kind,
     channels_first,
@@ -35,7 +37,14 @@ from wmjax.data.lerobot.info import (
     size_of,
 )
 from wmjax.data.lerobot.listing import split_notes, wrong_totals
-from wmjax.data.lerobot.paths import CameraMissing, Fields, find, find_videos, video_keys
+from wmjax.data.lerobot.paths import (
+    Fields,
+    Folder,
+    Lost,
+    find,
+    find_videos,
+    video_keys,
+)
 from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.data.lerobot.tables import check_finite, check_run, find_runs, read_rows
 from wmjax.data.media.images import read_images
@@ -62,37 +71,35 @@ class Finding(NamedTuple):
 
 @dataclass
 class _Episode:
-    """An episode of the metadata, with those of its files that exist."""
+    """An episode of the metadata, with its table if that exists."""
 
-    entry: EpisodeEntry
+    index: int
+    length: int
     table: Path | None = None
-    videos: dict[str, Path] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def index(self) -> int:
-        return self.entry.index
 
-    @property
-    def length(self) -> int:
-        return self.entry.length
-
-
-def check(root: Path, *, decode: bool = False) -> tuple[list[Finding], str]:
+def check(
+    root: Path, *, decode: bool = False, follow_links: bool = False
+) -> tuple[list[Finding], str]:
     """Return the findings, and a line that names the dataset and its size.
 
-    decode: decode every frame; otherwise only the first of each table with images. UserError where
-    there is no dataset: no metadata of a known version.
+    decode: decode every frame; otherwise only the first of each table with images. follow_links:
+    links in the dataset may lead outside its folder. UserError where there is no dataset: no
+    metadata of a known version.
     """
-    info = read_info(root.expanduser())
-    return _Check(root.expanduser().resolve(), info, decode).run()
+    folder = Folder(root, follow_links)
+    return _Check(folder, read_info(folder), decode).run()
 
 
 class _Check:
-    def __init__(self, root: Path, info: dict, decode: bool) -> None:
-        self.root, self.info, self.decode = root, info, decode
+    def __init__(self, folder: Folder, info: dict, decode: bool) -> None:
+        self.folder, self.info, self.decode = folder, info, decode
+        self.root = folder.root
         features = info["features"]
         self.findings: list[Finding] = []
+        self.listed: Listed | None = None
+        self.videos: dict[str, Places[Path | None]] = {}
         self.episodes: list[_Episode] = []
         self.cameras = video_keys(info)
         self.images = [name for name, f in features.items() if camera_kind(f) == "image"]
@@ -138,29 +145,31 @@ class _Check:
     def _list(self) -> None:
         """Read which episodes there are, and find their files."""
         root, info = self.root, self.info
-        entries: list[EpisodeEntry] = []
-        lists = list_files(root, info)
+        lists = list_files(self.folder, info)
         for camera in [*self.cameras]:
             with self._going_on():
                 if error := missing_columns(root, info, lists[0], camera):
                     self._add_error(error)
                     self.cameras.remove(camera)
+        columns = []
         for path in lists:
             with self._going_on():
-                entries += read_entries(root, info, path, self.cameras)
-        entries.sort(key=lambda entry: entry.index)
-        for error in entry_faults(listing_of(root, info), entries):
-            self._add_error(error)
-        self.episodes = [_Episode(entry) for entry in entries]
-        if entries:
-            self._find_files(entries)
-            for note in split_notes(root, info, len(entries)):
+                columns.append(read_list(self.folder, info, path, self.cameras))
+        if columns:
+            self.listed = listed = merge_lists(info, columns, self.cameras)
+            for error in entry_faults(listing_of(root, info), listed):
+                self._add_error(error)
+            pairs = zip(listed.index_E.tolist(), listed.length_E.tolist(), strict=True)
+            self.episodes = [_Episode(*pair) for pair in pairs]
+        if self.listed and self.episodes:
+            self._find_files(self.listed)
+            for note in split_notes(root, info, len(self.episodes)):
                 self._add_error(note)
         v3 = info["codebase_version"] == "v3.0"
         self._require("meta/tasks.parquet" if v3 else "meta/tasks.jsonl")
         name = "meta/episodes_stats.jsonl"
         if info["codebase_version"] == "v2.1" and self._require(name):
-            lines = read_json_lines(root, root / name)
+            lines = read_json_lines(self.folder, root / name)
             said = {str(line.get("episode_index")): line.get("stats") for line in lines}
             for episode in self.episodes:
                 stats = said.get(str(episode.index))
@@ -168,52 +177,35 @@ class _Check:
                 if not episode.statistics:
                     self._add(f"{name}: episode {episode.index}", "nothing", "its statistics")
 
-    def _find_files(self, entries: list[EpisodeEntry]) -> None:
+    def _find_files(self, listed: Listed) -> None:
         notes: list[str] = []
         tables = self._each_file(
-            [entry.table for entry in entries],
-            lambda fields, notes: find(self.root, self.info, "data", fields, notes),
-            notes,
+            listed.tables,
+            lambda fields, lost: find(self.folder, self.info, "data", fields, notes, lost),
         )
-        for episode, table in zip(self.episodes, tables, strict=True):
-            episode.table = table
+        for episode, file in zip(self.episodes, tables.file_E, strict=True):
+            episode.table = tables.files[file]
         for camera in self.cameras:
-            members = [e for e in self.episodes if camera in e.entry.videos]
-            videos = self._each_file(
-                [episode.entry.videos[camera] for episode in members],
-                lambda fields, notes, camera=camera: find_videos(  # type: ignore[misc]
-                    self.root, self.info, camera, fields, notes
+            self.videos[camera] = self._each_file(
+                listed.videos[camera],
+                lambda fields, lost, camera=camera: find_videos(  # type: ignore[misc]
+                    self.folder, self.info, camera, fields, notes, lost
                 ),
-                notes,
             )
-            for episode, video in zip(members, videos, strict=True):
-                if video:
-                    episode.videos[camera] = video
         for note in notes:
             self._add_error(note)
 
     def _each_file(
         self,
-        fields: Sequence[Fields],
-        find_all: Callable[[Sequence[Fields], list[str]], list[Path]],
-        notes: list[str],
-    ) -> Sequence[Path | None]:
-        """Find all files as training does. If that fails, find each, so that each is a finding."""
-        try:
-            return find_all(fields, notes)
-        except CameraMissing as error:  # it has no file at all: one finding is enough
-            self._add_error(error)
-            return [None] * len(fields)
-        except UserError as error:
-            before = len(self.findings)
-            files: list[Path | None] = []
-            for one in fields:
-                files.append(None)
-                with self._going_on():
-                    (files[-1],) = find_all([one], [])
-            if len(self.findings) == before:  # one file for two episodes
-                self._add_error(error)
-            return files
+        places: Places[Fields],
+        find_all: Callable[[Sequence[Fields], Lost], list[Path | None]],
+    ) -> Places[Path | None]:
+        """Find all files as training does; each that is missing is a finding."""
+        files: list[Path | None] = [None] * len(places.files)
+        with self._going_on():
+            if files:
+                files = find_all(places.files, lambda _, error: self._add_error(error))
+        return Places(files, places.file_E, places.start_E, places.listed_F)
 
     def _require(self, name: str) -> bool:
         exists = (self.root / name).is_file()
@@ -224,7 +216,8 @@ class _Check:
     def _totals(self) -> None:
         if not self.episodes:
             return
-        totals = wrong_totals(self.info, [episode.length for episode in self.episodes])
+        lengths = np.array([episode.length for episode in self.episodes])
+        totals = wrong_totals(self.info, lengths)
         for key, (found, wanted) in totals.items():
             self._add("meta/info.json", f"{key}={found}", wanted)
         numbers = {episode.index for episode in self.episodes}
@@ -246,7 +239,7 @@ class _Check:
                 self._check_table(path, episodes, starts)
 
     def _check_table(self, path: Path, episodes: list[_Episode], starts: dict[int, int]) -> None:
-        _, owners, counts, times_R = read_rows(path, (), (), self.info["fps"])
+        _, _, owners, counts, times_R = read_rows([path], (), (), self.info["fps"])
         runs = find_runs(path, owners)
         for episode in episodes:
             with self._going_on():
@@ -314,7 +307,7 @@ class _Check:
                         where = f"meta/episodes_stats.jsonl: episode {episode.index}"
                         self._compare(where, name, rows[episode.index], episode.statistics)
         elif self._require("meta/stats.json"):
-            said = read_json(self.root, self.root / "meta/stats.json")
+            said = read_json(self.folder, self.root / "meta/stats.json")
             for name, rows in self.numbers.items():
                 if rows and len(rows) == len(self.episodes):
                     self._compare("meta/stats.json", name, np.concatenate([*rows.values()]), said)
@@ -348,17 +341,20 @@ class _Check:
 
     def _videos(self) -> None:
         """Find the frames of all rows, by the readers' own rule; with `decode`, decode them."""
+        if self.listed is None:
+            return
         times = [self._times(episode) for episode in self.episodes]
-        frames = RowFrames(self.info["fps"], np.concatenate([np.empty(0), *times]))
-        cameras = {}
-        first_row = 0
-        for episode, own in zip(self.episodes, times, strict=True):
-            frames.listed(episode.videos.values())
-            for camera, path in episode.videos.items():
-                start = episode.entry.from_timestamp[camera]
-                frames.add(path, Span(episode.index, start, first_row, len(own)))
-                cameras[path] = camera
-            first_row += len(own)
+        length_E = np.array([len(own) for own in times], np.int64)
+        first_row_E = np.cumsum(length_E) - length_E
+        videos = {}
+        for camera, places in self.videos.items():
+            missing_F = np.array([file is None for file in places.files] + [True])
+            file_E = np.where(missing_F[places.file_E], -1, places.file_E)
+            videos[camera] = replace(places, file_E=file_E)
+        tables, index_E = self.listed.tables, self.listed.index_E
+        episodes = Episodes(index_E, length_E, first_row_E, tables, videos)  # type: ignore[arg-type]
+        frames = RowFrames(episodes, videos, self.info["fps"], np.concatenate([[], *times]))
+        cameras = {path: camera for camera in videos for path in frames.paths_of(camera)}
         for path, camera in tqdm(cameras.items(), unit="video", disable=not self.decode):
             with self._going_on():
                 timeline = frames.videos.timeline(path)

@@ -25,10 +25,11 @@ import av
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from wmjax.data.lerobot.frames import row_frames
+from wmjax.data.lerobot.episodes import Dropped
+from wmjax.data.lerobot.frames import RowFrames
 from wmjax.data.lerobot.info import channels_first, read_info, size_of
-from wmjax.data.lerobot.listing import list_episodes
-from wmjax.data.lerobot.paths import inside, video_keys
+from wmjax.data.lerobot.listing import Wanted, all_of, list_episodes
+from wmjax.data.lerobot.paths import Folder, video_keys
 from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.media.transforms import frame_size
@@ -56,7 +57,15 @@ class Job(NamedTuple):
 
 
 def transcode(
-    root: Path, out: Path, *, size: int, gop: int, crf: int, cameras: str, workers: int
+    root: Path,
+    out: Path,
+    *,
+    size: int,
+    gop: int,
+    crf: int,
+    cameras: str,
+    workers: int,
+    follow_links: bool = False,
 ) -> list[str]:
     """Write the dataset in `root` to `out`; resume an earlier attempt with the same settings.
 
@@ -68,8 +77,9 @@ def transcode(
                                    ("crf", crf, 0, 51), ("workers", workers, 1, 1024)):  # fmt: skip
         if not low <= value <= high:
             raise UserError(f"--{name}={value}: wanted from {low} to {high}")
-    info = read_info(root.expanduser())
-    root, out = root.expanduser().resolve(), out.expanduser().resolve()
+    folder = Folder(root, follow_links)
+    info = read_info(folder)
+    root, out = folder.root, out.expanduser().resolve()
     features = info["features"]
     chosen = choose_cameras(root, features, cameras, "--cameras")
     if images := [name for name in chosen if features[name]["dtype"] == "image"]:
@@ -78,12 +88,13 @@ def transcode(
             "--cameras, or train on the dataset as it is"
         )
     notes: list[str] = []
-    entries, kept = list_episodes(root, info, chosen, (), optional=cameras == "all", notes=notes)
-    episodes, _, times_R = read_tables(entries, {}, fps=info["fps"])
-    frames = row_frames(entries, episodes, info["fps"], times_R)
+    wanted = Wanted(videos=chosen, optional=cameras == "all")
+    episodes, kept = list_episodes(folder, info, wanted, all_of, notes, Dropped(skip=False))
+    episodes, _, times_R = read_tables(episodes, {}, fps=info["fps"], dropped=Dropped(skip=False))
+    frames = RowFrames(episodes, kept, info["fps"], times_R)
     dropped = [name for name in video_keys(info) if name not in kept]
     notes += [f"{root}: {name}: left out" for name in dropped]
-    files = _files(root)
+    files = _files(folder)
     settings = {"size": size, "gop": gop, "crf": crf, "cameras": list(kept)}
     _claim(root, out, {**settings, "source": _fingerprint(files)})
     names = {path.resolve(): name for name, path in files.items()}
@@ -102,7 +113,7 @@ def transcode(
     for place, path in files.items():
         if path.resolve() not in sources and path.suffix not in _VIDEOS and place != _INFO:
             _carry_over(path, out / place, dropped)
-    firsts = {name: next(e.videos[name][0] for e in entries if name in e.videos) for name in kept}
+    firsts = {name: frames.paths_of(name)[0] for name in kept}
     sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
     with _placed(out / _INFO) as part:
         part.write_text(json.dumps(_new_info(info, sizes, dropped, gop, crf), indent=4))
@@ -111,14 +122,14 @@ def transcode(
     return notes
 
 
-def _files(root: Path) -> dict[Path, Path]:
+def _files(folder: Folder) -> dict[Path, Path]:
     """Return every file of the dataset by its relative path; hidden files do not count."""
     files = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
+    for path in sorted(folder.walk()):
+        name = path.relative_to(folder.root)
         if not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        inside(root, path)
+        folder.resolve(path)
         if name != _MARK:
             files[name] = path
     return files
