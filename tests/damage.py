@@ -7,6 +7,7 @@ or a hang is of the last case that started. Imports no jax.
 
 import argparse
 import faulthandler
+import hashlib
 import json
 import os
 import random
@@ -175,6 +176,84 @@ def _edit_table(path, rng):
     path.unlink()
     pq.write_table(table, path)
     return f"{name}: {how}"
+
+
+def damage_times(root, rng):
+    """Change only times: timestamps of rows, the starts of episodes in videos, or the rate."""
+    path, name = rng.choice(
+        [
+            *((path, "timestamp") for path in sorted(root.glob("data/*/*.parquet"))),
+            *(
+                (path, name)
+                for path in sorted(root.glob("meta/episodes/*/*.parquet"))
+                for name in pq.read_schema(path).names
+                if name.endswith("from_timestamp") and name.startswith("videos/")
+            ),
+            (root / "meta/info.json", "fps"),
+        ]
+    )
+    if name == "fps":
+        info = json.loads(path.read_text())
+        info["fps"] = info["fps"] * rng.choice([0.5, 0.98, 1.001, 2, 3])
+        _write(path, json.dumps(info).encode())
+        return f"fps: {info['fps']}"
+    table = pq.read_table(path)
+    values = np.array(table[name].to_pylist(), np.float64)
+    frame, some = 1 / 10, np.array([rng.random() < 0.3 for _ in values])
+    # Episodes may lie in a video in any order, so starts that change places are not damaged times.
+    orders = ["swap", "reverse"] if name == "timestamp" else []
+    how = rng.choice(["shift", "shift some", "scale", "jitter", "round", "one", *orders])
+    match how:
+        case "shift" | "shift some":
+            by = frame * rng.choice([-3, -1, -0.9, -0.5, 0.2, 0.5, 0.9, 1, 2, 50])
+            values = values + by * (some if how == "shift some" else 1)
+        case "scale":
+            values = values * rng.choice([0.5, 0.98, 0.999, 1.001, 1.01, 2])
+        case "jitter":
+            values = values + frame * rng.choice([0.02, 0.3, 1]) * np.random.default_rng(
+                rng.randrange(99)
+            ).standard_normal(len(values))
+        case "swap":
+            i = rng.randrange(len(values))
+            values[[i, i - 1]] = values[[i - 1, i]]
+        case "reverse":
+            values = values[::-1]
+        case "round":
+            values = np.round(values, rng.choice([0, 1, 2]))
+        case "one":
+            values[rng.randrange(len(values))] += frame * rng.choice([-1, 0.5, 1, 7])
+    at = table.column_names.index(name)
+    column = pa.array(values, table.column(at).type)
+    path.unlink()
+    pq.write_table(table.set_column(at, name, column), path)
+    return f"{path.relative_to(root)}: {name}: {how}"
+
+
+def pictures(source):
+    """Return a hash of the picture of each row that can be read, by (episode, row)."""
+    found = {}
+    for index in range(0, len(source), max(len(source) // 60, 1)):
+        try:
+            clip = source[index]
+        except UserError:
+            continue
+        for frame in clip["frames_VT"][0][:1]:
+            pixels = frame if isinstance(frame, np.ndarray) else frame.to_ndarray(format="rgb24")
+            found[clip["episode"], clip["start"]] = hashlib.sha256(pixels.tobytes()).hexdigest()
+    return found
+
+
+def wrong_pictures(base, root):
+    """Return (pictures compared, how many are another row's) of a copy with damaged times."""
+    settings = {"frames": 1, "fps": 1, "stride": 1}
+    try:
+        source = LeRobotSource(root, **settings)
+    except UserError as error:
+        _refusal(error, root)
+        return 0, 0
+    right = pictures(LeRobotSource(base, **settings))
+    found = pictures(source)
+    return len(found), sum(found[row] != right[row] for row in found)
 
 
 def read(root):

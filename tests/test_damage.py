@@ -6,6 +6,7 @@ is of the case that was being read.
 
 import collections
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,31 @@ def test_many_damaged_datasets(bases, name, first):
     outcomes = check_cases(bases / name, first, first + 50)
     assert all(outcomes[outcome] for outcome in ("refused", "read")), outcomes
     print(f"{name} {first}: {dict(outcomes)}")
+
+
+def check_times(base, tmp_path, seeds):
+    """Damage only times; return how many pictures were compared. None may be another row's."""
+    compared = 0
+    for seed in seeds:
+        root = shutil.copytree(base, tmp_path / f"{base.name}-{seed}")
+        what = damage.damage_times(root, random.Random(f"{base.name} {seed}"))
+        count, wrong = damage.wrong_pictures(base, root)
+        assert wrong == 0, f"seed {seed}: {what}: {wrong} of {count} pictures are another row's"
+        compared += count
+        shutil.rmtree(root)
+    return compared
+
+
+@pytest.mark.parametrize("name", ["video", "episodes"])
+def test_no_picture_is_wrong_where_times_are_damaged(bases, tmp_path, name):
+    assert check_times(bases / name, tmp_path, range(20)) > 0
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", ["video", "episodes"])
+def test_no_picture_is_wrong_in_many_damages_of_times(bases, tmp_path, name):
+    compared = check_times(bases / name, tmp_path, range(20, 320))
+    print(f"{name}: 300 damages of times, {compared} pictures compared, 0 wrong")
 
 
 def test_frames_beyond_the_most_pixels_are_not_decoded(monkeypatch):

@@ -36,6 +36,7 @@ from recordings import (
 )
 from shared_data import PUSHT
 
+from wmjax.data import __main__ as tools
 from wmjax.data.lerobot.episodes import Dropped, Episodes, Places
 from wmjax.data.lerobot.info import read_info
 from wmjax.data.lerobot.native import LeRobotSource
@@ -737,6 +738,27 @@ def test_links_out_of_the_folder_where_they_are_allowed(pusht, tmp_path, expecte
     (pusht / name).symlink_to(tmp_path / "elsewhere")
     check_error(["data.follow_links=True", str(tmp_path / "elsewhere")], pusht)
     check_reads(pusht, expected, follow_links=True)
+
+
+def test_the_tools_follow_links_where_they_are_allowed(pusht, tmp_path, expected):
+    (pusht / "videos").rename(tmp_path / "elsewhere")
+    (pusht / "videos").symlink_to(tmp_path / "elsewhere")
+    for command in (["check"], ["stats"], ["transcode", "--size=96", "--workers=1"]):
+        out = [str(tmp_path / "out")] * (command[0] == "transcode")
+        arguments = [command[0], str(pusht), *out, *command[1:]]
+        assert tools.run([*arguments, "--follow-links"]) == 0
+    assert (tmp_path / "out" / VIDEO).is_file()
+    assert open_pusht(tmp_path / "out").notes == []
+    assert tools.run(["check", str(pusht)]) == 1
+    with refused("data.follow_links=True", str(tmp_path / "elsewhere")):
+        tools.run(["transcode", str(pusht), str(tmp_path / "other")])
+
+
+def test_a_link_to_a_folder_above_is_walked_once(pusht):
+    (pusht / "videos/again").symlink_to(pusht)
+    edit_info(pusht, total_frames=1)
+    assert len(open_pusht(pusht).notes) == 1
+    assert len([*Folder(pusht).walk()]) == len([p for p in pusht.rglob("*") if p.is_file()])
 
 
 @pytest.mark.parametrize("path", ["../other/{file_index}", "/etc/passwd"])

@@ -1,12 +1,14 @@
 """The reader by lerobot: with a fake lerobot, and with lerobot itself where it is installed."""
 
 import pickle
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
-from recordings import missing_names, open_pusht, refused
+from recordings import VIDEO, edit_info, missing_names, open_pusht, refused
 from shared_data import PUSHT
 
 from wmjax.data.lerobot.native import LeRobotSource
@@ -15,6 +17,7 @@ from wmjax.data.media.transforms import FULL_BOX, crop_and_scale
 from wmjax.errors import ClipError, UserError
 
 SETTINGS = {"frames": 4, "fps": 4}
+CASES = Path(__file__).parent / "data/recordings"
 
 
 def array(values):
@@ -223,8 +226,98 @@ def test_numbers_that_cannot_be_are_one_line(lerobot, monkeypatch):
     with refused(str(PUSHT), "action", 2):
         LeRobotReader(PUSHT, **SETTINGS)
     monkeypatch.setattr(Metadata, "__init__", empty_metadata)
-    with refused("data.val_share=0", "train", 0, str(PUSHT)):
+    with refused(str(PUSHT), 0, "episodes"):
         LeRobotReader(PUSHT, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("v3_place_float", None),
+        ("v3_gap_between_episodes", None),
+        ("rate_29_5_called_30", "data.reader=native"),  # by count, which lerobot cannot
+        ("late_first_frame", "data.reader=native"),
+    ],
+)
+def test_the_rule_decides_before_lerobot_reads(lerobot, monkeypatch, name, wanted):
+    """lerobot takes the frame nearest on the video's clock: right where the rule has proven it."""
+    root, tolerances = CASES / name, []
+
+    class Opened:
+        def __init__(self, repo_id, root, revision=None, tolerance_s=1e-4, **options):
+            tolerances.append(tolerance_s)
+            source = LeRobotSource(root, frames=1, fps=30)
+            self.hf_dataset = Table(source._tables | {"action": source._tables["action"]})
+
+        def __getitem__(self, index):
+            raise AssertionError("lerobot was asked")
+
+    class Listed:
+        def __init__(self, repo_id, root=None, revision=None):
+            source = LeRobotSource(root, frames=1, fps=30)
+            self.fps, self.features = 30, source._features
+            self.total_episodes = len(source.episodes)
+            self.episodes = [
+                {"dataset_from_index": e.first_row, "dataset_to_index": e.first_row + e.length}
+                for e in source.episodes
+            ]
+
+    monkeypatch.setattr(lerobot, "LeRobotDataset", Opened)
+    monkeypatch.setattr(lerobot, "LeRobotDatasetMetadata", Listed)
+    reader = LeRobotReader(root, frames=1, fps=30)
+    assert tolerances == [0.5 / 30]
+    with refused("episode 0", wanted or "lerobot was asked", kind=ClipError):
+        reader[0]
+
+
+@pytest.fixture
+def elsewhere(lerobot, monkeypatch):
+    """lerobot reads the recording in tests/data, whatever folder it is given."""
+    for fake in (Metadata, lerobot.LeRobotDataset):
+
+        def opened(self, repo_id, root=None, _open=fake.__init__, **options):
+            _open(self, repo_id, PUSHT, **options)
+
+        monkeypatch.setattr(fake, "__init__", opened)
+    return lerobot.LeRobotDataset
+
+
+def test_the_rule_is_not_asked_about_a_version_it_does_not_know(elsewhere, monkeypatch, tmp_path):
+    root = shutil.copytree(PUSHT, tmp_path / "set")
+    edit_info(root, codebase_version="v3.1")
+    tolerances, opened = [], elsewhere.__init__
+
+    def newer(self, repo_id, root=None, tolerance_s=1e-4, **options):
+        tolerances.append(tolerance_s)
+        opened(self, repo_id, root, **options)
+
+    monkeypatch.setattr(elsewhere, "__init__", newer)
+    (root / VIDEO).write_bytes(b"")
+    assert LeRobotReader(root, **SETTINGS)[0]["episode"] == 0
+    edit_info(root, codebase_version="v3.0")
+    with refused(VIDEO, kind=ClipError):
+        LeRobotReader(root, **SETTINGS)[0]
+    assert tolerances == [0.001, 0.05]
+
+
+def test_episodes_and_links_hold_for_lerobots_reader_too(elsewhere, tmp_path):
+    assert [e.index for e in LeRobotReader(PUSHT, episodes="1,3:", **SETTINGS).episodes] == [
+        1,
+        3,
+        4,
+    ]
+    last, whole = (
+        LeRobotReader(PUSHT, episodes="-1", **SETTINGS)[0],
+        LeRobotReader(PUSHT, **SETTINGS),
+    )
+    assert (last["episode"], last["start"]) == (4, 0)
+    np.testing.assert_array_equal(last["frames_VT"], whole[4 * 71]["frames_VT"])
+    root = shutil.copytree(PUSHT, tmp_path / "set")
+    (root / "videos").rename(tmp_path / "elsewhere")
+    (root / "videos").symlink_to(tmp_path / "elsewhere")
+    with refused("data.follow_links=True", str(tmp_path / "elsewhere")):
+        LeRobotReader(root, **SETTINGS)
+    assert LeRobotReader(root, follow_links=True, **SETTINGS)[0]["episode"] == 0
 
 
 def test_without_lerobot_the_extra_is_named(monkeypatch):

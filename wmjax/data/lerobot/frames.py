@@ -194,8 +194,21 @@ def _rounding(stamps_R: np.ndarray) -> np.ndarray:
     return np.spacing(np.abs(stamps_R).astype(np.float32)).astype(np.float64) / 2
 
 
+def _distinct(frames_R: np.ndarray) -> bool:
+    return len(np.unique(frames_R)) == len(frames_R)
+
+
+def _backward(frames_R: np.ndarray, rows: _Rows) -> np.ndarray:
+    """Return the rows of an episode whose frame is not after that of the row before."""
+    steps_R = np.diff(frames_R, prepend=-1)
+    steps_R[np.cumsum(rows.length_S)[:-1]] = 1  # an episode may lie anywhere
+    return np.flatnonzero(steps_R <= 0)
+
+
 def by_time(path: Path, timeline: Timeline, rows: _Rows) -> np.ndarray | None:
-    """Return the frame of each row by its time; None if rows have none, several or the same.
+    """Return the frame of each row by its time; None if some have none, several or the same.
+
+    None too if the frames of an episode are not in the order of its rows.
 
     Times count from the clock's 0, or from the first frame. UserError if both fit and differ.
     """
@@ -203,7 +216,7 @@ def by_time(path: Path, timeline: Timeline, rows: _Rows) -> np.ndarray | None:
     fits = []
     for origin in dict.fromkeys([0.0, *seconds_N[:1].tolist()]):
         frames_R, fit_R = _nearest(seconds_N - origin, rows, float(timeline.clock))
-        if fit_R.all() and len(np.unique(frames_R)) == len(frames_R):
+        if fit_R.all() and not len(_backward(frames_R, rows)) and _distinct(frames_R):
             fits.append(frames_R)
     if not fits:
         return None
@@ -252,7 +265,7 @@ def by_count(path: Path, timeline: Timeline, rows: _Rows, episodes: int) -> tupl
 
 
 def _misfit(seconds_N: np.ndarray, rows: _Rows, tick: float) -> str:
-    """Say why rows do not go by time: the first row without a frame, or with another row's."""
+    """Say why rows do not go by time: the first row without a frame of its own, or out of order."""
     frames_R, fit_R = _nearest(seconds_N, rows, tick)
     if not fit_R.all():
         row = int(np.flatnonzero(~fit_R)[0])
@@ -261,6 +274,11 @@ def _misfit(seconds_N: np.ndarray, rows: _Rows, tick: float) -> str:
             f"{rows.name(row)}: no frame at {rows.times_R[row]:.4f} s, "
             f"{nearest or 'there is none'}; {int((~fit_R).sum())} of {len(fit_R)} rows have none "
             f"within {rows.tolerance_R[row]:.4f} s"
+        )
+    for row in _backward(frames_R, rows)[:1].tolist():
+        return (
+            f"{rows.name(row)}: frame {frames_R[row]} of the video, at {rows.times_R[row]:.4f} s, "
+            f"is not after frame {frames_R[row - 1]}, which the row before has"
         )
     order_R = np.argsort(frames_R, kind="stable")
     at = np.flatnonzero(np.diff(frames_R[order_R]) == 0)[0]

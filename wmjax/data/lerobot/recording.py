@@ -87,6 +87,8 @@ class Recording(Source):
 
     def _choose(self, numbers_E: np.ndarray) -> np.ndarray:
         """Return the positions of the episodes to read; numbers_E: those recorded, ascending."""
+        if not len(numbers_E):
+            raise UserError(f"{self.root}: 0 episodes: wanted at least 1")
         try:
             return np.array(pick_episodes(self._asked, numbers_E.tolist()), np.int64)
         except UserError as error:

@@ -53,7 +53,7 @@ class LeRobotReader(Recording):
         ).reshape(-1, 2)
         chosen = self._choose(np.arange(len(bounds_E2)))
         folder = Folder(getattr(meta, "root", self.root), settings.get("follow_links", False))
-        known = len(chosen) and has_known_version(folder)
+        known = has_known_version(folder)
         # Where the rule has proven each row's frame, the nearest one to its time is that frame.
         tolerance = 0.5 / meta.fps if known else tolerance_s(meta.fps)
         sampled = [t * self.stride / meta.fps for t in range(self.frames)]
@@ -75,7 +75,7 @@ class LeRobotReader(Recording):
         self._lock = threading.Lock()
         self._first_E = bounds_E2[:, 0]
         length_E = bounds_E2[chosen, 1] - bounds_E2[chosen, 0]
-        rows = np.concatenate([np.arange(0), *(np.arange(*bounds_E2[i]) for i in chosen)])
+        rows = np.concatenate([np.arange(*bounds_E2[i]) for i in chosen])
         none = Places[Path]([], np.full(len(chosen), -1), np.zeros(len(chosen)), np.zeros(0, int))
         episodes = Episodes(chosen, length_E, np.cumsum(length_E) - length_E, none, {})
         tables = self._read_rows(rows)
