@@ -101,16 +101,16 @@ class Recording(Source):
         self.dropped = sorted(self._dropped.errors)
         total = len(episodes) + len(self.dropped)
         self.notes = [*self.notes, *self._dropped.note(self.root, total)]
-        self._cut(self._split)
+        self.use_split(self._split)
 
     def of_split(self, split: str) -> Self:
         """Return the same recording for another split; the rows are shared."""
         other = copy.copy(self)
-        other._cut(split)
+        other.use_split(split)
         return other
 
-    def _cut(self, split: str) -> None:
-        """Cut the episodes of a split into windows."""
+    def use_split(self, split: str) -> None:
+        """Take the episodes of a split, and cut them into windows."""
         self._split = split
         parts = split_episodes(len(self._every), self._val_share)
         self.episodes = self._every.take(parts[("train", "validation").index(split)])
