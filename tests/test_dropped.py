@@ -19,7 +19,7 @@ from recordings import (
 )
 from shared_data import PUSHT
 
-from wmjax import assemble
+from wmjax import assemble, train
 from wmjax.data.lerobot.episodes import as_ranges
 from wmjax.run.checkpoint import Saved
 
@@ -147,3 +147,20 @@ def test_a_mixture_says_whose_episodes_are_dropped(v21):
     for source in assemble.make_sources(config, ("train", "validation")).values():
         assert source.dropped == [["v21", 2]]
         assert json.dumps(source.dropped)
+
+
+def test_processes_that_dropped_other_episodes_stop(v21, monkeypatch):
+    video_of(v21, 2).unlink()
+    setup = micro.prepare(settings(v21))
+    train.agree_on_dropped(setup)  # a single process has nobody to ask
+    asked = []
+
+    def gather(name, value, seconds):
+        asked.append(value)
+        return [value, '{"train": []}']
+
+    monkeypatch.setattr(train.coordination, "alone", lambda: False)
+    monkeypatch.setattr(train.coordination, "gather_values", gather)
+    with refused("data.on_error", '{"train": [2]}', '{"train": []}'):
+        train.agree_on_dropped(setup)
+    assert asked == ['{"train": [2]}']
