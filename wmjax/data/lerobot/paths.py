@@ -87,6 +87,8 @@ def find(
     else:
         found = _fill(folder, kind, own, fields)
     for template in standard:
+        if _count_found(found) == len(fields):
+            break
         other = _fill(folder, kind, template, fields)
         if _count_found(other) <= _count_found(found):
             continue

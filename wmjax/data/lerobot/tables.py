@@ -100,22 +100,21 @@ def read_tables(
             name: read_numbers(path, name, rows.table[name], rows.owners_R, width)
             for name, width in widths.items()
         }
-        finite = all(np.isfinite(column).all() for column in (rows.times_R, *values.values()))
+        numbers = {_TIME: rows.times_R[:, None], **values}
+        finite = all(np.isfinite(column).all() for column in numbers.values())
         runs = find_runs(path, rows.owners_R)
         found = []
         for (_, positions), bound in zip(block, rows.bounds, strict=True):
             for position in positions.tolist():
                 number, length = episodes.index_E[position].item(), episodes.length_E[position]
                 run = runs.get(number, slice(0))
+                where = f"{path}: episode {number}"
                 try:
                     check_run(path, number, length, rows.frames_R[run])
                     if not bound.start <= run.start < run.stop <= bound.stop:
-                        raise UserError(f"{path}: episode {number}: rows in another table")
-                    if not finite:
-                        where = f"{path}: episode {number}"
-                        check_finite(where, _TIME, rows.times_R[run, None])
-                        for name, column in values.items():
-                            check_finite(where, name, column[run])
+                        raise UserError(f"{where}: its rows are in another table")
+                    for name, column in ({} if finite else numbers).items():
+                        check_finite(where, name, column[run])
                 except UserError as error:
                     if len(block) > 1:
                         raise
