@@ -10,7 +10,7 @@ from flax import traverse_util
 from wmjax import door
 from wmjax.errors import UserError
 from wmjax.run.files import read_json_lines
-from wmjax.weights.export import export
+from wmjax.weights.export import export, square_clip
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
 from wmjax.weights.pretrained import CONFIG, Pretrained, open_pretrained
@@ -98,11 +98,7 @@ def export_folder(
 ) -> str:
     """Write an imported folder, or a run's newest checkpoint, for transformers; return a line."""
     source = open_pretrained(folder, trust=trust)
-    frames, size = frames or source.clip.get("frames"), size or source.clip.get("size")
-    if not frames or not size:
-        raise UserError(
-            f"{folder}: does not say frames and size of its clips; give --frames and --size"
-        )
+    frames, size = square_clip(str(folder), source.clip, frames, size)
     if source.model.get("name", "vjepa2") != "vjepa2":
         raise UserError(
             f"{folder}: model.name={source.model['name']!r}: transformers has no such model; "

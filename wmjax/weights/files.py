@@ -37,7 +37,7 @@ def find(source: str) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise UserError(f"{source}: no such file or folder")
-    patterns = ["config.json", "preprocessor_config.json", "model.json"]
+    patterns = ["config.json", "*preprocessor_config.json", "model.json"]
     patterns += [MODEL, "model-*.safetensors", _INDEX]
     return snapshot(
         source,
