@@ -61,7 +61,17 @@ ARROWS: dict[str, set[str] | None] = {
     "data.media": set(),
     "data.lerobot": {"data", "data.media", "hub"},
     "data.tools": {"data", "data.media", "data.lerobot"},
-    "evals": {"models", "nn", "step", "sharding", "optim", "plugins", "run.metrics", "run.console"},
+    "evals": {
+        "arrays",
+        "models",
+        "nn",
+        "step",
+        "sharding",
+        "optim",
+        "plugins",
+        "run.metrics",
+        "run.console",
+    },
     "weights": {"models", "nn", "hub", "run.checkpoint", "run.files"},
     "viz": {"data", "masking", "inference", "sharding", "evals", "step", "run.files"},
 }

@@ -250,6 +250,17 @@ def test_it_runs_by_what_is_here_and_not_by_what_it_was_trained_with(model, fold
     ("call", "named"),
     [
         (lambda m: m.encode(VIDEO[0]), ["(12, 16, 3)", "THWC", "BTHWC"]),
+        (lambda m: m.encode([*VIDEO[:3], VIDEO[3, 1:]]), ["video", "(12, 16, 3)", "(11, 16, 3)"]),
+        (lambda m: m.encode([VIDEO, VIDEO[:2]]), ["video", "(4, 12, 16, 3)", "(2, 12, 16, 3)"]),
+        (lambda m: m.encode([VIDEO.tolist(), VIDEO[:2].tolist()]), ["video", "inhomogeneous"]),
+        (lambda m: m.encode([]), ["(0,)"]),
+        (lambda m: m.encode(VIDEO[None][:0]), ["(0, 4, 12, 16, 3)"]),
+        (lambda m: m.encode(VIDEO[:0], size=16), ["(0, 12, 16, 3)"]),
+        (lambda m: m.encode(jnp.asarray(VIDEO)[None][:0]), ["(0, 4, 12, 16, 3)"]),
+        (lambda m: m.preprocess(VIDEO[:, :0]), ["(4, 0, 16, 3)"]),
+        (lambda m: m.encode(None), ["()"]),
+        (lambda m: m.predict(VIDEO, [[0], [1, 2]], [1]), ["context_ids", "inhomogeneous"]),
+        (lambda m: m.predict(VIDEO, [0], np.zeros((0, 2), int)), ["target_ids", "(0, 2)"]),
         (lambda m: m.encode(VIDEO[:3]), ["frames", 3, "tubelet=2"]),
         (lambda m: m.encode(VIDEO[:, :10]), ["height", 10, "patch=4"]),
         (lambda m: m.encode(VIDEO.astype(int)), ["int64", "uint8"]),
@@ -275,3 +286,20 @@ def test_weights_without_the_part_that_is_asked_for(tmp_path):
         model.predict(VIDEO, [0], [1])
     with refused(folder, "classifier"):
         model.classify(VIDEO)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float16", "float32"])
+def test_tensors_of_torch_are_video(model, dtype):
+    """Also those in bfloat16, which NumPy lacks, those that need a gradient, and lists of them."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    video = torch.from_numpy(VIDEO).to(getattr(torch, dtype))
+    wanted = model.encode(VIDEO)
+    if dtype == "uint8":
+        np.testing.assert_array_equal(model.encode(video), wanted)
+        np.testing.assert_array_equal(model.encode(list(video)), wanted)
+        return
+    video = (video / 255).requires_grad_()
+    exact = model.encode(video.detach().float().numpy(), normalized=False)
+    np.testing.assert_array_equal(model.encode(video, normalized=False), exact)
+    np.testing.assert_array_equal(model.encode(list(video), normalized=False), exact)
+    assert np.abs(exact - wanted).max() < 0.1
