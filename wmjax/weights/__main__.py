@@ -1,7 +1,6 @@
 """The command line: `python -m wmjax.weights import SRC DIR`, `export DIR OUT`, `show SRC`."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from flax import traverse_util
 
 from wmjax import door
 from wmjax.errors import UserError
-from wmjax.run.files import read_json_lines
+from wmjax.run.files import read_json_lines, to_json
 from wmjax.weights.export import export, square_clip
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
@@ -90,7 +89,7 @@ def import_folder(source: Pretrained, folder: Path) -> None:
         "source": source.where,
         "notes": source.notes,
     }
-    (folder / CONFIG).write_text(json.dumps(text, indent=2) + "\n")
+    (folder / CONFIG).write_text(to_json(text, indent=2) + "\n")
 
 
 def export_folder(

@@ -1,6 +1,5 @@
 """Exports a V-JEPA 2, with or without a classifier, as a folder that transformers opens."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from wmjax.nn.norm import EPS
+from wmjax.run.files import to_json
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import describe, leaves_of, wanted
 from wmjax.weights.pretrained import PREPROCESSORS
@@ -65,7 +65,7 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / MODEL, shapes, _tensors(form, leaves))
         for name, content in (("config.json", settings), (PREPROCESSORS[0], _processor(size))):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            (folder / name).write_text(to_json(content, indent=2) + "\n")
         eps = classifier["eps"] if classifier else EPS
         card = model_card(settings, config or {}, metrics or {}, eps)
         (folder / "README.md").write_text(card)
@@ -257,7 +257,5 @@ def model_card(
         rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
         text += f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
     if config:
-        text += (
-            f"\n## Configuration\n\n```json\n{json.dumps(config, indent=2, sort_keys=True)}\n```\n"
-        )
+        text += f"\n## Configuration\n\n```json\n{to_json(config, indent=2, sort_keys=True)}\n```\n"
     return text
