@@ -88,9 +88,11 @@ def test_floats_say_what_they_are(folder):
         (VIDEO.astype(np.float32), False, ["red", 255, "0..1", "uint8"]),
         (VIDEO / np.float32(255), None, ["normalized=True", "normalized=False"]),
         (VIDEO / np.float32(127.5) - 1, None, ["normalized=True", "normalized=False"]),
+        (VIDEO / np.float32(127.5) - 1, False, ["red", -1, 1, "0..1"]),
         (jnp.asarray(VIDEO, jnp.float32), None, ["red", 255]),
         (np.full(VIDEO.shape, np.nan, np.float32), None, ["red", "nan"]),
         (np.full(VIDEO.shape, -2.05, np.float32), None, ["blue", -2.05]),  # green may be so dark
+        (np.full(VIDEO.shape, 2.36, np.float32), None, ["red", 2.36, -2.12, 2.64]),
         (VIDEO, True, ["normalized=True", "uint8"]),
     ],
 )
@@ -157,6 +159,8 @@ def test_crop_pct_is_a_share(folder):
         ("video_preprocessor_config.json", {"do_normalize": False}, ["do_normalize=False"]),
         ("video_preprocessor_config.json", {"do_rescale": False}, ["do_rescale=False"]),
         ("video_preprocessor_config.json", {"rescale_factor": 1 / 127.5}, ["rescale_factor="]),
+        ("video_preprocessor_config.json", {"rescale_factor": "1"}, ["rescale_factor='1'"]),
+        ("preprocessor_config.json", {"image_mean": ["a", 0, 0]}, ["image_mean=['a', 0, 0]"]),
     ],
 )
 def test_other_pixels_of_a_folder_are_refused(folder, tmp_path, name, entries, named):
@@ -301,5 +305,5 @@ def test_tensors_of_torch_are_video(model, dtype):
     video = (video / 255).requires_grad_()
     exact = model.encode(video.detach().float().numpy(), normalized=False)
     np.testing.assert_array_equal(model.encode(video, normalized=False), exact)
-    np.testing.assert_array_equal(model.encode(list(video), normalized=False), exact)
+    np.testing.assert_array_equal(model.encode([list(video)], normalized=False)[0], exact)
     assert np.abs(exact - wanted).max() < 0.1

@@ -17,8 +17,7 @@ def as_array(name: str, value: Any) -> Array:
     """
     if isinstance(value, jax.Array):
         return value
-    parts = isinstance(value, (list, tuple))
-    value = [_on_host(part) for part in value] if parts else _on_host(value)
+    value = _on_host(value)
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -28,7 +27,9 @@ def as_array(name: str, value: Any) -> Array:
 
 
 def _on_host(value: Any) -> Any:
-    """Return what np.asarray takes of a tensor of torch, and any other value as it is."""
+    """Return tensors of torch, also those in lists, as np.asarray takes them."""
+    if isinstance(value, (list, tuple)):
+        return [_on_host(part) for part in value]
     if not hasattr(value, "detach"):
         return value
     value = value.detach().cpu()

@@ -29,7 +29,7 @@ from wmjax.types import Array, Term, WorldModelInput, WorldModelOutput
 
 Size = int | tuple[int, int]
 OFFICIAL_CROP = 224 / 256  # share of the short side that V-JEPA 2's evaluations keep
-_SLACK = 0.1  # added to the range of normalised RGB, for rounding and resizing
+_SLACK = 0.1  # how far floats may lie outside their range, after rounding and resizing
 
 
 class Model:
@@ -254,7 +254,7 @@ class Model:
             frames=frames,
             size=size,
             classifier=settings or None,
-            labels=labels or (() if classifier else self.labels),
+            labels=labels or (self.labels if classifier is None else ()),
             config=self.config if "data" in self.config else None,
         )
 
@@ -357,6 +357,7 @@ def _normalised(frames: Array, normalized: bool | None) -> Array:
 
 
 def _check_values(frames: Array, normalized: bool | None) -> None:
+    """Raise UserError for float32 values that are not what `normalized` says, or may be either."""
     axes = tuple(range(frames.ndim - 1))
     low_C, high_C = np.asarray(frames.min(axes)), np.asarray(frames.max(axes))
     least_C: Array = np.zeros(3, np.float32)
@@ -364,12 +365,12 @@ def _check_values(frames: Array, normalized: bool | None) -> None:
     raw = "RGB in 0..1 with normalized=False, or in 0..255 as uint8"
     wanted = raw
     if normalized is not False:
-        least_C, most_C = (_normalise(v) + w for v, w in ((least_C, -_SLACK), (most_C, _SLACK)))
+        least_C, most_C = _normalise(least_C), _normalise(most_C)
         wanted = f"normalised RGB in {least_C.min():.2f}..{most_C.max():.2f}; or {raw}"
     for name, low, high, least, most in zip(
         ("red", "green", "blue"), low_C, high_C, least_C, most_C, strict=True
     ):
-        if not (low >= least and high <= most):  # NaN is refused too
+        if not (low >= least - _SLACK and high <= most + _SLACK):  # NaN is refused too
             raise UserError(f"video of floats: {name} in {low:.4g}..{high:.4g}: wanted {wanted}")
     if normalized is None and low_C.min() >= -1 and high_C.max() <= 1:
         raise UserError(

@@ -136,7 +136,7 @@ def evaluate(probes: Probes, batches: Iterable[tuple[Any, Any]], mesh: Mesh) -> 
     for batch in batches:
         placed = _placed(batch, *_classes_and_width(probes.params), mesh, views=True)
         right.append(_count_right(probes.graph, mesh, probes.params, *placed))
-        count += int(np.sum(np.asarray(batch[1]) >= 0))
+        count += int(jnp.sum(placed[1] >= 0))
     if not count:
         raise UserError("the probe's held-out batches: found no labelled clip, wanted 1 or more")
     right_G = np.sum(jax.device_get(right), axis=0)

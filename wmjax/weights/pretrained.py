@@ -1,6 +1,7 @@
 """Opens pretrained weights: finds their format and the model that they belong to."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ class Pretrained:
     AttentiveClassifier, or {}. labels: names of the classes. clip: "frames" and "size" of a
     training clip, with "width" if it is not square, or {} if the files do not say. assumed: keys of
     `model` that are a guess, because neither files nor shapes say them. notes: lines to print: what
-    was assumed, changed or dropped.
-    choices: encoders that a .pt file offers. config, step, spec, statistics: of the run that the
-    weights come from. trust: packages outside wmjax whose model may be imported.
+    was assumed, changed or dropped. choices: encoders that a .pt file offers. config, step, spec,
+    statistics: of the run that the weights come from. trust: packages outside wmjax whose model may
+    be imported.
     """
 
     where: str
@@ -281,20 +282,21 @@ def _pixels(folder: Path) -> Pixels | None:
     if path is None:
         return None
     found = read_json(path, "image_mean and image_std")
-    for key, wanted in {
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-    }.items():
-        if (value := found.get(key)) is not None and not np.isclose(value, wanted):
-            raise UserError(f"{path}: {key}={value!r}: wanted {wanted!r}")
+    for key, wanted in (("do_rescale", 1), ("do_normalize", 1), ("rescale_factor", 1 / 255)):
+        value = found.get(key)  # absent or null: the default of transformers, as wanted
+        if value is not None and not (_is_number(value) and math.isclose(value, wanted)):
+            raise UserError(f"{path}: {key}={value!r}: wanted {wanted:.8g}")
     mean_std = []
     for key in Pixels._fields:
         value = found.get(f"image_{key}")
-        if not isinstance(value, list) or len(value) != 3:
+        if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
             raise UserError(f"{path}: image_{key}={value!r}: wanted three numbers")
         mean_std.append(tuple(value))
     return Pixels(*mean_std)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _image(
