@@ -25,18 +25,19 @@ ARROWS: dict[str, set[str] | None] = {
         *("step", "models", "nn", "sharding", "optim", "data", "data.lerobot", "masking"),
         *("evals", "initial", "config", "run.profile", "run.console"),
     },
-    "config": {"models", "data", "plugins"},
+    "config": {"models", "data", "plugins", "run.files"},
     "plugins": set(),
     "step": {"models", "sharding"},
     "sharding": set(),
     "optim": set(),
     "types": set(),
+    "arrays": set(),
     "errors": set(),
     "hub": set(),
     "initial": {"weights", "run.checkpoint", "step", "models"},
-    "inference": {"weights", "models", "nn", "sharding", "data.media"},
+    "inference": {"arrays", "weights", "models", "nn", "sharding", "data.media"},
     "run": set(),
-    "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination"},
+    "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination", "run.files"},
     "run.files": set(),
     "run.manifest": {"run.files"},
     "run.console": set(),
@@ -60,7 +61,17 @@ ARROWS: dict[str, set[str] | None] = {
     "data.media": set(),
     "data.lerobot": {"data", "data.media", "hub"},
     "data.tools": {"data", "data.media", "data.lerobot"},
-    "evals": {"models", "nn", "step", "sharding", "optim", "plugins", "run.metrics", "run.console"},
+    "evals": {
+        "arrays",
+        "models",
+        "nn",
+        "step",
+        "sharding",
+        "optim",
+        "plugins",
+        "run.metrics",
+        "run.console",
+    },
     "weights": {"models", "nn", "hub", "run.checkpoint", "run.files"},
     "viz": {"data", "masking", "inference", "sharding", "evals", "step", "run.files"},
 }
@@ -77,6 +88,8 @@ UNPICKLERS = {"read_pickle", "unsafe_load", "full_load", "UnsafeLoader", "FullLo
 SAFE = {"allow_pickle": False, "weights_only": True, "shell": False, "trust_remote_code": False}
 # Modules imported by a name that is computed: rooms of wmjax, and loggers named in the source.
 IMPORTS_BY_NAME = {"wmjax/__init__.py", "wmjax/plugins.py", "wmjax/run/reporter.py"}
+# All others use run.files.to_json, which is strict. A copy of a dataset keeps the JSON it had.
+WRITES_JSON = {"wmjax/run/files.py", "wmjax/data/tools/transcode.py"}
 
 FILES = [
     str(path.relative_to(ROOT))
@@ -156,7 +169,7 @@ def wrong_imports(path, tree):
 
 
 def wrong_calls(path, tree):
-    """Yield (line, what) of every call that runs code found in data."""
+    """Yield (line, what) of every call that runs code found in data, or writes loose JSON."""
     for node in ast.walk(tree):
         match node:
             # By any name that it is given: the function itself may not be mentioned.
@@ -166,6 +179,10 @@ def wrong_calls(path, tree):
                 path not in IMPORTS_BY_NAME
             ):
                 yield node.lineno, "import by name: wanted a plain import"
+            case ast.Attribute(value=ast.Name(id="json"), attr="dump" | "dumps") if (
+                path not in WRITES_JSON
+            ):
+                yield node.lineno, "json writes a bare NaN: use run.files.to_json"
             case ast.Attribute(attr="exec_module") if path != "wmjax/config.py":
                 yield node.lineno, "only config.py executes a file"
             case ast.Attribute(attr=name) if name in SHELLS | UNPICKLERS:
@@ -262,6 +279,7 @@ def test_a_file_keeps_the_arrows(path):
         ("wmjax/config.py", "yaml.load(t, yaml.UnsafeLoader)", "UnsafeLoader runs code"),
         ("wmjax/train.py", "os.system(t)", "system runs code"),
         ("wmjax/train.py", "subprocess.run(t, shell=True)", "shell=True may run"),
+        ("wmjax/train.py", "json.dumps(row)", "use run.files.to_json"),
         ("wmjax/cupboard/x.py", "import os", "has no line in ARROWS"),
         ("configs/x.py", "import jax", "values only"),
         ("wmjax/step.py", None, "no docstring"),

@@ -1,5 +1,7 @@
 """Checkpoints without a run: which are kept, and that they come back as they were saved."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,6 +39,16 @@ def test_what_was_saved_comes_back_by_both_ways(tmp_path):
     for state in (restored.state, saved.restore(STATE, "x")):
         np.testing.assert_array_equal(state.params["w"], STATE.params["w"])
     assert saved.read(["params.w"])["params.w"].tolist() == STATE.params["w"].tolist()
+
+
+def test_its_json_is_strict_and_its_numbers_come_back(tmp_path):
+    meta = {"config": {"clip": math.inf}, "statistics": [{"mean": [0.5, -math.inf]}]}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(5, STATE, {"position": 40}, meta)
+    text = (tmp_path / "5/meta/metadata").read_text()
+    assert '"Infinity"' in text
+    assert "Infinity" not in text.replace('"Infinity"', "").replace('"-Infinity"', "")
+    assert Saved(tmp_path).meta == meta
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def batches(seed, count=None, rows=16, signal=3.0, views=()):
         yield x.astype(np.float32), labels
 
 
+def changed(features=lambda x: x, labels=lambda y: y):
+    for x, y in batches(1, count=4):
+        yield features(x), labels(y)
+
+
 def fit(stream, steps, rates, decays=(0.01,), mesh=MESH):
     return probing.fit(stream, mesh, steps=steps, seed=0, rates=rates, decays=decays, **PROBE)
 
@@ -71,7 +76,7 @@ def test_clips_of_one_view_need_no_axis_for_it(learned):
 
 def test_labels_of_other_clips_are_no_views(learned):
     ((features, labels),) = batches(2, count=1)
-    with refused(16, 8, error=TypeError):  # of jax, about the shapes
+    with refused("features", 16, 8):
         probing.evaluate(learned, [(features, labels[:8])], MESH)
 
 
@@ -220,11 +225,37 @@ def test_initial_weights_and_axes():
         (lambda: batches(1, count=2), {}, ["batches", 2, 4]),
         (lambda: [(x, y + 1) for x, y in batches(1, count=4)], {}, ["labels", 4, "classes=4"]),
         (lambda: batches(1, rows=15), {"mesh": TWO}, ["=15", 2, 16]),
+        (lambda: changed(labels=lambda y: np.eye(CLASSES)[y]), {}, ["labels", "(16, 4)", "argmax"]),
+        (lambda: changed(labels=lambda y: y / 2), {}, ["labels", "float64"]),
+        (lambda: changed(labels=lambda y: y[:0]), {}, ["labels", "(0,)"]),
+        (lambda: changed(lambda x: x.mean(1)), {}, ["features", "(16, 16)", "[:, None]"]),
+        (lambda: changed(lambda x: x[:, None]), {}, ["features", "(16, 1, 6, 16)"]),
+        (lambda: changed(lambda x: [*x[1:], x[0, 1:]]), {}, ["features", "(6, 16)", "(5, 16)"]),
     ],
 )
 def test_bad_batches_are_answered(stream, settings, said):
     with refused(*said):
         fit(stream(), 4, rates=(1e-3,), **settings)
+
+
+def test_a_later_batch_may_be_bad_too():
+    with refused("features", "(16, 6, 8)", 16):
+        fit(itertools.chain(batches(1, count=1), changed(lambda x: x[..., :8])), 4, rates=(1e-3,))
+
+
+def test_features_of_torch_are_features():
+    """With a gradient, in bfloat16, as a frozen encoder hands them over."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    halves = torch.bfloat16, jnp.bfloat16
+
+    def tensors(dtype):
+        for x, y in batches(1, count=2):
+            yield torch.tensor(x, requires_grad=True).to(dtype), torch.tensor(y)
+
+    rounded = [(np.float32(x.astype(halves[1])), y) for x, y in batches(1, count=2)]
+    probes = [fit(each, 2, rates=(1e-2,)) for each in (tensors(halves[0]), rounded)]
+    leaves = [jax.tree.leaves(each.params) for each in probes]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
 def test_bad_heads_and_no_labels_are_answered(learned):

@@ -1,6 +1,7 @@
 """The file helpers of runs: what a kill or a full disk leaves behind does no harm."""
 
 import json
+import math
 
 import pytest
 
@@ -71,5 +72,24 @@ def test_numbers_survive_a_rewrite(tmp_path):
     row = {"a": 1 / 3, "b": 1e-310, "c": float("inf"), "d": 12345678901234567890}
     files.append_json_line(path, row)
     before = path.read_text()
-    files.write_whole(path, "".join(json.dumps(r) + "\n" for r in files.read_json_lines(path)))
+    rows = files.read_json_lines(path)
+    assert rows == [row]
+    files.write_whole(path, "".join(files.to_json(r) + "\n" for r in rows))
     assert path.read_text() == before
+
+
+def refuse(name):
+    raise AssertionError(f"bare {name}")
+
+
+def test_what_json_lacks_has_a_name_and_comes_back(tmp_path):
+    row = {"loss": math.nan, "all": [{"top": math.inf}, (1.0, -math.inf)], "name": "nan"}
+    path = tmp_path / "rows.jsonl"
+    files.append_json_line(path, row)
+    written = json.loads(path.read_text(), parse_constant=refuse)
+    assert written["all"] == [{"top": "Infinity"}, [1.0, "-Infinity"]]
+    (found,) = files.read_json_lines(path)
+    assert math.isnan(found.pop("loss"))
+    assert found == {"all": [{"top": math.inf}, [1.0, -math.inf]], "name": "nan"}
+    path.write_text('{"loss": NaN, "peak": Infinity}\n')  # as earlier commits wrote
+    assert files.read_json_lines(path)[0]["peak"] == math.inf

@@ -6,14 +6,16 @@ import sys
 
 import jax.numpy as jnp
 import micro
+import numpy as np
 import pytest
 from clu import metrics as clu_metrics
 from says import lines_with, refused
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from wmjax import train
 from wmjax.run import clock as run_clock
 from wmjax.run import metrics
+from wmjax.viz import curves
 
 
 def one(**values):
@@ -68,13 +70,15 @@ def test_mfu_is_the_steps_own_operations_over_the_peak(clock_at):
 
 def tensorboard_values(folder):
     """Read (step, name, value) from the event files, record by record; the value of a picture is
-    its size."""
+    its size. As in TensorBoard, a session that starts hides the later steps of those before."""
     found = []
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:
             (size,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + size])
+            if event.session_log.status == SessionLog.START:
+                found = [entry for entry in found if entry[0] < event.step]
             found += [
                 (
                     event.step,
@@ -113,6 +117,44 @@ def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(
     for row in timed:  # one device, of 1 GFLOP/s
         assert row["mfu"] == pytest.approx(micro.FLOP / (row["step_ms"] / 1e3) / 1e9)
     assert lines_with(said, "4/4", "mfu", f"{timed[-1]['mfu']:.1%}")
+
+
+def test_after_a_kill_tensorboard_shows_each_step_once(tmp_path):
+    """Killed at step 4 after a save at step 2: steps 3 and 4 are trained and written again."""
+    settings = ["log.tensorboard=True", "checkpoint.every=2", "log.figures=False"]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step, metrics, batch):
+        if step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        micro.train(micro.config(*settings), tmp_path, on_step=kill)
+    before = [
+        step for step, name, _ in tensorboard_values(tmp_path / "tensorboard") if name == "loss"
+    ]
+    assert before == [1, 2, 3]
+    micro.train(micro.config(*settings), tmp_path)
+    found = tensorboard_values(tmp_path / "tensorboard")
+    for name in ("loss", "learning_rate"):
+        assert [step for step, tag, _ in found if tag == name] == [1, 2, 3, 4]
+
+
+def test_a_run_that_diverges_writes_strict_json(tmp_path):
+    micro.train(micro.config("optim.learning_rate=1e30", "train.eval_every=2"), tmp_path)
+
+    def refuse(name):
+        raise AssertionError(f"bare {name}")
+
+    texts = [path.read_text() for path in tmp_path.rglob("*.json")]
+    texts += [line for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    for text in texts:
+        json.loads(text, parse_constant=refuse)
+    assert any('"NaN"' in text for text in texts)
+    _, losses = curves.series(curves.read(tmp_path), "validation/loss")
+    assert np.isnan(losses).all()
 
 
 def test_no_mfu_where_the_peak_is_unknown(micro_run):

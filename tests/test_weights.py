@@ -34,7 +34,7 @@ from wmjax.run.checkpoint import Checkpoints
 from wmjax.step import TrainState
 from wmjax.weights import __main__ as door
 from wmjax.weights import export, load, open_pretrained, tables
-from wmjax.weights.export import names_and_shapes, transformers_config
+from wmjax.weights.export import model_card, names_and_shapes, transformers_config
 from wmjax.weights.images import Pixels
 from wmjax.weights.load import assemble, check, describe, leaves_of
 
@@ -265,6 +265,11 @@ def test_the_card_tells_of_the_training(tmp_path, params):
     assert "| validation/relative | 0.512346 |" in card
     assert '"learning_rate": 4.6e-05' in card
     assert "torch.rand(1, 8, 3, 16, 16)" in card
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert not holds(card, "1e-05", "1e-06")
+    assert holds(model_card(settings, {}, {}, eps=1e-5), "1e-05", "1e-06")
+    pixels = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    assert (pixels["size"], pixels["crop_size"]["width"]) == ({"shortest_edge": 18}, 16)
 
 
 def test_ratios_survive_that_transformers_cuts_the_product():

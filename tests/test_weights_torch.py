@@ -1,6 +1,7 @@
 """Weights against the libraries that they come from, torch and transformers, where installed."""
 
 import functools
+import importlib.util
 import json
 import warnings
 
@@ -15,7 +16,10 @@ from safetensors.numpy import load_file
 from says import refused, says
 from weight_files import MODEL, SIZES
 
+import wmjax
+from wmjax import sharding
 from wmjax.errors import UserError
+from wmjax.evals.classifier import evaluate, fit
 from wmjax.models import base
 from wmjax.nn import rope
 from wmjax.nn.positions import bicubic
@@ -480,3 +484,41 @@ def test_a_checkpoint_of_meta_becomes_one_for_transformers(checkpoint, tmp_path)
     theirs, ours = (load_file(f / "model.safetensors") for f in (twin, tmp_path / "out"))
     assert theirs.keys() == ours.keys()
     jax.tree.map(same, ours, theirs)
+
+
+# From a run to transformers
+
+
+def test_train_then_classify_then_export(micro_run, tmp_path):
+    """AutoModel and, where torchvision is installed, AutoVideoProcessor open what was written."""
+    model = wmjax.load(micro_run)
+    rng = np.random.default_rng(0)
+    videos = rng.integers(0, 256, (8, 4, 32, 32, 3), np.uint8)
+    labels = np.arange(8) % 3
+    features = np.asarray(model.encode(videos))
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    batches = [(features, labels)] * 4
+    probes = fit(batches, mesh, steps=4, seed=0, classes=3, heads=2, depth=1, eps=1e-6)
+    best = probes.classifier(evaluate(probes, batches, mesh)["best"])
+    model.export(tmp_path, best, labels=("lift", "push", "pull"))
+
+    encoder = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    classifier = transformers.AutoModelForVideoClassification.from_pretrained(tmp_path).eval()
+    assert classifier.config.id2label == {0: "lift", 1: "push", 2: "pull"}
+    ours = wmjax.load(tmp_path)
+    assert ours.labels == ("lift", "push", "pull")
+
+    large = np.repeat(np.repeat(videos[0], 3, axis=1), 2, axis=2)
+    clip = ours.preprocess(large[None])
+    if importlib.util.find_spec("torchvision"):
+        processor = transformers.AutoVideoProcessor.from_pretrained(tmp_path)
+        given = processor(torch.from_numpy(large.transpose(0, 3, 1, 2)), return_tensors="pt")
+        theirs = given["pixel_values_videos"].permute(0, 1, 3, 4, 2).numpy()
+        assert theirs.shape == clip.shape
+        assert np.abs(clip - theirs).mean() < 0.05  # two levels of 255: resizes round differently
+        clip = theirs
+    pixels = torch.from_numpy(clip).permute(0, 1, 4, 2, 3)
+    with torch.no_grad():
+        close(ours.encode(clip), encoder(pixels, skip_predictor=True).last_hidden_state)
+        close(ours.classify(clip), classifier(pixels).logits)
+    close(best(model.encode(clip)), classifier(pixels).logits)

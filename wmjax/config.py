@@ -7,7 +7,6 @@ ConfigDict; every other room takes plain arguments.
 
 import ast
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import ml_collections
 
 from wmjax.errors import UserError, suggest
 from wmjax.plugins import check_trust
+from wmjax.run import files
 
 
 def _folder() -> Path:
@@ -157,12 +157,12 @@ def from_plain(values: Mapping[str, Any], trust: Sequence[str]) -> ml_collection
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Return the configuration as plain JSON types: dicts, lists, numbers, strings, None."""
-    return json.loads(to_json(config))
+    return files.from_json(to_json(config))
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
     """Return the configuration as JSON text with sorted keys."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return files.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

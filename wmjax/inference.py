@@ -17,16 +17,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from wmjax import sharding, weights
-from wmjax.data.media.transforms import centre_box, crop_and_scale
+from wmjax.arrays import as_array
+from wmjax.data.media.transforms import FULL_BOX, centre_box, crop_and_scale
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from wmjax.models.vjepa2 import VJEPA2Settings
 from wmjax.nn.compute import Compute
-from wmjax.types import Term, WorldModelInput, WorldModelOutput
+from wmjax.types import Array, Term, WorldModelInput, WorldModelOutput
 
 Size = int | tuple[int, int]
+OFFICIAL_CROP = 224 / 256  # share of the short side that V-JEPA 2's evaluations keep
+_SLACK = 0.1  # how far floats may lie outside their range, after rounding and resizing
 
 
 class Model:
@@ -34,8 +37,9 @@ class Model:
 
     config: the configuration of the run; for other weights "model", "classifier" and "clip" as
     their files say. labels: names of the classes, or (). notes: what was assumed about the weights,
-    and what was dropped. params: arrays by part, such as encoder and predictor. token_grid(frames,
-    height, width): tokens of a clip along time, rows and columns; UserError if none fit.
+    and what was dropped. params: arrays by part, such as encoder and predictor. crop_pct: as given
+    to `load`. token_grid(frames, height, width): tokens of a clip along time, rows and columns;
+    UserError if none fit.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Model:
         probe: weights.Pretrained | None = None,
         dtype: str | None = None,
         mesh: Mesh | None = None,
+        crop_pct: float | None = None,
     ) -> None:
         # dtype and kernels are chosen for this machine, not for the one that trained the model.
         compute = Compute.of(source.model)
@@ -51,7 +56,8 @@ class Model:
             compute, dtype=dtype or "float32", remat="none", attention="auto", norm="auto"
         )
         blueprint = source.blueprint(compute)
-        settings = (probe or source).classifier
+        self._classifier = settings = (probe or source).classifier
+        self.crop_pct = crop_pct or (OFFICIAL_CROP if settings else 1.0)
         self.config: dict[str, Any] = source.config or {
             "model": {"name": "vjepa2", **source.model},
             "classifier": settings,
@@ -61,6 +67,7 @@ class Model:
         self.notes = source.notes + (probe.notes if probe else ())
         self.token_grid = blueprint.token_grid
         self._where, self._clip, self._blueprint = source.where, source.clip, blueprint
+        self._model = source.model
 
         shapes, axes = dict(blueprint.shapes), dict(blueprint.axes)
         graphs: dict[str, Any] = {}
@@ -138,12 +145,12 @@ class Model:
         """Whether every part of the model was loaded; `terms` needs them all."""
         return self.params.keys() >= self._blueprint.shapes.keys()
 
-    def target_features(self, video: Any) -> jax.Array:
+    def target_features(self, video: Any, *, normalized: bool | None = None) -> jax.Array:
         """Return features in the space of the loss, where predictions live; else like `encode`.
 
-        video: as for encode, at its own size.
+        video, normalized: as for encode; the video is taken at its own size.
         """
-        video_BTHWC, single = self._clips(video, None)
+        video_BTHWC, single = self._clips(video, None, normalized)
         features_BND = self._targets(self.params, video_BTHWC)
         return features_BND[0] if single else features_BND
 
@@ -157,33 +164,47 @@ class Model:
             raise UserError(f"{self._where}: has {', '.join(self.params)}; wanted {parts}")
         return self._loss(self.params, batch).terms
 
-    def encode(self, video: Any, *, size: Size | None = None) -> jax.Array:
+    def encode(
+        self, video: Any, *, size: Size | None = None, normalized: bool | None = None
+    ) -> jax.Array:
         """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
 
-        video: THWC or BTHWC. uint8 RGB is normalised here; floats must be normalised already.
-        Length and size must be multiples of tubelet and patch. Tokens are ordered by time, row,
-        column. size: height and width in pixels, or one number for both, after a centre crop and
-        resize; uint8 only. None: the video's own size.
+        video: THWC or BTHWC, uint8 RGB or floats. Length and size must be multiples of tubelet and
+        patch. Tokens are ordered by time, row, column. size: height and width in pixels, or one
+        number for both, after a resize and a centre crop that keeps `crop_pct`; uint8 only. None:
+        the video's own size. normalized: of floats. True: (RGB - mean) / std of ImageNet's RGB in
+        0..1, as `preprocess` returns. False: RGB in 0..1. None: normalised, but values that may be
+        either, which all lie in -1..1, are refused.
+
+        Raises UserError for values that are not what `normalized` says. Values are not checked
+        under jit, where floats need `normalized`.
         """
-        video_BTHWC, single = self._clips(video, size)
+        video_BTHWC, single = self._clips(video, size, normalized)
         features_BND = self._encode(self.params, video_BTHWC)
         return features_BND[0] if single else features_BND
 
     def predict(
-        self, video: Any, context_ids: Any, target_ids: Any, *, size: Size | None = None
+        self,
+        video: Any,
+        context_ids: Any,
+        target_ids: Any,
+        *,
+        size: Size | None = None,
+        normalized: bool | None = None,
     ) -> jax.Array:
         """Predict the features of target tokens from the context tokens alone.
 
-        video, size: as for encode. context_ids, target_ids: token ids, (K,) and (M,) for all clips,
-        or (B, K) and (B, M) for each clip. Returns float32 (M, width) or (B, M, width), to be
-        compared with target_features. Raises UserError if the model does not predict masked tokens.
+        video, size, normalized: as for encode. context_ids, target_ids: token ids, (K,) and (M,)
+        for all clips, or (B, K) and (B, M) for each clip. Returns float32 (M, width) or
+        (B, M, width), to be compared with target_features. Raises UserError if the model does not
+        predict masked tokens.
         """
         if not hasattr(self._blueprint.family, "predict"):
             name = self._blueprint.family.__qualname__
             raise UserError(f"{self._where}: {name} does not predict masked tokens")
         if not self.complete:
             raise UserError(f"{self._where}: has an encoder but no predictor")
-        video_BTHWC, single = self._clips(video, size)
+        video_BTHWC, single = self._clips(video, size, normalized)
         tokens = math.prod(self.token_grid(*video_BTHWC.shape[1:4]))
         ids = (
             _token_ids(name, value, len(video_BTHWC), tokens)
@@ -192,19 +213,53 @@ class Model:
         prediction_BMD = self._predict(self.params, video_BTHWC, *ids)
         return prediction_BMD[0] if single else prediction_BMD
 
-    def classify(self, video: Any, *, size: Size | None = None) -> jax.Array:
+    def classify(
+        self, video: Any, *, size: Size | None = None, normalized: bool | None = None
+    ) -> jax.Array:
         """Return float32 logits, (classes,) or (B, classes).
 
-        video, size: as for encode. Raises UserError if no classifier was loaded.
+        video, size, normalized: as for encode. Raises UserError if no classifier was loaded.
         """
         if "head" not in self.params:
             raise UserError(f"{self._where}: has no classifier")
-        video_BTHWC, single = self._clips(video, size)
+        video_BTHWC, single = self._clips(video, size, normalized)
         logits_BC = self._classify(self.params, video_BTHWC)
         return logits_BC[0] if single else logits_BC
 
+    def export(
+        self,
+        folder: str | Path,
+        classifier: AttentiveClassifier | None = None,
+        labels: Sequence[str] = (),
+        *,
+        frames: int | None = None,
+        size: int | None = None,
+    ) -> None:
+        """Write a folder that AutoModel and AutoVideoProcessor of transformers open.
+
+        classifier: trained on features of this model by evals.classifier.fit; None: the one that
+        was loaded, if any. labels: names of its classes. frames, size: of a clip; size is the side
+        of a square frame in pixels; None: as in training. Raises UserError for a model that
+        transformers would compute differently, and for frames that are not square.
+        """
+        frames, size = weights.square_clip(self._where, self._clip, frames, size)
+        params, settings = dict(self.params), self._classifier
+        if classifier is not None:
+            settings = classifier.settings
+            params |= base.split(classifier)[1]
+        weights.export(
+            params,
+            self._model,
+            folder,
+            frames=frames,
+            size=size,
+            classifier=settings or None,
+            labels=labels or (self.labels if classifier is None else ()),
+            config=self.config if "data" in self.config else None,
+        )
+
     def preprocess(self, video: Any, size: Size | None = None) -> np.ndarray:
-        """Crop, resize and normalise uint8 RGB, THWC or BTHWC of any size, to float32.
+        """Resize, crop and normalise uint8 RGB, THWC or BTHWC of any size, to float32.
 
         size: height and width in pixels, or one number for both; None: as in training. Encoding the
         result equals encoding the uint8 video with the same size.
@@ -212,21 +267,24 @@ class Model:
         frames = _checked(video)
         if frames.dtype != np.uint8:
             raise UserError(f"video of {frames.dtype}: wanted uint8 for preprocess")
-        size = size or self._clip.get("size")
         if not size:
-            raise UserError(f"{self._where}: does not say the size of its clips; give size=")
-        mean, std = (np.asarray(value, np.float32) for value in (PIXEL_MEAN, PIXEL_STD))
-        return (_resized(frames, size).astype(np.float32) / np.float32(255) - mean) / std
+            if "size" not in self._clip:
+                raise UserError(f"{self._where}: does not say the size of its clips; give size=")
+            size = self._clip["size"], self._clip.get("width", self._clip["size"])
+        resized = _resized(frames, size, self.crop_pct)
+        return np.asarray(_normalise(resized.astype(np.float32) / np.float32(255)))
 
-    def _clips(self, video: Any, size: Size | None) -> tuple[Any, bool]:
+    def _clips(self, video: Any, size: Size | None, normalized: bool | None) -> tuple[Any, bool]:
         """Return a batch of resized clips, and whether the video was a single clip."""
         frames = _checked(video)
-        if size is not None:
-            if frames.dtype != np.uint8:
+        if frames.dtype != np.uint8:
+            if size is not None:
                 raise UserError(f"size={size} for video of {frames.dtype}: only uint8 is resized")
-            frames = _resized(frames, size)
-        elif frames.dtype not in (np.uint8, np.float32):
-            frames = frames.astype(np.float32)
+            frames = _normalised(frames, normalized)
+        elif normalized:
+            raise UserError("normalized=True for video of uint8: wanted floats")
+        elif size is not None:
+            frames = _resized(frames, size, self.crop_pct)
         single = frames.ndim == 4
         clips = frames[None] if single else frames
         self.token_grid(*clips.shape[1:4])  # raises before anything is compiled
@@ -240,6 +298,7 @@ def load(
     probe: str | Path | None = None,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    crop_pct: float | None = None,
     trust: Sequence[str] = (),
 ) -> Model:
     """Load a model for inference.
@@ -250,9 +309,15 @@ def load(
     target_encoder (the EMA) or encoder. probe: a separate classifier, such as the files that Meta's
     evaluations write. dtype: of matrix products: float32 (default) or bfloat16, for which GPUs have
     fused attention. mesh: shards the parameters over its devices, see sharding.make_mesh; None: the
-    default device. trust: packages outside wmjax from which the model that a run's configuration
-    names may be imported. Raises UserError if no format fits, or a name or shape does not.
+    default device. crop_pct: share of a frame's short side that `size=` keeps, above 0 to 1. 1.0:
+    the largest centre crop, then a resize, as held-out clips in training. Less: the short side is
+    resized to int(size / crop_pct), then the centre is cropped. Default: 0.875 with a classifier,
+    as V-JEPA 2's evaluations (EvalVideoTransform: 256 / 224) and VJEPA2VideoProcessor; else 1.0.
+    trust: packages outside wmjax from which the model that a run's configuration names may be
+    imported. Raises UserError if no format fits, or a name or shape does not.
     """
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise UserError(f"crop_pct={crop_pct}: wanted above 0, up to 1")
     source = weights.open_pretrained(where, encoder=encoder, trust=tuple(trust))
     if not source.step and "encoder" not in source.parts:
         raise UserError(
@@ -262,7 +327,7 @@ def load(
     classifier = weights.open_pretrained(probe) if probe is not None else None
     if classifier and not classifier.classifier:
         raise UserError(f"{classifier.where}: has no classifier; probe= needs one")
-    return Model(source, classifier, dtype, mesh)
+    return Model(source, classifier, dtype, mesh, crop_pct)
 
 
 def _placed(leaf: Any, axes: tuple, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
@@ -270,28 +335,81 @@ def _placed(leaf: Any, axes: tuple, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def _checked(video: Any) -> Any:
-    frames = video if isinstance(video, jax.Array) else np.asarray(video)
+def _checked(video: Any) -> Array:
+    frames = as_array("video", video)
     if frames.ndim not in (4, 5) or frames.shape[-1] != 3:
         raise UserError(f"video of shape {frames.shape}: wanted THWC or BTHWC with 3 channels")
+    if not frames.size:
+        raise UserError(f"video of shape {frames.shape}: holds no pixel; wanted a clip or more")
     if frames.dtype != np.uint8 and not jnp.issubdtype(frames.dtype, jnp.floating):
-        raise UserError(f"video of {frames.dtype}: wanted uint8, or floats that are normalised")
+        raise UserError(f"video of {frames.dtype}: wanted uint8 or floats")
     return frames
 
 
-def _resized(frames: Any, size: Size) -> np.ndarray:
-    """Centre-crop and scale on the host, exactly as held-out clips in training."""
+def _normalised(frames: Array, normalized: bool | None) -> Array:
+    """Return float32 normalised RGB; UserError unless the floats are what `normalized` says."""
+    frames = frames.astype(np.float32)
+    if not isinstance(frames, jax.core.Tracer):
+        _check_values(frames, normalized)
+    elif normalized is None:
+        raise UserError("video of floats under jit: wanted normalized=True or normalized=False")
+    return _normalise(frames) if normalized is False else frames
+
+
+def _check_values(frames: Array, normalized: bool | None) -> None:
+    """Raise UserError for float32 values that are not what `normalized` says, or may be either."""
+    axes = tuple(range(frames.ndim - 1))
+    low_C, high_C = np.asarray(frames.min(axes)), np.asarray(frames.max(axes))
+    least_C: Array = np.zeros(3, np.float32)
+    most_C: Array = np.ones(3, np.float32)
+    raw = "RGB in 0..1 with normalized=False, or in 0..255 as uint8"
+    wanted = raw
+    if normalized is not False:
+        least_C, most_C = _normalise(least_C), _normalise(most_C)
+        wanted = f"normalised RGB in {least_C.min():.2f}..{most_C.max():.2f}; or {raw}"
+    for name, low, high, least, most in zip(
+        ("red", "green", "blue"), low_C, high_C, least_C, most_C, strict=True
+    ):
+        if not (low >= least - _SLACK and high <= most + _SLACK):  # NaN is refused too
+            raise UserError(f"video of floats: {name} in {low:.4g}..{high:.4g}: wanted {wanted}")
+    if normalized is None and low_C.min() >= -1 and high_C.max() <= 1:
+        raise UserError(
+            f"video of floats in {low_C.min():.4g}..{high_C.max():.4g}: may be normalised or not: "
+            f"wanted normalized=True; or {raw}"
+        )
+
+
+def _normalise(frames: Array) -> Array:
+    """Return (RGB - mean) / std of float32 RGB in 0..1, channels last."""
+    ones = (1,) * (frames.ndim - 1)
+    mean, std = (np.asarray(v, np.float32).reshape(*ones, 3) for v in (PIXEL_MEAN, PIXEL_STD))
+    return (frames - mean) / std
+
+
+def _resized(frames: Any, size: Size, crop_pct: float) -> np.ndarray:
+    """Resize and centre-crop on the host; crop_pct=1: exactly as held-out clips in training."""
     height, width = (size, size) if isinstance(size, int) else size
-    if frames.shape[-3:-1] == (height, width):
-        return np.asarray(frames)
     clips = np.asarray(frames).reshape(-1, *frames.shape[-3:])
-    box = centre_box(clips.shape[1], clips.shape[2], width / height)
-    scaled = crop_and_scale(list(clips), box, height, width)
+    rows, columns = clips.shape[1:3]
+    if crop_pct < 1:
+        tall, wide = int(height / crop_pct), int(width / crop_pct)
+        if rows * wide > columns * tall:
+            tall = rows * wide // columns
+        else:
+            wide = columns * tall // rows
+        top, left = round((tall - height) / 2), round((wide - width) / 2)
+        scaled = crop_and_scale(list(clips), FULL_BOX, tall, wide)
+        scaled = scaled[:, top : top + height, left : left + width]
+    elif (rows, columns) == (height, width):
+        scaled = clips
+    else:
+        box = centre_box(rows, columns, width / height)
+        scaled = crop_and_scale(list(clips), box, height, width)
     return scaled.reshape(*frames.shape[:-3], height, width, 3)
 
 
 def _token_ids(name: str, value: Any, batch: int, tokens: int) -> np.ndarray:
-    ids = np.asarray(value)
+    ids = np.asarray(as_array(name, value))
     if ids.ndim not in (1, 2) or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(
             f"{name} of shape {ids.shape}, {ids.dtype}: wanted integers in one row, or a row a clip"

@@ -4,7 +4,6 @@ Each prints one line of JSON. README.md in this folder explains the figures.
 """
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import ml_collections
 
 from wmjax import door
 from wmjax.errors import UserError
+from wmjax.run.files import to_json
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -108,7 +108,7 @@ def run(argv: list[str]) -> int:
     door.keep_compiled()
     row = (bench_step if flags.command == "step" else bench_data)(config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-    print(json.dumps(rounded))
+    print(to_json(rounded))
     return 0
 
 

@@ -1,7 +1,6 @@
 """Command line of the data tools: `python -m wmjax.data check`, `transcode` and `stats`."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.stats import summarize
 from wmjax.data.tools.check import Finding, check, table_of
 from wmjax.data.tools.transcode import transcode
+from wmjax.run.files import to_json
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -88,8 +88,8 @@ def as_json(tables: dict[str, dict[str, Any]]) -> str:
     """Return JSON with each statistic of each feature on its own line."""
     parts = []
     for name, rows in tables.items():
-        lines = (f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())
-        parts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+        lines = (f"    {to_json(key)}: {to_json(value)}" for key, value in rows.items())
+        parts.append(f"  {to_json(name)}: {{\n" + ",\n".join(lines) + "\n  }")
     return "{\n" + ",\n".join(parts) + "\n}"
 
 

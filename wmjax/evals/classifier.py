@@ -26,11 +26,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from wmjax import optim, sharding
+from wmjax.arrays import as_array
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.nn.compute import Compute
-from wmjax.types import Array
 
 RATES = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
 DECAYS = (0.01, 0.1, 0.4, 0.8)
@@ -49,7 +49,7 @@ class Probes(NamedTuple):
 
 
 def fit(
-    batches: Iterable[tuple[Array, Array]],
+    batches: Iterable[tuple[Any, Any]],
     mesh: Mesh,
     *,
     steps: int,
@@ -62,25 +62,26 @@ def fit(
 ) -> Probes:
     """Train a probe for every rate and decay, on one batch a step.
 
-    batches: (features BND, labels B). Labels count from 0; -1 marks a filler row. Batches of
-    another shape compile the step again. dtype: of products, float32 or bfloat16. classifier: the
-    other settings of AttentiveClassifier. Raises UserError if the batches end before `steps`, or a
-    label is not below `classes`.
+    batches: (features BND, labels B), arrays or tensors. Labels count from 0; -1 marks a filler
+    row. Batches of another shape compile the step again. dtype: of products, float32 or bfloat16.
+    classifier: the other settings of AttentiveClassifier. Raises UserError if the batches end
+    before `steps`, if a label is not below `classes`, and for arrays of other shapes, as pooled
+    features and one-hot labels have.
     """
     stream = iter(batches)
     first = next(stream, None)
     classifier |= {"classes": classes, "compute": Compute(dtype=dtype)}
     if first is None:
         raise UserError(f"the probe's batches: found 0, wanted {steps}")
-    placed = itertools.chain(
-        [_placed(first, classes, mesh)], (_placed(batch, classes, mesh) for batch in stream)
-    )
+    begun = _placed(first, classes, None, mesh)
+    width = begun[0].shape[-1]
+    placed = itertools.chain([begun], (_placed(batch, classes, width, mesh) for batch in stream))
     settings = list(itertools.product(rates, decays))
     optimizer = optax.scale_by_adam()  # betas and epsilon as PyTorch has them by default
     shares = np.asarray(optim.cosine(1.0, 0.0, steps)(jnp.arange(steps)))
 
     def create() -> AttentiveClassifier:
-        rngs, width = nnx.Rngs(jax.random.key(seed)), first[0].shape[-1]
+        rngs = nnx.Rngs(jax.random.key(seed))
         return AttentiveClassifier(rngs, width=width, **classifier)
 
     graph = base.split(nnx.eval_shape(create))[0]
@@ -124,7 +125,7 @@ def fit(
     return Probes(graph, state[0], settings)
 
 
-def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh) -> dict[str, Any]:
+def evaluate(probes: Probes, batches: Iterable[tuple[Any, Any]], mesh: Mesh) -> dict[str, Any]:
     """Score every probe on all batches; the softmax is averaged over views.
 
     batches: (features BND or BVND, labels B as for fit). Returns top1, learning_rate and
@@ -133,9 +134,9 @@ def evaluate(probes: Probes, batches: Iterable[tuple[Array, Array]], mesh: Mesh)
     """
     right, count = [], 0
     for batch in batches:
-        placed = _placed(batch, _classes(probes.params), mesh)
+        placed = _placed(batch, *_classes_and_width(probes.params), mesh, views=True)
         right.append(_count_right(probes.graph, mesh, probes.params, *placed))
-        count += int(np.sum(np.asarray(batch[1]) >= 0))
+        count += int(jnp.sum(placed[1] >= 0))
     if not count:
         raise UserError("the probe's held-out batches: found no labelled clip, wanted 1 or more")
     right_G = np.sum(jax.device_get(right), axis=0)
@@ -178,19 +179,35 @@ def _count_right(
     return jax.lax.map(one, params)  # sequential, so that memory is needed for one probe only
 
 
-def _classes(params: base.Params) -> int:
-    return params["head"]["bias"].shape[-1]
+def _classes_and_width(params: base.Params) -> tuple[int, int]:
+    width, classes = params["head"]["kernel"].shape[-2:]
+    return classes, width
 
 
-def _placed(batch: tuple[Array, Array], classes: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Split a batch over the devices; UserError for a label that is not below `classes`."""
-    features, labels_B = batch[0], np.asarray(batch[1], np.int32)
-    if labels_B.max() >= classes:
+def _placed(
+    batch: tuple[Any, Any], classes: int, width: int | None, mesh: Mesh, *, views: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Split a batch over the devices; UserError unless it is features BND and labels B.
+
+    width: of the features; None: any. views: features may be BVND too.
+    """
+    features = as_array("the probe's features", batch[0])
+    labels = np.asarray(as_array("the probe's labels", batch[1]))
+    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"the probe's labels: found {labels_B.max()}, wanted below classes={classes}"
+            f"the probe's labels: {labels.dtype} of shape {labels.shape}: wanted one integer a "
+            "clip, (B,); of one-hot labels np.argmax(labels, -1)"
         )
-    sharding.check_batch(mesh, len(labels_B))
-    return jax.device_put((features, labels_B), sharding.batch_sharding(mesh))
+    shape, ranks = features.shape, (3, 4) if views else (3,)
+    if len(shape) not in ranks or shape[0] != len(labels) or width not in (None, shape[-1]):
+        raise UserError(
+            f"the probe's features: shape {shape}: wanted ({len(labels)}, tokens, "
+            f"{width or 'width'}); of pooled features features[:, None]"
+        )
+    if labels.max() >= classes:
+        raise UserError(f"the probe's labels: found {labels.max()}, wanted below classes={classes}")
+    sharding.check_batch(mesh, len(labels))
+    return jax.device_put((features, labels.astype(np.int32)), sharding.batch_sharding(mesh))
 
 
 def table(scores: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ transformers has as VJEPA2AttentivePooler and the head of VJEPA2ForVideoClassifi
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,19 @@ class AttentiveClassifier(nnx.Module):
             compute=compute,
         )
         self.head = Linear(rngs, (width, classes), ("embed", None), compute.product_dtype)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments that build this classifier, without `compute`."""
+        width, classes = self.head.kernel.shape
+        cross, blocks = self.pooler.cross, self.pooler.blocks
+        return {
+            "width": width,
+            "heads": cross.heads,
+            "classes": classes,
+            "depth": len(blocks.norm1.scale[...]),
+            "eps": cross.norm1.eps,
+        }
 
     def __call__(self, features_BND: jax.Array) -> jax.Array:
         """Return float32 logits, (B, classes), of features as an encoder gives them."""

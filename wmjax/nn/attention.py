@@ -15,6 +15,11 @@ from wmjax.nn.kernels.devices import Lengths, device_name, has_triton, modern_gp
 # at 1,500 tokens too.
 SHORT = 512
 
+# The largest table of softmax weights that xla_attention writes out, in queries x keys. Above it,
+# as for clips of 64 frames, it goes through the queries in blocks of BLOCK.
+WHOLE = 2048 * 2048
+BLOCK = 128
+
 
 def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
     """Split the second axis into parts of these lengths, which add up to its size."""
@@ -77,7 +82,22 @@ _scores.defvjp(lambda query, key: (_scores(query, key), (query, key)), _scores_b
 
 
 def xla_attention(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array) -> jax.Array:
-    """Attend from all queries to all keys, with the softmax in float32."""
+    """Attend from all queries to all keys, with the softmax in float32.
+
+    Memory grows with queries + keys, also backward, where each block is computed again.
+    """
+    if query_BNHd.shape[1] * key_BNHd.shape[1] <= WHOLE:
+        return _attend_whole(query_BNHd, key_BNHd, value_BNHd)
+
+    @jax.checkpoint
+    def attend_one(query_BHd: jax.Array) -> jax.Array:  # lax.map gives it a block's queries at once
+        return _attend_whole(query_BHd[:, None], key_BNHd, value_BNHd)[:, 0]
+
+    output_NBHd = jax.lax.map(attend_one, jnp.moveaxis(query_BNHd, 1, 0), batch_size=BLOCK)
+    return jnp.moveaxis(output_NBHd, 0, 1)
+
+
+def _attend_whole(query_BNHd: jax.Array, key_BNHd: jax.Array, value_BNHd: jax.Array) -> jax.Array:
     weight_BHNN = jax.nn.softmax(_scores(query_BNHd, key_BNHd) * query_BNHd.shape[-1] ** -0.5)
     return jnp.einsum("bhqk,bkhd->bqhd", weight_BHNN.astype(value_BNHd.dtype), value_BNHd)
 

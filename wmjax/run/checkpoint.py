@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from wmjax.errors import UserError, reason
 from wmjax.run import coordination, manifest
 from wmjax.run.console import say
+from wmjax.run.files import numbers, strict
 from wmjax.step import TrainState
 
 _PARTIAL = ocp.utils.TMP_DIR_SUFFIX  # part of a folder's name until its save is complete
@@ -148,8 +149,8 @@ class Checkpoints:
                 self._folder / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state.saved()),
-                    data=ocp.args.JsonSave(data),
-                    meta=ocp.args.JsonSave(meta),
+                    data=ocp.args.JsonSave(strict(data)),
+                    meta=ocp.args.JsonSave(strict(meta)),
                 ),
             )
         except Exception as error:  # the type depends on the storage
@@ -299,7 +300,7 @@ def _restore_state(folder: Path, abstract: TrainState, what: str, advice: str = 
 
 
 def _restore_json(folder: Path) -> dict[str, Any]:
-    return ocp.JsonCheckpointHandler().restore(folder)
+    return numbers(ocp.JsonCheckpointHandler().restore(folder))
 
 
 def _saved_tree(folder: Path) -> Any:

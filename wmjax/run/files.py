@@ -1,14 +1,52 @@
-"""Small file helpers: JSON lines that survive a kill, and files that are replaced as a whole.
+"""Small file helpers: strict JSON, JSON lines that survive a kill, and files replaced as a whole.
 
-jax is not imported here.
+JSON has no NaN and no infinities. Where a figure is one, wmjax writes the string "NaN", "Infinity"
+or "-Infinity", and reads it back as a number. jax is not imported here.
 """
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def strict(value: Any) -> Any:
+    """Return plain JSON types with the names of numbers that JSON lacks in their place."""
+
+    def name(leaf: Any) -> Any:
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            return "NaN" if math.isnan(leaf) else "Infinity" if leaf > 0 else "-Infinity"
+        return leaf
+
+    return _walk(value, name)
+
+
+def numbers(value: Any) -> Any:
+    """Return what `strict` was given."""
+    return _walk(value, lambda leaf: _NUMBERS.get(leaf, leaf) if isinstance(leaf, str) else leaf)
+
+
+def _walk(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _walk(each, change) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_walk(each, change) for each in value]
+    return change(value)
+
+
+def to_json(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Return strict JSON text, which every reader takes."""
+    return json.dumps(strict(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """Return the value that `to_json` was given; ValueError for text that is no JSON."""
+    return numbers(json.loads(text))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -23,14 +61,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in lines:
         with contextlib.suppress(ValueError):  # of JSON, and of UTF-8
-            if isinstance(entry := json.loads(line), dict):
+            if isinstance(entry := from_json(line), dict):
                 entries.append(entry)
     return entries
 
 
 def append_json_line(path: Path, entry: dict[str, Any]) -> None:
     """Append an entry on a line of its own, also after a line that was cut short."""
-    line = f"{json.dumps(entry)}\n".encode()
+    line = f"{to_json(entry)}\n".encode()
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

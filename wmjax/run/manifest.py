@@ -18,7 +18,7 @@ def write(folder: Path) -> None:
     )
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = dict(zip(names, pool.map(_entry, (folder / name for name in names)), strict=True))
-    files.write_whole(folder / NAME, json.dumps(entries, indent=0))
+    files.write_whole(folder / NAME, files.to_json(entries, indent=0))
 
 
 def fault(folder: Path) -> str:

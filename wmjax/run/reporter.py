@@ -5,7 +5,6 @@ never makes the device wait.
 """
 
 import contextlib
-import json
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from wmjax.errors import UserError, how_to_install, reason
 from wmjax.run.console import clock, say
-from wmjax.run.files import append_json_line, read_json_lines, write_whole
+from wmjax.run.files import append_json_line, read_json_lines, to_json, write_whole
 from wmjax.run.metrics import Mean, Metrics
 from wmjax.types import Row
 
@@ -43,7 +42,8 @@ class Reporter:
     ) -> None:
         """Open the sinks; rows of steps after `start` are removed from metrics.jsonl.
 
-        A killed run leaves such rows, and this run writes them again. alarms: returns a text for
+        A killed run leaves such rows, and this run writes them again. TensorBoard is told to hide
+        its events of these steps. alarms: returns a text for
         each problem in a row; the console shows them as warnings. figures: draw pictures at
         validation where TensorBoard or W&B is on; `draws` then is True in every process.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
@@ -59,7 +59,7 @@ class Reporter:
         if not self._active:
             return
         if tensorboard:
-            self._add("TensorBoard", lambda: _TensorBoard(workdir))
+            self._add("TensorBoard", lambda: _TensorBoard(workdir, start))
         if wandb:
             self._add("W&B", lambda: _WandB(workdir, wandb_project, config))
         with self._dropping_on_error("metrics.jsonl"):
@@ -176,9 +176,11 @@ class Sink(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, workdir: Path) -> None:
+    """Events of a run; those of steps after `start`, from a run that was killed, are hidden."""
+
+    def __init__(self, workdir: Path, start: int) -> None:
         writer = _import("tensorboardX", "tensorboard").SummaryWriter
-        self._writer = writer(str(workdir / "tensorboard"))
+        self._writer = writer(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, row: Row) -> None:
         for name, value in row.items():
@@ -238,7 +240,7 @@ def describe(row: Row) -> str:
 def _remove_rows_after(path: Path, start: int) -> None:
     """Keep the rows up to a step; the run writes the later ones again."""
     kept = [row for row in read_json_lines(path) if row["step"] <= start]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_whole(path, "".join(to_json(row) + "\n" for row in kept))
 
 
 def _import(module: str, extra: str) -> Any:

@@ -85,7 +85,10 @@ def configuration(
         config.model.update({k: v for k, v in own.items() if k in config.model})
         clip = model.config["clip"]
         config.data.update(
-            frames=clip.get("frames", 16), image_size=clip.get("size", 256), source="synthetic"
+            frames=clip.get("frames", 16),
+            image_size=clip.get("size", 256),
+            image_width=clip.get("width"),
+            source="synthetic",
         )
     if dataset:
         config.data.update(source="lerobot", root=dataset, repo_id="", revision="", mixture="")

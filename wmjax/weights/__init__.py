@@ -8,8 +8,8 @@ A format is a table from names in a file to paths of our parameters (tables.py).
 models, nn, run.checkpoint and run.files only: no configuration object and no data.
 """
 
-from wmjax.weights.export import export
+from wmjax.weights.export import export, square_clip
 from wmjax.weights.load import load
 from wmjax.weights.pretrained import Pretrained, open_pretrained
 
-__all__ = ["Pretrained", "export", "load", "open_pretrained"]
+__all__ = ["Pretrained", "export", "load", "open_pretrained", "square_clip"]

@@ -1,7 +1,6 @@
 """The command line: `python -m wmjax.weights import SRC DIR`, `export DIR OUT`, `show SRC`."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from flax import traverse_util
 
 from wmjax import door
 from wmjax.errors import UserError
-from wmjax.run.files import read_json_lines
-from wmjax.weights.export import export
+from wmjax.run.files import read_json_lines, to_json
+from wmjax.weights.export import export, square_clip
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
 from wmjax.weights.pretrained import CONFIG, Pretrained, open_pretrained
@@ -90,7 +89,7 @@ def import_folder(source: Pretrained, folder: Path) -> None:
         "source": source.where,
         "notes": source.notes,
     }
-    (folder / CONFIG).write_text(json.dumps(text, indent=2) + "\n")
+    (folder / CONFIG).write_text(to_json(text, indent=2) + "\n")
 
 
 def export_folder(
@@ -98,11 +97,7 @@ def export_folder(
 ) -> str:
     """Write an imported folder, or a run's newest checkpoint, for transformers; return a line."""
     source = open_pretrained(folder, trust=trust)
-    frames, size = frames or source.clip.get("frames"), size or source.clip.get("size")
-    if not frames or not size:
-        raise UserError(
-            f"{folder}: does not say frames and size of its clips; give --frames and --size"
-        )
+    frames, size = square_clip(str(folder), source.clip, frames, size)
     if source.model.get("name", "vjepa2") != "vjepa2":
         raise UserError(
             f"{folder}: model.name={source.model['name']!r}: transformers has no such model; "

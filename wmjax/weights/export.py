@@ -1,6 +1,5 @@
 """Exports a V-JEPA 2, with or without a classifier, as a folder that transformers opens."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,11 @@ import numpy as np
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
+from wmjax.nn.norm import EPS
+from wmjax.run.files import to_json
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import describe, leaves_of, wanted
+from wmjax.weights.pretrained import PREPROCESSORS
 from wmjax.weights.tables import VJEPA2, VJEPA2_CLASSIFIER, Format
 
 
@@ -28,13 +30,17 @@ def export(
     config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write model.safetensors, config.json and the model card README.md into a folder.
+    """Write a folder for AutoModel and AutoVideoProcessor of transformers, with a model card.
 
     params: encoder and predictor; with a classifier also pooler and head. Arrays are fetched one by
     one, and each must be fully addressable from this process. model: the `model` group that built
     them. frames, size: of a clip; size is the side of a square frame in pixels, for which
     transformers computes positions. classifier: keyword arguments of the AttentiveClassifier.
     labels: names of the classes. config, metrics: of the training, for the model card.
+
+    The files: model.safetensors, config.json, video_preprocessor_config.json and README.md.
+    transformers computes the layer norms of a classifier with epsilon 1e-6, also of one trained
+    with another; the card then says so.
 
     Raises UserError for a model that transformers would compute differently.
     """
@@ -58,11 +64,35 @@ def export(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / MODEL, shapes, _tensors(form, leaves))
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        card = model_card(settings, config or {}, metrics or {})
+        for name, content in (("config.json", settings), (PREPROCESSORS[0], _processor(size))):
+            (folder / name).write_text(to_json(content, indent=2) + "\n")
+        eps = classifier["eps"] if classifier else EPS
+        card = model_card(settings, config or {}, metrics or {}, eps)
         (folder / "README.md").write_text(card)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def square_clip(
+    where: str, clip: Mapping[str, int], frames: int | None, size: int | None
+) -> tuple[int, int]:
+    """Return frames and size for `export`, as given or else as the weights' own clip has them.
+
+    clip: of a Pretrained; where: its path, for errors. Raises UserError if neither says them, and
+    for a clip that is not square.
+    """
+    if not size and "width" in clip:
+        raise UserError(
+            f"{where}: its clips have data.image_size={clip['size']}, "
+            f"data.image_width={clip['width']}: transformers computes positions for square frames "
+            "only; wanted --size=PIXELS (size= in Python), for square clips"
+        )
+    frames, size = frames or clip.get("frames"), size or clip.get("size")
+    if not frames or not size:
+        raise UserError(
+            f"{where}: does not say frames and size of its clips; give --frames and --size"
+        )
+    return frames, size
 
 
 def names_and_shapes(
@@ -150,6 +180,23 @@ def transformers_config(sizes: Mapping[str, Any], frames: int, size: int) -> dic
     }
 
 
+def _processor(size: int) -> dict[str, Any]:
+    """Return the content of video_preprocessor_config.json, as VJEPA2VideoProcessor writes it."""
+    return {
+        "video_processor_type": "VJEPA2VideoProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": int(size * 256 / 224)},  # no other is possible there
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(PIXEL_MEAN),
+        "image_std": list(PIXEL_STD),
+    }
+
+
 _CARD = """\
 ---
 library_name: transformers
@@ -174,13 +221,18 @@ with torch.no_grad():
 ```
 
 Use square frames of {size} pixels only: transformers computes positions for this size.
+`AutoVideoProcessor.from_pretrained("FOLDER")` makes them of uint8 RGB: it resizes the short side to
+{short} pixels and crops the centre, as the evaluations of V-JEPA 2.
 """
 
 
 def model_card(
-    settings: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, float]
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    eps: float = EPS,
 ) -> str:
-    """Return the text of the model card."""
+    """Return the text of the model card; eps: of the classifier's layer norms in training."""
     classifies = "id2label" in settings
     text = _CARD.format(
         width=settings["hidden_size"],
@@ -194,12 +246,16 @@ def model_card(
         output="logits" if classifies else "last_hidden_state",
         mean=list(PIXEL_MEAN),
         std=list(PIXEL_STD),
+        short=_processor(settings["crop_size"])["size"]["shortest_edge"],
     )
+    if eps != EPS:
+        text += (
+            f"\nThe classifier was trained with layer norms of epsilon {eps:g}. transformers "
+            f"computes them with {EPS:g}.\n"
+        )
     if metrics:
         rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
         text += f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
     if config:
-        text += (
-            f"\n## Configuration\n\n```json\n{json.dumps(config, indent=2, sort_keys=True)}\n```\n"
-        )
+        text += f"\n## Configuration\n\n```json\n{to_json(config, indent=2, sort_keys=True)}\n```\n"
     return text

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from wmjax.errors import UserError, how_to_install, reason
 from wmjax.hub import snapshot
-from wmjax.run.files import part_file
+from wmjax.run.files import part_file, to_json
 
 MODEL = "model.safetensors"
 _INDEX = f"{MODEL}.index.json"
@@ -37,7 +37,7 @@ def find(source: str) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise UserError(f"{source}: no such file or folder")
-    patterns = ["config.json", "preprocessor_config.json", "model.json"]
+    patterns = ["config.json", "*preprocessor_config.json", "model.json"]
     patterns += [MODEL, "model-*.safetensors", _INDEX]
     return snapshot(
         source,
@@ -148,7 +148,7 @@ def write_safetensors(
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+    text = to_json(header).encode()
     text += b" " * (-len(text) % 8)
     with part_file(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

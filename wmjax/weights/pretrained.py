@@ -1,15 +1,17 @@
 """Opens pretrained weights: finds their format and the model that they belong to."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from wmjax.errors import UserError
 from wmjax.models.base import Blueprint, InputSpec, freeze_patterns
-from wmjax.models.encoder import SIZES
+from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD, SIZES
 from wmjax.nn.compute import Compute
 from wmjax.nn.norm import EPS
 from wmjax.run.checkpoint import Saved
@@ -26,6 +28,7 @@ from wmjax.weights.images import Pixels
 from wmjax.weights.tables import Format
 
 CONFIG = "model.json"  # beside the weights in an imported folder
+PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")  # of transformers
 _SPEC = InputSpec(16, 256, 256)  # for weights that take clips of any size
 _PREFIXES = ("module.backbone.", "module.", "backbone.")  # that wrappers add to Meta's names
 
@@ -37,10 +40,11 @@ class Pretrained:
     where: path that errors name. model: the `model` group that builds the model; for an image model
     the keys of the encoder only; {}: a classifier alone. classifier: keyword arguments of the
     AttentiveClassifier, or {}. labels: names of the classes. clip: "frames" and "size" of a
-    training clip, or {} if the files do not say. assumed: keys of `model` that are a guess, because
-    neither files nor shapes say them. notes: lines to print: what was assumed, changed or dropped.
-    choices: encoders that a .pt file offers. config, step, spec, statistics: of the run that the
-    weights come from. trust: packages outside wmjax whose model may be imported.
+    training clip, with "width" if it is not square, or {} if the files do not say. assumed: keys of
+    `model` that are a guess, because neither files nor shapes say them. notes: lines to print: what
+    was assumed, changed or dropped. choices: encoders that a .pt file offers. config, step, spec,
+    statistics: of the run that the weights come from. trust: packages outside wmjax whose model may
+    be imported.
     """
 
     where: str
@@ -132,6 +136,9 @@ def _run(workdir: Path, encoder: str, trust: tuple[str, ...]) -> Pretrained:
     config = saved.meta["config"]
     data, model = config["data"], {k: v for k, v in config["model"].items() if k != "pretrained"}
     size = data["image_size"], data.get("image_width") or data["image_size"]
+    clip = {"frames": data["frames"], "size": size[0]}
+    if size[1] != size[0]:
+        clip["width"] = size[1]
     spec = InputSpec(data["frames"], *size)
     if "spec" in saved.meta:  # checkpoints of older commits have none
         spec = InputSpec(**saved.meta["spec"])
@@ -156,7 +163,7 @@ def _run(workdir: Path, encoder: str, trust: tuple[str, ...]) -> Pretrained:
         tables.own(list(names)),
         tensors,
         model,
-        clip={"frames": data["frames"], "size": data["image_size"]},
+        clip=clip,
         notes=(f"step {saved.step} of a run: {_origins(names)}",),
         config=config,
         step=saved.step,
@@ -217,6 +224,11 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretra
 
     only = {"in_chans": 3, "hidden_act": "gelu", "layer_norm_eps": EPS, "pred_mlp_ratio": 4.0}
     _only(folder, config, {**only, "qkv_bias": True})
+    if (pixels := _pixels(folder)) and not np.allclose(pixels, Pixels()):
+        raise UserError(
+            f"{folder}: its preprocessor file has image_mean={pixels.mean}, "
+            f"image_std={pixels.std}: wanted {PIXEL_MEAN} and {PIXEL_STD} for V-JEPA 2"
+        )
     width, heads = get("hidden_size", 1024), get("num_attention_heads", 16)
     model = {
         "width": width,
@@ -262,18 +274,29 @@ def _dinov2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretra
 
 
 def _pixels(folder: Path) -> Pixels | None:
-    """Return the pixel normalisation of an image model; None if the folder does not say."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    """Return the pixel normalisation that a folder states; None if it does not say.
+
+    Raises UserError for pixels that are not (RGB / 255 - mean) / std.
+    """
+    path = next((folder / name for name in PREPROCESSORS if (folder / name).is_file()), None)
+    if path is None:
         return None
     found = read_json(path, "image_mean and image_std")
+    for key, wanted in (("do_rescale", 1), ("do_normalize", 1), ("rescale_factor", 1 / 255)):
+        value = found.get(key)  # absent or null: the default of transformers, as wanted
+        if value is not None and not (_is_number(value) and math.isclose(value, wanted)):
+            raise UserError(f"{path}: {key}={value!r}: wanted {wanted:.8g}")
     mean_std = []
     for key in Pixels._fields:
         value = found.get(f"image_{key}")
-        if not isinstance(value, list) or len(value) != 3:
+        if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
             raise UserError(f"{path}: image_{key}={value!r}: wanted three numbers")
         mean_std.append(tuple(value))
     return Pixels(*mean_std)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _image(
