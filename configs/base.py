@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "threads": 16,  # clips read at once by threads: in validation, and with workers=0
                 "workers": empty(int),  # reader processes; empty: min(threads, cores); 0: none
                 "prefetch": empty(int),  # clips read ahead; empty: two batches
-                "on_error": "raise",  # unreadable data: raise: stop; skip: leave out episodes and clips
+                "on_error": "raise",  # unreadable data: raise: stop; skip: leave it out
                 "max_skip_share": 0.05,  # skipped share (of at least 400 clips) that stops the run
             },
             "optim": {

@@ -6,7 +6,6 @@ save. The loop waits for the device only to stay one step ahead of it.
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +24,7 @@ from wmjax.run import coordination, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
-from wmjax.run.files import write_whole
+from wmjax.run.files import to_json, write_whole
 from wmjax.run.guard import Guard
 from wmjax.run.late import Late
 from wmjax.run.metrics import fetch, peak_flops, peak_gb
@@ -257,7 +256,7 @@ def agree_on_dropped(setup: Setup) -> None:
     if coordination.alone():
         return
     dropped = {split: [*source.dropped] for split, source in setup.sources.items()}
-    answers = coordination.gather_values("dropped", json.dumps(dropped), seconds=600)
+    answers = coordination.gather_values("dropped", to_json(dropped), seconds=600)
     if len(set(answers)) > 1:
         shown = "; ".join(f"process {i}: {text}" for i, text in enumerate(answers))
         raise UserError(
