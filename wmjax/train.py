@@ -231,12 +231,15 @@ def restore_or_init(
     newest = checkpoints.latest()
     if newest is None:
         state, origin = initial.make_state(
-            setup.steps, init_from=config.init_from, pretrained=config.model.pretrained
+            setup.steps,
+            init_from=config.init_from,
+            pretrained=config.model.pretrained,
         )
         if origin:
             say(origin)
         return state, 0
     state, data, meta = checkpoints.restore(newest, setup.steps.abstract)
+    setup.steps.blueprint.check_function(meta["config"]["model"], f"{checkpoints.folder}/{newest}")
     for line in configs.differences(meta["config"], configs.plain(config)):
         say(f"  changed since: {line}")
     return state, data["position"]
