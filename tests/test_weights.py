@@ -408,7 +408,6 @@ def test_a_depth_that_the_configuration_does_not_have(tmp_path, tensors):
         ({"heads": 6}, {"model.heads=6": 2}),
         ({"rope": "interleaved"}, {"model.rope='interleaved'": "'tiled'"}),
         ({"patch": 8, "tubelet": 1}, {"model.patch=8": 4, "model.tubelet=1": 2}),
-        ({"num_mask_tokens": 10}, {"model.num_mask_tokens=10": 3}),
         ({"position_grid": 4}, {"model.position_grid=4": 0}),
     ],
 )

@@ -233,6 +233,7 @@ def restore_or_init(
         state, origin = initial.make_state(
             setup.steps,
             init_from=config.init_from,
+            init_encoder=config.init_encoder,
             pretrained=config.model.pretrained,
         )
         if origin:
