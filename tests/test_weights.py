@@ -356,6 +356,19 @@ def test_a_normalisation_that_is_none(tmp_path, values):
         open_pretrained(tmp_path)
 
 
+def test_vjepa21_of_transformers_is_refused_by_name(tmp_path, tensors):
+    config = files.vjepa2_config(use_rope_interleave=True, use_modality_embeddings=False)
+    with refused(files.write(tmp_path, tensors, config), "V-JEPA 2.1", "use_rope_interleave"):
+        open_pretrained(tmp_path)
+
+
+def test_what_is_for_pt_files_is_refused_for_a_folder(folder):
+    for asked in ({"heads": 4}, {"predictor_heads": 4}, {"probe": 1}, {"encoder": "encoder"}):
+        ((key, value),) = asked.items()
+        with refused(folder, f"{key}={value!r}"):
+            open_pretrained(folder, **asked)
+
+
 def test_swiglu_is_refused(tmp_path):
     config = files.image_config("dinov2", use_swiglu_ffn=True)
     files.write(tmp_path, files.draw(files.image_shapes("dinov2")), config)

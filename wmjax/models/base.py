@@ -277,7 +277,7 @@ class Blueprint:
         saved = settings_of(group, trust)
         if different := differences(function_of(self.settings), function_of(saved)):
             raise UserError(
-                f"{where}: the same parameters compute something else with:\n{'; '.join(different)}"
+                f"{where}: its parameters were trained with other settings:\n{'; '.join(different)}"
             )
         pairs = (self.settings, saved), (self.compute, Compute.of(group))
         return [line for pair in pairs for line in differences(*map(dataclasses.asdict, pair))]

@@ -4,7 +4,7 @@ Works on names and NumPy arrays; opens no file and does not import torch.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ _WRAPPERS = {
 _OTHERS = {
     **dict.fromkeys(
         ("norms_block", "patch_embed_img", "img_mod_embed", "video_mod_embed"), "V-JEPA 2.1"
+    ),
+    **dict.fromkeys(  # keys of config.json
+        ("use_rope_interleave", "use_modality_embeddings", "interpolate_rope"), "V-JEPA 2.1"
     ),
     **dict.fromkeys(("action_encoder", "state_encoder", "extrinsics_encoder"), "V-JEPA 2-AC"),
     **dict.fromkeys(
@@ -70,8 +73,11 @@ def _tensors(saved: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield str(key), value
 
 
-def refuse_other_models(where: str, names: Mapping[str, Any]) -> None:
-    """Raise UserError that says which model it is, where a name belongs to another one."""
+def refuse_other_models(where: str, names: Iterable[str]) -> None:
+    """Raise UserError that says which model it is, where a name belongs to another one.
+
+    names: of tensors, or keys of config.json.
+    """
     for name in names:
         for part in name.split("."):
             if part in _OTHERS:
@@ -154,10 +160,12 @@ def is_released(where: str, model: Mapping[str, Any], released_size: bool) -> bo
     return released_size and model["num_mask_tokens"] == _RELEASED_MASK_TOKENS
 
 
-def accuracies(saved: Mapping[str, Any]) -> list[str]:
+def accuracies(saved: Mapping[Any, Any]) -> list[str]:
     """Return a line for each entry of a file of probes that holds accuracies."""
     lines = []
     for key, value in saved.items():
+        if isinstance(value, Mapping):
+            lines += [f"{key}.{line}" for line in accuracies(value)]
         value = value.tolist() if hasattr(value, "tolist") else value
         figures = value if isinstance(value, list | tuple) else [value]
         if "acc" in str(key).lower() and all(isinstance(each, int | float) for each in figures):

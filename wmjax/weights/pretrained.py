@@ -101,15 +101,15 @@ def open_pretrained(
     path = find(str(source))
     if path.is_file():
         return _meta(path, encoder, heads, predictor_heads, probe)
-    if heads or predictor_heads or probe:
-        raise UserError(
-            f"{path}: heads={heads}, predictor_heads={predictor_heads}, probe={probe}: wanted none "
-            "of them; they are for .pt files of Meta"
-        )
+    is_run = (path / "checkpoints").is_dir() and not (path / CONFIG).is_file()
+    asked: dict[str, Any] = {"heads": heads, "predictor_heads": predictor_heads, "probe": probe}
+    asked |= {} if is_run else {"encoder": encoder}
+    if named := ", ".join(f"{key}={value!r}" for key, value in asked.items() if value):
+        raise UserError(f"{path}: {named}: chosen for .pt files of Meta only; wanted none for this")
+    if is_run:
+        return _run(path, encoder, trust)
     if (path / CONFIG).is_file():
         return _own(path)
-    if (path / "checkpoints").is_dir():
-        return _run(path, encoder, trust)
     config = read_json(
         path / "config.json",
         "a model in safetensors with its configuration, or the workdir of a run",
@@ -234,9 +234,7 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretra
 
     only = {"in_chans": 3, "hidden_act": "gelu", "layer_norm_eps": EPS, "pred_mlp_ratio": 4.0}
     _only(folder, config, {**only, "qkv_bias": True})
-    meta.refuse_other_models(
-        str(folder), {**tensors.shapes, **{k: v for k, v in config.items() if v}}
-    )
+    meta.refuse_other_models(str(folder), [*tensors.shapes, *filter(config.get, config)])
     width, heads = get("hidden_size", 1024), get("num_attention_heads", 16)
     model = {
         "width": width,
