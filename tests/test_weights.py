@@ -292,6 +292,14 @@ def test_what_transformers_would_compute_otherwise_is_not_written(tmp_path, para
     assert not (tmp_path / "out").exists()
 
 
+def test_one_mask_token_goes_in_and_out(tmp_path):
+    sizes = SIZES | {"num_mask_tokens": 1}
+    tensors = files.draw(files.vjepa2_shapes(sizes))
+    files.write(tmp_path / "in", tensors, files.vjepa2_config(sizes))
+    door.run(["export", str(tmp_path / "in"), str(tmp_path / "out")])
+    same_files(tmp_path / "in", tmp_path / "out")
+
+
 def test_an_encoder_alone_is_not_written(tmp_path, params):
     with refused("encoder", "encoder", "predictor"):
         export({"encoder": params["encoder"]}, MODEL, tmp_path, frames=8, size=16)

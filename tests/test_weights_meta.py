@@ -232,6 +232,8 @@ def test_a_run_starts_from_any_number_of_mask_tokens(tmp_path, mask_tokens):
         theirs = predictor.mask_tokens[index % mask_tokens].detach()
         np.testing.assert_array_equal(tokens[index], theirs)
     wmjax.load(file, heads=2).predict(VIDEO, CONTEXT, TARGET)
+    with refused(file, "model.rope='tiled'", "'sincos_uniform'"):
+        begin(f"init_from={file}", "model.rope=tiled")
 
 
 def test_init_encoder_chooses_the_encoder(tmp_path):

@@ -5,6 +5,7 @@ Takes plain arguments and knows no configuration object.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def make_state(
             "and optimizer state; steps and schedules count from 0"
         )
     notes = steps.blueprint.check_function(config["model"], f"init_from={where}")
-    return state, "\n".join([origin, *(f"  {note}" for note in notes)])
+    return state, "\n".join([origin, *(f"  unlike that run: {note}" for note in notes)])
 
 
 def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, str]:
@@ -70,7 +71,8 @@ def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, s
         source = weights.open_pretrained(where, encoder=encoder, trust=(package,))
         if not source.assumed:
             return source
-        given = {key: wanted[key] for key in source.assumed}  # the configuration says them
+        # A .pt file, whose number of heads the configuration says.
+        given: dict[str, Any] = {key: wanted.get(key) for key in source.assumed}
         return weights.open_pretrained(where, encoder=encoder, **given)
 
     source = target = open_encoder(encoder)

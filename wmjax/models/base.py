@@ -73,9 +73,8 @@ class WorldModel(nnx.Module):
     """The contract. A family defines create, loss, features and token_grid; the rest has defaults.
 
     Settings: a frozen dataclass of the family's keys in the `model` group, with defaults; its
-    __post_init__ checks the values, its property `function`, if any, says which of them change what
-    the parameters compute (see function_of). uses_masks: False: the reader draws none for this
-    family.
+    __post_init__ checks the values. A property `function` may say which of them change what the
+    parameters compute (see function_of). uses_masks: False: the reader draws none for this family.
     A parameter is an `nnx.Param`. Metadata `axes`, a logical name for each dimension, say how it is
     sharded (see sharding.py) and which dimension is the depth ("layers"); without axes it is
     replicated. Any other `nnx.Variable` is never trained.

@@ -69,10 +69,7 @@ def newest(folder: Path, *, verify: bool = True, advice: str = "") -> int | None
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager, which waits for the save in progress.
-
-    folder: the absolute path that holds them.
-    """
+    """The checkpoints of one run; a context manager, which waits for the save in progress."""
 
     def __init__(
         self, folder: Path, *, keep: int, keep_period: int = 0, verify: bool = True
@@ -92,7 +89,7 @@ class Checkpoints:
             raise UserError(f"--workdir: cannot write {folder}: {error.strerror}") from error
         for name in ("absl", "asyncio"):  # they log each failed write; `_fail` prints one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self.folder, self._keep, self._keep_period = folder.absolute(), keep, keep_period
+        self._folder, self._keep, self._keep_period = folder.absolute(), keep, keep_period
         advice = (
             "; to start over: another --workdir\n"
             "to load the newest without checking it: --config.checkpoint.verify=False"
@@ -129,6 +126,11 @@ class Checkpoints:
                 "fix the cause, then resume from it with the same command"
             )
 
+    @property
+    def folder(self) -> Path:
+        """The absolute path that holds the checkpoints."""
+        return self._folder
+
     def latest(self) -> int | None:
         """Return the step of the newest intact checkpoint; None where there is none."""
         return self._newest
@@ -148,7 +150,7 @@ class Checkpoints:
         try:
             self._clear()
             self._orbax.save(
-                self.folder / str(step),
+                self._folder / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state.saved()),
                     data=ocp.args.JsonSave(data),
@@ -177,9 +179,9 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
         """Restore `step`, bit for bit, onto the shardings of `abstract`."""
-        folder = self.folder / str(step)
+        folder = self._folder / str(step)
         advice = (
-            f"\nuse the configuration in {self.folder.parent / 'config.json'}, "
+            f"\nuse the configuration in {self._folder.parent / 'config.json'}, "
             "or start over with another --workdir"
         )
         state = _restore_state(folder, abstract, str(folder), advice)
@@ -187,7 +189,7 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> None:
         step, self._saving = self._saving, None
-        self._failure = f"{self.folder / str(step)}: not written: {reason(error)}"
+        self._failure = f"{self._folder / str(step)}: not written: {reason(error)}"
         say(f"warning: {self._failure}; the next save tries again")
 
     def _tell_others(self, error: Exception) -> None:
@@ -209,19 +211,19 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         """Write the manifest; Orbax calls this in its thread just before it renames the folder."""
-        (partial,) = self.folder.glob(f"{self._saving}{_PARTIAL}*")
+        (partial,) = self._folder.glob(f"{self._saving}{_PARTIAL}*")
         manifest.write(partial)
         self._prune(max(self._keep - 1, 1))
 
     def _prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints and those that keep_period keeps."""
         with contextlib.suppress(OSError):
-            for step in _steps(self.folder)[:-keep]:
+            for step in _steps(self._folder)[:-keep]:
                 if self._keep_period and step % self._keep_period == 0:
                     continue
                 # Renamed first: a kill while files are deleted leaves no checkpoint with gaps.
-                gone = self.folder / f"{step}{_DELETED}"
-                os.replace(self.folder / str(step), gone)
+                gone = self._folder / f"{step}{_DELETED}"
+                os.replace(self._folder / str(step), gone)
                 shutil.rmtree(gone)
 
     def _clear(self) -> None:
@@ -229,15 +231,15 @@ class Checkpoints:
         if jax.process_index():
             return
         with contextlib.suppress(OSError):  # the save itself reports what is wrong
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():
                 if _PARTIAL in path.name or path.suffix == _DELETED:
                     shutil.rmtree(path)
-            for step in _steps(self.folder):
+            for step in _steps(self._folder):
                 if step > (self._newest or 0):
-                    aside = self.folder / f"{step}{_DAMAGED}"
+                    aside = self._folder / f"{step}{_DAMAGED}"
                     shutil.rmtree(aside, ignore_errors=True)
-                    os.replace(self.folder / str(step), aside)
+                    os.replace(self._folder / str(step), aside)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -4,7 +4,7 @@ Works on names and NumPy arrays; opens no file and does not import torch.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmjax.errors import UserError
+from wmjax.models.encoder import SIZES
 from wmjax.nn import rope
 from wmjax.types import TokenGrid
 from wmjax.weights.files import Tensors
@@ -38,7 +39,8 @@ _OTHERS = {
         "the action anticipation head of EPIC-KITCHENS-100",
     ),
 }
-_RELEASED_MASK_TOKENS = 10  # of V-JEPA 2 as released
+_RELEASED_SIZES = {SIZES[size][:2] for size in ("large", "huge", "giant")}  # of V-JEPA 2
+_RELEASED_MASK_TOKENS = 10
 _PATCHES, _EMBED = "patch_embed.proj.weight", "predictor_embed.weight"
 _OF_PREDICTOR = re.compile(r"predictor_|mask_tokens\.")  # where both have one state dict
 
@@ -146,12 +148,13 @@ def fixed_positions(where: str, tensors: Tensors, encoder: str) -> tuple[str, To
     return found[0]
 
 
-def is_released(where: str, model: Mapping[str, Any], released_size: bool) -> bool:
+def is_released(where: str, model: Mapping[str, Any]) -> bool:
     """Say whether a file with fixed positions is a V-JEPA 2 as released, which does not use them.
 
-    model: what the shapes say. The number of mask tokens tells; Meta's V-JEPA 1 has one a mask.
+    model: what the shapes say. The number of mask tokens tells; V-JEPA 1 has one for each mask.
     Raises UserError for an encoder alone of a released size, which may be either.
     """
+    released_size = (model["width"], model["depth"]) in _RELEASED_SIZES
     if released_size and "num_mask_tokens" not in model:
         raise UserError(
             f"{where}: an encoder alone with fixed sin-cos positions: V-JEPA 1 adds them, V-JEPA 2 "
@@ -183,20 +186,17 @@ def _fixed_table(where: str, tensors: Tensors, name: str) -> tuple[str, TokenGri
     if not table_ND.any():
         return None
     count, width = table_ND.shape
+
+    def fits(kind: str, grid: TokenGrid, rows: Sequence[int]) -> bool:
+        ids = jnp.asarray(rows, jnp.int32)[None]
+        made_ND = rope.sincos(rope.coordinates(ids, grid), width, kind)[0]
+        same_width = made_ND.shape[1] == width
+        return same_width and np.allclose(made_ND, table_ND[np.asarray(rows)], atol=0.01)
+
     for side in range(isqrt(count), 0, -1):  # frames are square
         grid = (count // side**2, side, side)
-        if count % side**2:
-            continue
-        for kind in rope.FIXED:
-            for rows in ([count - 1], range(count)):  # the last row first, as it is quick
-                ids = jnp.asarray(rows, jnp.int32)[None]
-                made_ND = rope.sincos(rope.coordinates(ids, grid), width, kind)[0]
-                wanted_ND = table_ND[np.asarray(rows)]
-                if made_ND.shape != wanted_ND.shape or not np.allclose(
-                    made_ND, wanted_ND, atol=0.01
-                ):
-                    break
-            else:
+        for kind in rope.FIXED if count % side**2 == 0 else ():
+            if fits(kind, grid, [count - 1]) and fits(kind, grid, range(count)):
                 return kind, grid
     raise UserError(
         f"{where}: {name} {tensors.shapes[name]} is not the fixed sin-cos table of V-JEPA 1 for "

@@ -38,7 +38,7 @@ class Pretrained:
     AttentiveClassifier, or {}. labels: names of the classes. clip: "frames" and "size" of a
     training clip, or {} if the files do not say. assumed: keys of `model` that are a guess, because
     neither files nor shapes say them. notes: lines to print: what was assumed, changed or dropped.
-    choices: encoders that a .pt file offers. config, step, spec, statistics: of the run that the
+    choices: encoders of a .pt file or a run. config, step, spec, statistics: of the run that the
     weights come from. trust: packages outside wmjax whose model may be imported.
     """
 
@@ -346,6 +346,8 @@ def _meta(
     saved, where = open_torch(path), str(path)
     if "classifiers" in saved:
         return _meta_classifier(where, saved, heads, probe)
+    if probe:
+        raise UserError(f"{where}: probe={probe}: has no classifiers; wanted a file that has them")
     named = meta.plain_names(where, saved)
     meta.refuse_other_models(where, named)
     parts = meta.choose_parts(where, saved, named, encoder)
@@ -355,7 +357,7 @@ def _meta(
     notes, clip, assumed = [f"the encoder is {parts.encoder}"], {}, []
     if positions := meta.fixed_positions(where, tensors, parts.encoder):
         kind, (time, rows, _) = positions
-        if meta.is_released(where, model, bool(released)):
+        if meta.is_released(where, model):
             notes.append(
                 f"V-JEPA 2 as released, as it has {model['num_mask_tokens']} mask tokens: its "
                 "fixed sin-cos positions are not used"
@@ -371,7 +373,9 @@ def _meta(
             notes.append(f"{key}={count}, as given; the file does not say")
             return
         each = model[key.replace("heads", "width")] // count
-        notes.append(f"assumed {key}={count}, each {each} wide; the file does not say: give {key}")
+        notes.append(
+            f"assumed {key}={count}, each {each} wide; the file does not say: {key}= says otherwise"
+        )
         if not known:
             assumed.append(key)
 
@@ -434,7 +438,7 @@ def _meta_classifier(
 ) -> Pretrained:
     """Open one of the probes that Meta's evaluation trains at once (twenty, usually)."""
     probes = saved["classifiers"]
-    if not isinstance(probes, list) or not all(isinstance(probe, dict) for probe in probes):
+    if not isinstance(probes, list) or not probes or not all(isinstance(p, dict) for p in probes):
         raise UserError(f"{where}: classifiers: wanted a list of state dicts")
     if not 0 <= index < len(probes):
         raise UserError(
