@@ -328,6 +328,7 @@ def test_each_probe_of_a_file_can_be_loaded(tmp_path, capsys):
         assert model.classify(VIDEO).shape == (2, 5)
     assert any(holds(note, "probe 2", 3) for note in model.notes)
     assert any(holds(note, "0: 70.5", "1: 71.25", "2: 69") for note in model.notes)
+    assert any(holds(note, "best_acc", 71.25) for note in model.notes)
     door.run(["import", str(file), str(tmp_path / "probe"), "--probe=1", "--heads=4"])
     says(capsys.readouterr().out, "probe 1", "71.25", "heads=4")
     model = wmjax.load(video, heads=2, probe=tmp_path / "probe")

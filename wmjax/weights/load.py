@@ -84,7 +84,9 @@ def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
     if different := differences(compared, theirs):
         text = f"{source.where}: weights of another model:\n{'; '.join(different)}"
         if source.choices and not source.step and "heads=" in text:
-            text += "\na .pt file does not say its heads: python -m wmjax.weights import --heads=N"
+            text += (
+                "\na .pt file does not say heads: import it with --heads=N or --predictor-heads=N"
+            )
         raise UserError(text)
 
 

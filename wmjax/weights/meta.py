@@ -163,19 +163,18 @@ def is_released(where: str, model: Mapping[str, Any]) -> bool:
     return released_size and model["num_mask_tokens"] == _RELEASED_MASK_TOKENS
 
 
-def accuracies(saved: Mapping[Any, Any]) -> list[str]:
+def accuracies(saved: Mapping[Any, Any], prefix: str = "") -> list[str]:
     """Return a line for each entry of a file of probes that holds accuracies."""
     lines = []
     for key, value in saved.items():
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            lines += [f"{key}.{line}" for line in accuracies(value)]
-        value = value.tolist() if hasattr(value, "tolist") else value
-        figures = value if isinstance(value, list | tuple) else [value]
-        if "acc" in str(key).lower() and all(isinstance(each, int | float) for each in figures):
-            shown = [f"{figure:g}" for figure in figures]
-            if len(figures) > 1:
-                shown = [f"{index}: {figure}" for index, figure in enumerate(shown)]
-            lines.append(f"{key}: {', '.join(shown)}")
+            lines += accuracies(value, f"{name}.")
+        elif "acc" in name.lower():
+            value = value.tolist() if hasattr(value, "tolist") else value
+            figures = value if isinstance(value, list | tuple) else [value]
+            if all(isinstance(figure, int | float) for figure in figures):
+                lines.append(f"{name}: {', '.join(f'{i}: {x:g}' for i, x in enumerate(figures))}")
     return lines
 
 

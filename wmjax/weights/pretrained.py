@@ -420,6 +420,7 @@ def _meta_sizes(where: str, tensors: Tensors, encoder: str) -> dict[str, Any]:
         "rope": "tiled",
     }
     if any(name.startswith("predictor.") for name in shapes):
+        shape("predictor.mask_tokens.0", 3)
         model |= {
             "predictor_width": shape("predictor.predictor_embed.weight", 2)[0],
             "predictor_depth": _count(shapes, "predictor.predictor_blocks.*.norm1.weight"),
