@@ -15,6 +15,9 @@ def get_config() -> ml_collections.ConfigDict:
             # Hub, a .pt file of Meta, or another run's workdir (then also its optimiser state,
             # if both have the same optim.freeze). Empty: random weights.
             "init_from": "",
+            # The encoder of init_from to start both the encoder and its EMA target from, where it
+            # has several: target_encoder (EMA), encoder (trained). Empty: each from its own.
+            "init_encoder": "",
             "model": {
                 "name": "vjepa2",  # vjepa2, or package.module:Name of a model of your own
                 "size": "large",  # tiny, small, base, large, huge, giant, gigantic
@@ -26,7 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "tubelet": 2,  # frames of a patch
                 "pretrained": "",  # image model to start the encoder from: a folder or OWNER/NAME
                 "position_grid": empty(int),  # set by pretrained: side of its position table
-                "rope": "tiled",  # tiled (V-JEPA 2), interleaved (2.1); sincos: added, no RoPE
+                # tiled (V-JEPA 2), interleaved (2.1). No RoPE, fixed embeddings are added: sincos,
+                # sincos_uniform (V-JEPA 1 with uniform_power).
+                "rope": "tiled",
                 "predictor_width": 384,
                 "predictor_depth": 12,
                 "predictor_heads": 12,

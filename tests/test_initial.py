@@ -12,7 +12,7 @@ from wmjax import assemble, initial
 from wmjax.run.checkpoint import Saved
 
 FIRST = "params.encoder.blocks.attention.proj.bias"
-SIZES = weight_files.SIZES | {"num_mask_tokens": 10}
+SIZES = weight_files.SIZES
 OVERRIDES = (
     *(f"model.{key}={value}" for key, value in weight_files.MODEL.items() if "mask" not in key),
     "data.image_size=16",
@@ -70,9 +70,38 @@ def test_a_run_of_another_model_is_refused_with_the_parameter(micro_run):
         begin(micro.config(f"init_from={micro_run}", "model.width=96"))
 
 
+FUNCTION = [
+    ("model.rope=interleaved", ["model.rope='interleaved'", "'tiled'"]),
+    ("model.rope=sincos", ["model.rope='sincos'", "'tiled'"]),
+    ("model.heads=4", ["model.heads=4", 2]),
+    ("model.predictor_heads=4", ["model.predictor_heads=4", 2]),
+]
+
+
+@pytest.mark.parametrize("freeze", ["", "encoder/norm/*"])
+@pytest.mark.parametrize(("override", "named"), FUNCTION)
+def test_a_run_of_another_function_is_refused_by_the_setting(micro_run, override, named, freeze):
+    """With another optim.freeze the weights are loaded without the optimiser state."""
+    config = micro.config(f"init_from={micro_run}", override, f"optim.freeze={freeze}")
+    with refused(micro_run, *named):
+        begin(config)
+
+
+def test_what_changes_no_function_is_noted(micro_run):
+    changes = ("model.loss_exp=2", "model.gelu=polynomial", "model.remat=full")
+    _, origin = begin(micro.config(f"init_from={micro_run}", *changes))
+    for key, old, new in (("loss_exp", 1.0, 2.0), ("gelu", "auto", "polynomial")):
+        assert lines_with(origin, f"model.{key}", old, new)
+    _, origin = begin(micro.config(f"init_from={micro_run}"))
+    assert "model." not in origin
+
+
 def test_a_model_of_transformers_gives_encoder_predictor_and_target(folder):
     state, origin = begin(micro.config(f"init_from={folder}", *OVERRIDES))
     model = wmjax.load(folder)
+    tokens = model.params["predictor"]["mask_tokens"]
+    assert len(tokens) == 3
+    model.params["predictor"]["mask_tokens"] = tokens[np.arange(10) % 3]  # as Meta takes them
     assert same(state.params, model.params)
     assert same(state.target, model.params["encoder"])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))

@@ -1,7 +1,9 @@
 """A model, a source, a mask and an evaluator from outside wmjax go through every command."""
 
 import argparse
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo
 from wmjax.masking import Masks
-from wmjax.models.base import Blueprint, InputSpec, WorldModel
+from wmjax.models.base import Blueprint, InputSpec, WorldModel, family_named
 from wmjax.nn.compute import Compute
 from wmjax.run.checkpoint import Saved
 from wmjax.viz import __main__ as viz
@@ -293,6 +295,29 @@ def test_init_from_with_other_parameters_frozen(workdir, tmp_path):
     thawed = config(f"init_from={tmp_path / 'a'}", "train.num_steps=2")
     assert micro.train(thawed, tmp_path / "b") == 0
     assert f"params.{kernel}" in arrays(tmp_path / "b")[1]
+
+
+def test_every_setting_counts_unless_the_model_says_which(workdir, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    for override, named in (
+        ("model.heads=4", ("model.heads=4", 2)),
+        ("model.rollout_weight=1.0", ("model.rollout_weight=1.0", 0.5)),
+    ):
+        with refused(run, *named):
+            micro.train(config(override, "train.num_steps=8"), run)
+        for freeze in ("", "blocks/**"):
+            with refused(workdir, *named):
+                other = config(f"init_from={workdir}", override, f"optim.freeze={freeze}")
+                micro.train(other, tmp_path / "new")
+
+
+def test_another_model_of_the_same_shapes_is_refused(workdir):
+    class Twin(family_named(MODEL)):
+        pass
+
+    blueprint = dataclasses.replace(micro.prepare(config()).steps.blueprint, family=Twin)
+    with refused("x", f"model.name='{MODEL}'", Twin.__qualname__):
+        blueprint.check_function(Saved(workdir / "checkpoints").meta["config"]["model"], "x")
 
 
 class PlainArray(WorldModel):

@@ -75,6 +75,27 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_first_parameter(tmp_pat
         micro.train(micro.config("model.depth=3"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.rope=interleaved", ["model.rope='interleaved'", "'tiled'"]),
+        ("model.rope=sincos_uniform", ["model.rope='sincos_uniform'", "'tiled'"]),
+        ("model.heads=4", ["model.heads=4", 2]),
+        ("model.predictor_heads=4", ["model.predictor_heads=4", 2]),
+    ],
+)
+def test_a_setting_that_changes_the_function_is_refused(micro_run, tmp_path, override, named):
+    workdir = shutil.copytree(micro_run, tmp_path / "run")
+    with refused(workdir, *named):
+        micro.train(micro.config(override, "train.num_steps=4"), workdir)
+
+
+def test_a_size_named_by_its_numbers_is_the_same_function(micro_run, tmp_path):
+    workdir = shutil.copytree(micro_run, tmp_path / "run")
+    same = ("model.size=huge", "model.mlp_ratio=4.0", "model.loss_exp=2", "train.num_steps=4")
+    assert micro.train(micro.config(*same), workdir) == 0
+
+
 def test_what_changed_since_the_last_run_is_said(tmp_path, capsys):
     micro.train(micro.config("train.num_steps=1"), tmp_path)
     micro.train(micro.config("optim.weight_decay=0.5"), tmp_path)

@@ -297,6 +297,14 @@ def test_what_transformers_would_compute_otherwise_is_not_written(tmp_path, para
     assert not (tmp_path / "out").exists()
 
 
+def test_one_mask_token_goes_in_and_out(tmp_path):
+    sizes = SIZES | {"num_mask_tokens": 1}
+    tensors = files.draw(files.vjepa2_shapes(sizes))
+    files.write(tmp_path / "in", tensors, files.vjepa2_config(sizes))
+    door.run(["export", str(tmp_path / "in"), str(tmp_path / "out")])
+    same_files(tmp_path / "in", tmp_path / "out")
+
+
 def test_an_encoder_alone_is_not_written(tmp_path, params):
     with refused("encoder", "encoder", "predictor"):
         export({"encoder": params["encoder"]}, MODEL, tmp_path, frames=8, size=16)
@@ -361,6 +369,19 @@ def test_a_normalisation_that_is_none(tmp_path, values):
         open_pretrained(tmp_path)
 
 
+def test_vjepa21_of_transformers_is_refused_by_name(tmp_path, tensors):
+    config = files.vjepa2_config(use_rope_interleave=True, use_modality_embeddings=False)
+    with refused(files.write(tmp_path, tensors, config), "V-JEPA 2.1", "use_rope_interleave"):
+        open_pretrained(tmp_path)
+
+
+def test_what_is_for_pt_files_is_refused_for_a_folder(folder):
+    for asked in ({"heads": 4}, {"predictor_heads": 4}, {"probe": 1}, {"encoder": "encoder"}):
+        ((key, value),) = asked.items()
+        with refused(folder, f"{key}={value!r}"):
+            open_pretrained(folder, **asked)
+
+
 def test_swiglu_is_refused(tmp_path):
     config = files.image_config("dinov2", use_swiglu_ffn=True)
     files.write(tmp_path, files.draw(files.image_shapes("dinov2")), config)
@@ -413,7 +434,6 @@ def test_a_depth_that_the_configuration_does_not_have(tmp_path, tensors):
         ({"heads": 6}, {"model.heads=6": 2}),
         ({"rope": "interleaved"}, {"model.rope='interleaved'": "'tiled'"}),
         ({"patch": 8, "tubelet": 1}, {"model.patch=8": 4, "model.tubelet=1": 2}),
-        ({"num_mask_tokens": 10}, {"model.num_mask_tokens=10": 3}),
         ({"position_grid": 4}, {"model.position_grid=4": 0}),
     ],
 )

@@ -360,7 +360,8 @@ def test_a_checkpoint_of_meta_is_its_twin(checkpoint, tmp_path):
     assert source.model == {**model, "heads": 1, "predictor_heads": 1}
     assert source.assumed == ("heads", "predictor_heads")
     says(source.notes[0], "target_encoder")
-    says(source.notes[1], "heads", 1, 64)
+    says(source.notes[1], "assumed", "heads=1", 36)
+    says(source.notes[2], "assumed", "predictor_heads=1", 28)
     jax.tree.map(same, load(source, shapes, built.settings(**model)), wanted)
 
     online = open_pretrained(tmp_path / "e3.pt", encoder="encoder")
@@ -397,9 +398,11 @@ def test_heads_of_released_sizes_are_known(tmp_path):
     torch.save({"target_encoder": encoder, "predictor": predictor}, tmp_path / "vith.pt")
     source = open_pretrained(tmp_path / "vith.pt")
     assert (source.model["heads"], source.model["predictor_heads"]) == (16, 12)
-    (note,) = source.notes
-    says(note, "target_encoder")
-    with refused("model.heads=20", 16):
+    encoder_note, *heads_notes = source.notes
+    says(encoder_note, "target_encoder")
+    for note, token in zip(heads_notes, ("heads=16", "predictor_heads=12"), strict=True):
+        says(note, "assumed", token)
+    with refused("model.heads=20", 16, "--heads=N"):
         load(source, {"encoder": {}}, built.settings(**(source.model | {"heads": 20})))
 
 

@@ -103,6 +103,8 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"init_from={config.init_from!r} with model.pretrained={config.model.pretrained!r}: "
             "wanted only one of them"
         )
+    if config.init_encoder and not config.init_from:
+        raise UserError(f"init_encoder={config.init_encoder!r} without init_from: wanted both")
     if config.data.source == "synthetic":
         check_choice("eval.labels", config.eval.labels, ("auto", "state"))
     parse_span(config.train.profile)

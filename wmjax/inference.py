@@ -294,8 +294,11 @@ class Model:
 def load(
     where: str | Path,
     *,
-    encoder: str = "target_encoder",
+    encoder: str = "",
+    heads: int | None = None,
+    predictor_heads: int | None = None,
     probe: str | Path | None = None,
+    probe_index: int = 0,
     dtype: str | None = None,
     mesh: Mesh | None = None,
     crop_pct: float | None = None,
@@ -305,26 +308,31 @@ def load(
 
     where: the workdir of a run (its newest checkpoint), a folder that `python -m wmjax.weights
     import` wrote, a folder of transformers with config.json and safetensors, OWNER/NAME on the
-    Hugging Face Hub, or a .pt file of Meta. encoder: encoder to take from a .pt file:
-    target_encoder (the EMA) or encoder. probe: a separate classifier, such as the files that Meta's
-    evaluations write. dtype: of matrix products: float32 (default) or bfloat16, for which GPUs have
-    fused attention. mesh: shards the parameters over its devices, see sharding.make_mesh; None: the
-    default device. crop_pct: share of a frame's short side that `size=` keeps, above 0 to 1. 1.0:
-    the largest centre crop, then a resize, as held-out clips in training. Less: the short side is
-    resized to int(size / crop_pct), then the centre is cropped. Default: 0.875 with a classifier,
-    as V-JEPA 2's evaluations (EvalVideoTransform: 256 / 224) and VJEPA2VideoProcessor; else 1.0.
-    trust: packages outside wmjax from which the model that a run's configuration names may be
-    imported. Raises UserError if no format fits, or a name or shape does not.
+    Hugging Face Hub, or a .pt file of Meta. encoder: of a run or a .pt file: target_encoder (the
+    EMA) or encoder; "": the EMA where there is one. heads, predictor_heads: attention heads of a
+    .pt file, which does not say them; None: assumed, as the notes say. probe: a separate
+    classifier, such as the files that Meta's evaluations write. probe_index: which of the probes in
+    such a file, from 0. dtype: of matrix products: float32 (default) or bfloat16, for which GPUs
+    have fused attention. mesh: shards the parameters over its devices, see sharding.make_mesh;
+    None: the default device. crop_pct: share of a frame's short side that `size=` keeps, above 0 to
+    1. 1.0: the largest centre crop, then a resize, as held-out clips in training. Less: the short
+    side is resized to int(size / crop_pct), then the centre is cropped. Default: 0.875 with a
+    classifier, as V-JEPA 2's evaluations (EvalVideoTransform: 256 / 224) and
+    VJEPA2VideoProcessor; else 1.0. trust: packages outside wmjax from which the model that a run's
+    configuration names may be imported. Raises UserError if no format fits, or a name or shape does
+    not.
     """
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UserError(f"crop_pct={crop_pct}: wanted above 0, up to 1")
-    source = weights.open_pretrained(where, encoder=encoder, trust=tuple(trust))
+    source = weights.open_pretrained(
+        where, encoder=encoder, heads=heads, predictor_heads=predictor_heads, trust=tuple(trust)
+    )
     if not source.step and "encoder" not in source.parts:
         raise UserError(
             f"{source.where}: has {', '.join(source.parts)} but no encoder; load an encoder and "
             "give this as probe="
         )
-    classifier = weights.open_pretrained(probe) if probe is not None else None
+    classifier = weights.open_pretrained(probe, probe=probe_index) if probe is not None else None
     if classifier and not classifier.classifier:
         raise UserError(f"{classifier.where}: has no classifier; probe= needs one")
     return Model(source, classifier, dtype, mesh, crop_pct)

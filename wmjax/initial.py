@@ -5,13 +5,14 @@ Takes plain arguments and knows no configuration object.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from wmjax import weights
 from wmjax.errors import UserError
-from wmjax.models.base import combine, freeze_patterns
+from wmjax.models.base import combine, freeze_patterns, function_of
 from wmjax.run.checkpoint import Saved
 from wmjax.step import Steps, TrainState
 
@@ -30,36 +31,53 @@ def position_grid(pretrained: str) -> int:
     return source.model["position_grid"]
 
 
-def make_state(steps: Steps, *, init_from: str, pretrained: str) -> tuple[TrainState, str]:
+def make_state(
+    steps: Steps, *, init_from: str, pretrained: str, init_encoder: str = ""
+) -> tuple[TrainState, str]:
     """Return the state before step 1, and lines that state its origin; '': random.
 
     init_from: weights that `wmjax.load` accepts. The optimiser state of a run is restored too, if
-    it has the same optim.freeze. pretrained: an image model that initialises the encoder. At most
-    one of the two is given; '': none. Raises UserError if the weights do not fit the model.
+    it has the same optim.freeze. init_encoder: the encoder of these weights that starts both the
+    encoder and its EMA target, as in `wmjax.load`; '': each starts from its own. pretrained: an
+    image model that initialises the encoder. At most one of init_from and pretrained is given; '':
+    none. Raises UserError if the weights do not fit the model.
     """
-    if init_from and (Path(init_from).expanduser() / "checkpoints").is_dir():
-        saved = Saved(Path(init_from).expanduser() / "checkpoints")
-        frozen = saved.meta["config"]["optim"].get("freeze", "")
-        if freeze_patterns(frozen) != steps.blueprint.freeze:
-            return _from_weights(steps, init_from)
-        state = saved.restore(steps.abstract, f"init_from={init_from}")
+    if not (where := init_from or pretrained):
+        return steps.init(), ""
+    if not (Path(where).expanduser() / "checkpoints").is_dir():
+        return _from_weights(steps, where, init_encoder)
+    saved = Saved(Path(where).expanduser() / "checkpoints")
+    config = saved.meta["config"]
+    frozen = freeze_patterns(config["optim"].get("freeze", ""))
+    if init_encoder or frozen != steps.blueprint.freeze:
+        state, origin = _from_weights(steps, where, init_encoder)
+    else:
+        state = saved.restore(steps.abstract, f"init_from={where}")
         state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
-        return state, (
-            f"starting from step {saved.step} of {init_from}: {', '.join(state.params)}, target "
+        origin = (
+            f"starting from step {saved.step} of {where}: {', '.join(state.params)}, target "
             "and optimizer state; steps and schedules count from 0"
         )
-    if where := init_from or pretrained:
-        return _from_weights(steps, where)
-    return steps.init(), ""
+    notes = steps.blueprint.check_function(config["model"], f"init_from={where}")
+    return state, "\n".join([origin, *(f"  unlike that run: {note}" for note in notes)])
 
 
-def _from_weights(steps: Steps, where: str) -> tuple[TrainState, str]:
+def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, str]:
     blueprint, abstract = steps.blueprint, steps.abstract
     package = blueprint.family.__module__.partition(".")[0]  # the user has named it already
-    target = weights.open_pretrained(where, trust=(package,))
-    source = target
-    if "encoder" in target.choices:  # the trained encoder, besides its EMA
-        source = weights.open_pretrained(where, encoder="encoder", trust=(package,))
+    wanted = function_of(blueprint.settings)
+
+    def open_encoder(encoder: str) -> weights.Pretrained:
+        source = weights.open_pretrained(where, encoder=encoder, trust=(package,))
+        if not source.assumed:
+            return source
+        # A .pt file, whose number of heads the configuration says.
+        given: dict[str, Any] = {key: wanted.get(key) for key in source.assumed}
+        return weights.open_pretrained(where, encoder=encoder, **given)
+
+    source = target = open_encoder(encoder)
+    if not encoder and {"encoder", "target_encoder"} <= {*target.choices}:
+        source = open_encoder("encoder")
     shapes = combine(abstract.params, abstract.frozen)
     shapes = {part: tree for part, tree in shapes.items() if part in source.parts}
     if not shapes or ("encoder" not in shapes and not source.step):

@@ -234,7 +234,10 @@ def restore_or_init(
     newest = checkpoints.latest()
     if newest is None:
         state, origin = initial.make_state(
-            setup.steps, init_from=config.init_from, pretrained=config.model.pretrained
+            setup.steps,
+            init_from=config.init_from,
+            init_encoder=config.init_encoder,
+            pretrained=config.model.pretrained,
         )
         if origin:
             say(origin)
@@ -246,6 +249,7 @@ def restore_or_init(
             f"data.on_error={config.data.on_error!r}: dropped episodes {found or 'none'}; the run "
             f"dropped {wanted or 'none'} until step {newest}: wanted the same"
         )
+    setup.steps.blueprint.check_function(meta["config"]["model"], f"{checkpoints.folder}/{newest}")
     for line in configs.differences(meta["config"], configs.plain(config)):
         say(f"  changed since: {line}")
     return state, data["position"]

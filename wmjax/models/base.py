@@ -10,6 +10,7 @@ faster than NNX states. A Blueprint builds the model and divides its variables:
     output = model.loss(target, batch, key)
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,7 +73,8 @@ class WorldModel(nnx.Module):
     """The contract. A family defines create, loss, features and token_grid; the rest has defaults.
 
     Settings: a frozen dataclass of the family's keys in the `model` group, with defaults; its
-    __post_init__ checks the values. uses_masks: False: the reader draws none for this family.
+    __post_init__ checks the values. A property `function` may say which of them change what the
+    parameters compute (see function_of). uses_masks: False: the reader draws none for this family.
     A parameter is an `nnx.Param`. Metadata `axes`, a logical name for each dimension, say how it is
     sharded (see sharding.py) and which dimension is the depth ("layers"); without axes it is
     replicated. Any other `nnx.Variable` is never trained.
@@ -203,6 +205,25 @@ def settings_of(group: Mapping[str, Any], trust: Sequence[str] = ANY) -> Any:
     return cls(**own)
 
 
+def function_of(settings: Any) -> dict[str, Any]:
+    """Return the settings that decide what the parameters of a model compute, by key.
+
+    Shapes do not reveal all of them: heads, for example. A Settings class lists them in a property
+    `function`; without one, every setting counts.
+    """
+    own = isinstance(getattr(type(settings), "function", None), property)
+    return settings.function if own else dataclasses.asdict(settings)
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Describe each setting that has another value in `found`."""
+    return [
+        f"model.{key}={value!r}, found {found[key]!r}"
+        for key, value in wanted.items()
+        if value != found[key]
+    ]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blueprint:
     """All that a model is built from, and how a train state divides its variables.
@@ -237,6 +258,28 @@ class Blueprint:
 
     def create(self, rngs: nnx.Rngs) -> WorldModel:
         return self.family.create(self.settings, self.compute, self.spec, self.statistics, rngs)
+
+    def check_function(self, group: Mapping[str, Any], where: str) -> list[str]:
+        """Compare with the `model` group of saved parameters; list differences of no consequence.
+
+        These are settings of the loss and of the computation. where: begins the error. Raises
+        UserError for another family, or a setting with which the same parameters compute something
+        else.
+        """
+        trust = (self.family.__module__.partition(".")[0],)  # the user has named it already
+        family: Any = group["name"]
+        with contextlib.suppress(UserError):  # of a package that this run does not use
+            family = family_named(group["name"], trust)
+        if family is not self.family:
+            wanted = f"{self.family.__module__}:{self.family.__qualname__}"
+            raise UserError(f"{where}: model.name={group['name']!r}; wanted {wanted}")
+        saved = settings_of(group, trust)
+        if different := differences(function_of(self.settings), function_of(saved)):
+            raise UserError(
+                f"{where}: its parameters were trained with other settings:\n{'; '.join(different)}"
+            )
+        pairs = (self.settings, saved), (self.compute, Compute.of(group))
+        return [line for pair in pairs for line in differences(*map(dataclasses.asdict, pair))]
 
     @property
     def grid(self) -> TokenGrid:

@@ -113,8 +113,8 @@ class Encoder(nnx.Module):
         if self.positions is not None:
             x_BND = x_BND + self.positions(ids, grid).astype(x_BND.dtype)
         else:
-            if self.rope_kind == "sincos":
-                x_BND = x_BND + rope.sincos(where, self.width).astype(x_BND.dtype)
+            if self.rope_kind in rope.FIXED:
+                x_BND = x_BND + rope.sincos(where, self.width, self.rope_kind).astype(x_BND.dtype)
             table = rope.table(where, self.width // self.heads, self.rope_kind)
         return self.norm(run(self.blocks, x_BND, table, TokenLayout(lengths)))
 

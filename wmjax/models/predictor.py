@@ -83,8 +83,8 @@ class Predictor(nnx.Module):
         where = rope.coordinates(
             jnp.concatenate([ids for mask in masks for ids in mask], axis=1), grid
         )
-        if self.rope_kind == "sincos":
-            x_BND = x_BND + rope.sincos(where, self.width).astype(x_BND.dtype)
+        if self.rope_kind in rope.FIXED:
+            x_BND = x_BND + rope.sincos(where, self.width, self.rope_kind).astype(x_BND.dtype)
         table = rope.table(where, self.width // self.heads, self.rope_kind)
         lengths = tuple(context.shape[1] + target.shape[1] for context, target in masks)
         tails = tuple(target.shape[1] for _, target in masks)

@@ -31,7 +31,8 @@ class VJEPA2Settings:
 
     size: tiny, small, base, large, huge, giant or gigantic. width, depth, heads, mlp_ratio: of the
     encoder, in place of the size's; 0 or None: as the size says. patch: pixels of a patch, both
-    ways. tubelet: frames of a patch. rope: tiled (V-JEPA 2), interleaved (2.1) or sincos.
+    ways. tubelet: frames of a patch. rope: tiled (V-JEPA 2), interleaved (2.1), or in its
+    place fixed embeddings, sincos and sincos_uniform (V-JEPA 1 with uniform_power).
     position_grid: side of the encoder's learned table of positions, which weights of an image model
     bring; rope is then the predictor's alone. loss_exp: mean |prediction - target|^loss_exp /
     loss_exp.
@@ -64,6 +65,14 @@ class VJEPA2Settings:
     def encoder(self) -> dict[str, int]:
         """Width, depth, heads and hidden width of the encoder."""
         return resolve_size(self.size, self.width, self.depth, self.heads, self.mlp_ratio)
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """What decides what the parameters compute; size as numbers, the loss left out."""
+        keys = ["patch", "tubelet", "rope", "mask_index"]
+        keys += ["predictor_width", "predictor_depth", "predictor_heads"]
+        values = {key: getattr(self, key) for key in keys}
+        return {**self.encoder, "position_grid": self.position_grid or 0, **values}
 
 
 class VJEPA2(WorldModel):

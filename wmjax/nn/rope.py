@@ -5,6 +5,8 @@ be wrong by up to 1.6 %. Coordinates count from 0 in the token grid of the input
 size and shape work.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,8 @@ from wmjax.types import TokenGrid
 Coordinates = tuple[jax.Array, jax.Array, jax.Array]  # time, row, column of each token: float32, BN
 Table = tuple[jax.Array, jax.Array]  # cosines; sines, negative for the first of a pair
 
-KINDS = ("tiled", "interleaved", "sincos")
+FIXED = ("sincos", "sincos_uniform")  # added to the tokens, in place of rotations
+KINDS = ("tiled", "interleaved", *FIXED)
 
 
 def all_ids(grid: TokenGrid) -> jax.Array:
@@ -48,14 +51,14 @@ def at_time(time_BN: jax.Array) -> Coordinates:
 
 
 def table(coordinates: Coordinates, head_dim: int, kind: str) -> Table | None:
-    """Return the cosines and sines that rotate heads, (B, N, 1, head_dim); None for sincos.
+    """Return the cosines and sines that rotate heads, (B, N, 1, head_dim); None for FIXED kinds.
 
     Each axis rotates a third of the head, rounded down to an even number; the rest stays as it is.
     tiled: the two members of a pair get different angles, as the weights released with V-JEPA 2
     expect. This is no true rotation: it preserves neither norms nor relative positions.
     interleaved: both members of a pair get one angle, as in V-JEPA 2.1.
     """
-    if kind == "sincos":
+    if kind in FIXED:
         return None
     size = 2 * (head_dim // 6)
     angles = []
@@ -82,14 +85,19 @@ def rotate(x_BNHd: jax.Array, rope: Table | None) -> jax.Array:
     return (x * cos + swapped * sin).astype(x_BNHd.dtype)
 
 
-def sincos(coordinates: Coordinates, width: int) -> jax.Array:
-    """Return fixed embeddings (B, N, width): half for time, a quarter each for row and column.
+def sincos(coordinates: Coordinates, width: int, kind: str = "sincos") -> jax.Array:
+    """Return fixed embeddings (B, N, width), as V-JEPA 1 and V-JEPA 2 without RoPE add them.
 
-    Each part holds its sines, then its cosines (V-JEPA 1 and 2 without RoPE, `uniform_power` off).
+    sincos: half of the width for time, a quarter each for row and column. sincos_uniform
+    (`uniform_power`): a third each, rounded up to an even number; what exceeds the width is cut.
+    Each part holds its sines, then its cosines.
     """
-    sizes = (width // 2, width // 4, width // 4)
+    third = 2 * math.ceil(width / 6)
+    halves = (width // 2, width // 4, width // 4)
+    sizes = halves if kind == "sincos" else (third, third, third)
     axes = zip(coordinates, sizes, strict=True)
-    return jnp.concatenate([sincos_along(position, size) for position, size in axes], axis=-1)
+    parts = [sincos_along(position, size) for position, size in axes]
+    return jnp.concatenate(parts, axis=-1)[..., :width]
 
 
 def sincos_along(position_BN: jax.Array, size: int) -> jax.Array:

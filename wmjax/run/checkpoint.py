@@ -127,6 +127,11 @@ class Checkpoints:
                 "fix the cause, then resume from it with the same command"
             )
 
+    @property
+    def folder(self) -> Path:
+        """The absolute path that holds the checkpoints."""
+        return self._folder
+
     def latest(self) -> int | None:
         """Return the step of the newest intact checkpoint; None where there is none."""
         return self._newest

@@ -62,8 +62,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for command in (reads, shows):
         command.add_argument(
             "--encoder",
-            default="target_encoder",
-            help="encoder to take from a .pt file: target_encoder (default, the EMA) or encoder",
+            default="",
+            help="encoder of a .pt file or a run: target_encoder (the EMA) or encoder; default: "
+            "the EMA where there is one",
+        )
+        for name, what in (("heads", "encoder or probe"), ("predictor-heads", "predictor")):
+            command.add_argument(
+                f"--{name}",
+                type=int,
+                metavar="N",
+                help=f"attention heads of the {what} of a .pt file, which does not say them; "
+                "default: assumed, as a note says",
+            )
+        command.add_argument(
+            "--probe",
+            type=int,
+            default=0,
+            metavar="N",
+            help="which of the probes of a .pt file of Meta's evaluations; default: 0, the first",
         )
     return parser.parse_args(argv)
 
@@ -175,7 +191,14 @@ def run(argv: list[str]) -> int:
             raise UserError(f"{flags.folder}: no such folder")
         print(export_folder(flags.folder, flags.out, flags.frames, flags.size, tuple(flags.trust)))
         return 0
-    source = open_pretrained(flags.source, encoder=flags.encoder, trust=tuple(flags.trust))
+    source = open_pretrained(
+        flags.source,
+        encoder=flags.encoder,
+        heads=flags.heads,
+        predictor_heads=flags.predictor_heads,
+        probe=flags.probe,
+        trust=tuple(flags.trust),
+    )
     if flags.command == "import" and source.model.get("name", "vjepa2") != "vjepa2":
         raise UserError(
             f"{flags.source}: model.name={source.model['name']!r}: only vjepa2 is imported; "

@@ -126,7 +126,8 @@ def _check(
     classifier: Mapping[str, Any] | None,
     labels: Sequence[str],
 ) -> None:
-    wants = {"rope": "tiled", "position_grid": 0, "mask_index": 1}
+    mask_index = 1 % sizes["num_mask_tokens"]
+    wants = {"rope": "tiled", "position_grid": 0, "mask_index": mask_index}
     for key, value in wants.items():
         if sizes[key] != value:
             raise UserError(

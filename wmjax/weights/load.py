@@ -10,7 +10,7 @@ from flax import nnx
 
 from wmjax.errors import UserError
 from wmjax.models import base
-from wmjax.models.base import Params, settings_of
+from wmjax.models.base import Params, differences, function_of, settings_of
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.vjepa2 import VJEPA2Settings
 from wmjax.nn.compute import Compute
@@ -69,48 +69,58 @@ def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
             f"{source.where}: weights of another model: {type(found).__qualname__} of "
             f"{type(found).__module__}; wanted {type(settings).__module__}"
         )
-    if not isinstance(settings, VJEPA2Settings):  # its weights come from its own runs only
-        return
-    keys = []
-    if "encoder" in parts:
-        keys += ["width", "depth", "heads", "hidden", "position_grid"]
-        if not source.format.of_images:  # kernels of image models are resized
-            keys += ["patch", "tubelet"]
-    if "predictor" in parts:
-        keys += ["predictor_width", "predictor_depth", "predictor_heads", "num_mask_tokens"]
-    wanted_values, found_values = describe(settings), describe(found)
-    if "predictor" in parts or not found_values["position_grid"]:
-        keys.append("rope")
-    different = [
-        f"model.{key}={wanted_values[key]!r}, found {found_values[key]!r}"
-        for key in keys
-        if wanted_values[key] != found_values[key] and key not in source.assumed
-    ]
-    if different:
-        raise UserError(f"{source.where}: weights of another model:\n{'; '.join(different)}")
+    theirs, ours = function_of(found), dict(function_of(settings))
+    skipped = {*source.assumed}
+    if isinstance(settings, VJEPA2Settings):
+        of_predictor = {key for key in ours if key.startswith("predictor_")} | {"mask_index"}
+        ours["mask_index"] %= found.num_mask_tokens  # as assemble takes them
+        if "predictor" not in parts:
+            skipped |= of_predictor | ({"rope"} if theirs["position_grid"] else set())
+        if "encoder" not in parts:
+            skipped |= ours.keys() - of_predictor - {"rope"}
+        if source.format.of_images:  # kernels of image models are resized
+            skipped |= {"patch", "tubelet"}
+    compared = {key: value for key, value in ours.items() if key not in skipped}
+    if different := differences(compared, theirs):
+        text = f"{source.where}: weights of another model:\n{'; '.join(different)}"
+        if source.choices and not source.step and "heads=" in text:
+            text += (
+                "\na .pt file does not say heads: import it with --heads=N or --predictor-heads=N"
+            )
+        raise UserError(text)
 
 
 def describe(settings: VJEPA2Settings) -> dict[str, Any]:
-    """Return the keys that decide what a V-JEPA 2 computes; model.size becomes numbers."""
-    keys = ["patch", "tubelet", "rope", "num_mask_tokens", "mask_index"]
-    keys += ["predictor_width", "predictor_depth", "predictor_heads"]
-    values = {key: getattr(settings, key) for key in keys}
-    return {**settings.encoder, "position_grid": settings.position_grid or 0, **values}
+    """Return the keys that decide what a V-JEPA 2 computes, and its number of mask tokens."""
+    return {**settings.function, "num_mask_tokens": settings.num_mask_tokens}
 
 
 def assemble(source: Pretrained, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (path, host array) for every parameter.
 
-    leaves: path -> anything with a shape, and a dtype unless it is float32. Raises UserError before
-    the first array is read if names, shapes or dtypes do not fit.
+    leaves: path -> anything with a shape, and a dtype unless it is float32. Another number of mask
+    tokens than the source's is made of the source's by index modulo their number, as Meta's code
+    takes them. Raises UserError before the first array is read if names, shapes or dtypes do not
+    fit.
     """
-    _match(source, leaves)
+    in_file = {path: _in_file(source, path, leaf) for path, leaf in leaves.items()}
+    _match(source, in_file)
     rows = {row.path: row for row in source.format.rows}
-    for path, leaf in leaves.items():
-        host = np.zeros(leaf.shape, getattr(leaf, "dtype", np.float32))
+    for path, leaf in in_file.items():
+        host = np.zeros(leaf.shape, leaf.dtype)
         if path in rows:
             _fill(host, rows[path], source)
+        if leaf.shape != leaves[path].shape:
+            host = host[np.arange(leaves[path].shape[0]) % len(host)]
         yield path, host
+
+
+def _in_file(source: Pretrained, path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return a parameter with the number of mask tokens that the source has."""
+    shape, tokens = leaf.shape, source.model.get("num_mask_tokens")
+    if path == "predictor.mask_tokens" and tokens:
+        shape = (tokens, *shape[1:])
+    return jax.ShapeDtypeStruct(shape, getattr(leaf, "dtype", np.float32))
 
 
 def _fill(host: np.ndarray, row: TensorMap, source: Pretrained) -> None:
@@ -143,7 +153,7 @@ def _match(source: Pretrained, leaves: Mapping[str, Any]) -> None:
                 faults.append(f"missing: {name} {shape}")
             elif tensors.shapes[name] != shape:
                 faults.append(f"other shape: {name} {tensors.shapes[name]}, wanted {shape}")
-            elif not _fits(tensors.dtypes[name], str(getattr(leaf, "dtype", "float32"))):
+            elif not _fits(tensors.dtypes[name], str(leaf.dtype)):
                 faults.append(f"other type: {name} {tensors.dtypes[name]}, wanted {leaf.dtype}")
     parts = {path.partition(".")[0] for path in leaves}
     for name in tensors.shapes.keys() - used:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, check_above, check_choice
 from wmjax.models.base import Blueprint, InputSpec, freeze_patterns
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD, SIZES
 from wmjax.nn.compute import Compute
 from wmjax.nn.norm import EPS
 from wmjax.run.checkpoint import Saved
-from wmjax.weights import tables
+from wmjax.weights import meta, tables
 from wmjax.weights.files import (
     Tensors,
     find,
@@ -30,7 +30,6 @@ from wmjax.weights.tables import Format
 CONFIG = "model.json"  # beside the weights in an imported folder
 PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")  # of transformers
 _SPEC = InputSpec(16, 256, 256)  # for weights that take clips of any size
-_PREFIXES = ("module.backbone.", "module.", "backbone.")  # that wrappers add to Meta's names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Pretrained:
     AttentiveClassifier, or {}. labels: names of the classes. clip: "frames" and "size" of a
     training clip, with "width" if it is not square, or {} if the files do not say. assumed: keys of
     `model` that are a guess, because neither files nor shapes say them. notes: lines to print: what
-    was assumed, changed or dropped. choices: encoders that a .pt file offers. config, step, spec,
+    was assumed, changed or dropped. choices: encoders of a .pt file or a run. config, step, spec,
     statistics: of the run that the weights come from. trust: packages outside wmjax whose model may
     be imported.
     """
@@ -82,23 +81,39 @@ class Pretrained:
 
 
 def open_pretrained(
-    source: str | Path, *, encoder: str = "target_encoder", trust: tuple[str, ...] = ()
+    source: str | Path,
+    *,
+    encoder: str = "",
+    heads: int | None = None,
+    predictor_heads: int | None = None,
+    probe: int = 0,
+    trust: tuple[str, ...] = (),
 ) -> Pretrained:
     """Open a folder, a model on the Hub (OWNER/NAME), a .pt file, or the workdir of a run.
 
     A run gives its newest checkpoint, with the EMA target in place of the parameters it follows.
 
-    encoder: encoder to take from a run or a checkpoint of Meta: target_encoder (the EMA, which all
-    of Meta's evaluations use) or encoder. trust: packages outside wmjax from which the model of a
-    run may be imported. Raises UserError if no format fits.
+    encoder: of a run or a checkpoint of Meta: target_encoder (the EMA, which all of Meta's
+    evaluations use) or encoder; "": the EMA where there is one. heads, predictor_heads: attention
+    heads of encoder (or probe) and predictor of a .pt file, which does not say them; None: assumed,
+    and noted. probe: which of the probes in a file of Meta's evaluation, from 0. trust: packages
+    outside wmjax from which the model of a run may be imported. Raises UserError if no format fits.
     """
+    for key, value in {"heads": heads, "predictor_heads": predictor_heads}.items():
+        if value is not None:
+            check_above(key, value)
     path = find(str(source))
     if path.is_file():
-        return _meta(path, encoder)
+        return _meta(path, encoder, heads, predictor_heads, probe)
+    is_run = (path / "checkpoints").is_dir() and not (path / CONFIG).is_file()
+    asked: dict[str, Any] = {"heads": heads, "predictor_heads": predictor_heads, "probe": probe}
+    asked |= {} if is_run else {"encoder": encoder}
+    if named := ", ".join(f"{key}={value!r}" for key, value in asked.items() if value):
+        raise UserError(f"{path}: {named}: chosen for .pt files of Meta only; wanted none for this")
+    if is_run:
+        return _run(path, encoder, trust)
     if (path / CONFIG).is_file():
         return _own(path)
-    if (path / "checkpoints").is_dir():
-        return _run(path, encoder, trust)
     config = read_json(
         path / "config.json",
         "a model in safetensors with its configuration, or the workdir of a run",
@@ -145,7 +160,9 @@ def _run(workdir: Path, encoder: str, trust: tuple[str, ...]) -> Pretrained:
     statistics = saved.meta.get("statistics", ())
     freeze = freeze_patterns(config.get("optim", {}).get("freeze", ""))
     blueprint = Blueprint.of(model, spec, statistics, freeze, trust)
-    names = _saved_names(blueprint, ema=encoder == "target_encoder")
+    choices = ("encoder", "target_encoder") if blueprint.followed_paths else ("encoder",)
+    check_choice("encoder", encoder or choices[-1], choices)
+    names = _saved_names(blueprint, ema=encoder != "encoder")
     arrays: dict[str, Any] = {}
 
     def read(path: str) -> Any:
@@ -167,7 +184,7 @@ def _run(workdir: Path, encoder: str, trust: tuple[str, ...]) -> Pretrained:
         notes=(f"step {saved.step} of a run: {_origins(names)}",),
         config=config,
         step=saved.step,
-        choices=("encoder", "target_encoder") if any(map(_is_ema, saved.shapes)) else (),
+        choices=choices,
         spec=spec,
         statistics=statistics,
         trust=trust,
@@ -229,6 +246,7 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretra
             f"{folder}: its preprocessor file has image_mean={pixels.mean}, "
             f"image_std={pixels.std}: wanted {PIXEL_MEAN} and {PIXEL_STD} for V-JEPA 2"
         )
+    meta.refuse_other_models(str(folder), [*tensors.shapes, *filter(config.get, config)])
     width, heads = get("hidden_size", 1024), get("num_attention_heads", 16)
     model = {
         "width": width,
@@ -241,7 +259,7 @@ def _vjepa2(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Pretra
         "predictor_width": get("pred_hidden_size", 384),
         "predictor_depth": get("pred_num_hidden_layers", 12),
         "predictor_heads": get("pred_num_attention_heads", 12),
-        "num_mask_tokens": get("pred_num_mask_tokens", 10),
+        **_mask_tokens(get("pred_num_mask_tokens", 10)),
     }
     clip = {"frames": get("frames_per_clip", 64), "size": get("crop_size", 256)}
     classifier: dict[str, Any] = {}
@@ -341,107 +359,137 @@ def _image(
     return Pretrained(str(folder), table, tensors, model, notes=tuple(notes))
 
 
-def _meta(path: Path, encoder: str) -> Pretrained:
+def _meta(
+    path: Path, encoder: str, heads: int | None, predictor_heads: int | None, probe: int
+) -> Pretrained:
     if path.suffix not in (".pt", ".pth", ".tar"):
         raise UserError(
             f"{path}: not a model; wanted a folder, OWNER/NAME on the Hub or a .pt file"
         )
-    found = open_torch(path)
-    if "classifiers" in found:
-        return _meta_classifier(path, found)
-    if encoder not in found or not isinstance(found[encoder], dict):
-        raise UserError(
-            f"{path}: has no {encoder!r}; it has: {', '.join(map(str, found)) or 'no names'}"
+    saved, where = open_torch(path), str(path)
+    if "classifiers" in saved:
+        return _meta_classifier(where, saved, heads, probe)
+    if probe:
+        raise UserError(f"{where}: probe={probe}: has no classifiers; wanted a file that has them")
+    named = meta.plain_names(where, saved)
+    meta.refuse_other_models(where, named)
+    parts = meta.choose_parts(where, saved, named, encoder)
+    tensors = torch_tensors(parts.tensors)
+    model = _meta_sizes(where, tensors, parts.encoder)
+    released = {size[:2]: size[2] for size in SIZES.values()}.get((model["width"], model["depth"]))
+    notes, clip, assumed = [f"the encoder is {parts.encoder}"], {}, []
+    if positions := meta.fixed_positions(where, tensors, parts.encoder):
+        kind, (time, rows, _) = positions
+        if meta.is_released(where, model):
+            notes.append(
+                f"V-JEPA 2 as released, as it has {model['num_mask_tokens']} mask tokens: its "
+                "fixed sin-cos positions are not used"
+            )
+        else:
+            notes.append(f"V-JEPA 1: model.rope={kind!r}, fixed sin-cos positions and no RoPE")
+            model["rope"] = kind
+            clip = {"frames": time * model["tubelet"], "size": rows * model["patch"]}
+
+    def choose(key: str, given: int | None, known: int | None, guess: int) -> None:
+        count = model[key] = given or known or max(1, guess)
+        if given:
+            notes.append(f"{key}={count}, as given; the file does not say")
+            return
+        each = model[key.replace("heads", "width")] // count
+        notes.append(
+            f"assumed {key}={count}, each {each} wide; the file does not say: {key}= says otherwise"
         )
-    named = _state_dict(encoder, found[encoder])
-    if isinstance(found.get("predictor"), dict):
-        named |= _state_dict("predictor", found["predictor"])
-    tensors = torch_tensors(named)
+        if not known:
+            assumed.append(key)
+
+    choose("heads", heads, released, model["width"] // 64)
+    if (narrow := model.get("predictor_width")) and model["rope"] == "tiled":
+        choose("predictor_heads", predictor_heads, 12 if narrow == 384 else None, narrow // 32)
+    elif narrow:  # V-JEPA 1 takes the encoder's
+        known = None if assumed else model["heads"]
+        choose("predictor_heads", predictor_heads, known, model["heads"])
+    return Pretrained(
+        where,
+        tables.meta(parts.encoder),
+        tensors,
+        model,
+        clip=clip,
+        assumed=tuple(assumed),
+        notes=tuple(notes),
+        choices=parts.choices,
+    )
+
+
+def _meta_sizes(where: str, tensors: Tensors, encoder: str) -> dict[str, Any]:
+    """Return the keys of `model` that the shapes of a checkpoint say."""
     shapes = tensors.shapes
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != rank:
             raise UserError(
-                f"{path}: not a V-JEPA 2: {name} is {shapes.get(name, 'absent')}; wanted {rank} "
+                f"{where}: not a V-JEPA 2: {name} is {shapes.get(name, 'absent')}; wanted {rank} "
                 "axes"
             )
         return shapes[name]
 
     width, _, tubelet, patch, _ = shape(f"{encoder}.patch_embed.proj.weight", 5)
     hidden, _ = shape(f"{encoder}.blocks.0.mlp.fc1.weight", 2)
-    depth = _count(shapes, f"{encoder}.blocks.*.norm1.weight")
-    heads = {size[:2]: size[2] for size in SIZES.values()}.get((width, depth))
     model = {
         "width": width,
-        "depth": depth,
-        "heads": heads or max(1, width // 64),
+        "depth": _count(shapes, f"{encoder}.blocks.*.norm1.weight"),
         "mlp_ratio": hidden / width,
         "patch": patch,
         "tubelet": tubelet,
         "rope": "tiled",
     }
-    notes, assumed = [f"the encoder is {encoder}"], []
-    if heads is None:
-        assumed.append("heads")
-        notes.append(f"assumed {model['heads']} heads of width 64; the file does not say")
-    if "predictor" in found:
-        predictor_width, _ = shape("predictor.predictor_embed.weight", 2)
+    if any(name.startswith("predictor.") for name in shapes):
+        shape("predictor.mask_tokens.0", 3)
         model |= {
-            "predictor_width": predictor_width,
+            "predictor_width": shape("predictor.predictor_embed.weight", 2)[0],
             "predictor_depth": _count(shapes, "predictor.predictor_blocks.*.norm1.weight"),
-            "predictor_heads": 12 if predictor_width == 384 else max(1, predictor_width // 32),
-            "num_mask_tokens": _count(shapes, "predictor.mask_tokens.*"),
+            **_mask_tokens(_count(shapes, "predictor.mask_tokens.*")),
         }
-        if predictor_width != 384:
-            assumed.append("predictor_heads")
-            notes.append(
-                f"assumed {model['predictor_heads']} heads of width 32 in the predictor; the file "
-                "does not say"
-            )
-    return Pretrained(
-        str(path),
-        tables.meta(encoder),
-        tensors,
-        model,
-        assumed=tuple(assumed),
-        notes=tuple(notes),
-        choices=tuple(key for key in ("encoder", "target_encoder") if key in found),
-    )
+    return model
 
 
-def _meta_classifier(path: Path, found: Mapping[str, Any]) -> Pretrained:
-    """Open the first of the probes that Meta's evaluation trains at once (twenty, usually)."""
-    probes = found["classifiers"]
-    if not isinstance(probes, list) or not probes or not isinstance(probes[0], dict):
-        raise UserError(f"{path}: classifiers: wanted a list of state dicts")
-    tensors = torch_tensors(_state_dict("classifiers.0", probes[0]))
-    head = tensors.shapes.get("classifiers.0.linear.weight")
-    if head is None or len(head) != 2:
+def _mask_tokens(count: int) -> dict[str, int]:
+    """Return the keys of `model` for a number of mask tokens; Meta takes number 1 modulo it."""
+    return {"num_mask_tokens": count} | ({"mask_index": 0} if count == 1 else {})
+
+
+def _meta_classifier(
+    where: str, saved: Mapping[str, Any], heads: int | None, index: int
+) -> Pretrained:
+    """Open one of the probes that Meta's evaluation trains at once (twenty, usually)."""
+    probes = saved["classifiers"]
+    if not isinstance(probes, list) or not probes or not all(isinstance(p, dict) for p in probes):
+        raise UserError(f"{where}: classifiers: wanted a list of state dicts")
+    if not 0 <= index < len(probes):
         raise UserError(
-            f"{path}: not an attentive probe: classifiers.0.linear.weight is {head}; wanted 2 axes"
+            f"{where}: probe {index} of {len(probes)} in classifiers; wanted 0 to {len(probes) - 1}"
         )
+    named = meta.plain_names(where, {"classifiers": {index: probes[index]}})
+    meta.refuse_other_models(where, named)
+    tensors, name = torch_tensors(named), f"classifiers.{index}.linear.weight"
+    head = tensors.shapes.get(name)
+    if head is None or len(head) != 2:
+        raise UserError(f"{where}: not an attentive probe: {name} is {head}; wanted 2 axes")
     classifier = {
         "width": head[1],
-        "heads": 16,
+        "heads": heads or 16,
         "classes": head[0],
-        "depth": _count(tensors.shapes, "classifiers.0.pooler.blocks.*.norm1.weight"),
+        "depth": _count(tensors.shapes, f"classifiers.{index}.pooler.blocks.*.norm1.weight"),
         "eps": 1e-5,
     }
-    notes = (
-        f"the first of {len(probes)} probes",
-        "assumed 16 heads, as in all of Meta's evaluations; the file does not say",
+    notes = [f"probe {index} of {len(probes)}, counted from 0"]
+    notes += meta.accuracies(saved)
+    notes.append(
+        f"heads={heads}, as given; the file does not say"
+        if heads
+        else "assumed 16 heads, as in all of Meta's evaluations; the file does not say"
     )
-    return Pretrained(str(path), tables.META_CLASSIFIER, tensors, {}, classifier, notes=notes)
-
-
-def _state_dict(key: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a state dict as KEY.NAME, without the prefixes of wrappers."""
-    named = {}
-    for name, tensor in tensors.items():
-        prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
-        if hasattr(tensor, "shape"):
-            named[f"{key}.{name.removeprefix(prefix)}"] = tensor
-    return named
+    table = tables.meta_classifier(index)
+    return Pretrained(where, table, tensors, {}, classifier, notes=tuple(notes))
 
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:

@@ -212,11 +212,11 @@ VJEPA2_CLASSIFIER = Format(
 def meta(encoder: str) -> Format:
     """Return the table of Meta's checkpoints; encoder: the key of the encoder to read.
 
-    Released files may contain fixed position tables. Models with RoPE do not use them.
+    Tables of fixed positions are not read: the model computes them (meta.fixed_positions).
     """
     qkv = ("attn.qkv",)
     return Format(
-        f"V-JEPA 2 checkpoint of Meta, {encoder}",
+        f"V-JEPA checkpoint of Meta, {encoder}",
         (
             *_tubelets("encoder.patch_embed", f"{encoder}.patch_embed.proj"),
             *_blocks("encoder.blocks", f"{encoder}.blocks.*", qkv, "attn.proj"),
@@ -231,21 +231,24 @@ def meta(encoder: str) -> Format:
     )
 
 
-_LOOKS = "classifiers.0.pooler.cross_attention_block"
-META_CLASSIFIER = Format(
-    "attentive probe of Meta, classifiers[0]",
-    (
-        TensorMap("pooler.query", ("classifiers.0.pooler.query_tokens",)),
-        *_blocks("pooler.blocks", "classifiers.0.pooler.blocks.*", ("attn.qkv",), "attn.proj"),
-        *_norm("pooler.cross.norm1", f"{_LOOKS}.norm1"),
-        *_linear("pooler.cross.q", f"{_LOOKS}.xattn.q"),
-        *_linear("pooler.cross.kv", f"{_LOOKS}.xattn.kv"),
-        *_norm("pooler.cross.norm2", f"{_LOOKS}.norm2"),
-        *_linear("pooler.cross.mlp.fc1", f"{_LOOKS}.mlp.fc1"),
-        *_linear("pooler.cross.mlp.fc2", f"{_LOOKS}.mlp.fc2"),
-        *_linear("head", "classifiers.0.linear"),
-    ),
-)
+def meta_classifier(index: int) -> Format:
+    """Return the table of one of the attentive probes of a file of Meta."""
+    probe = f"classifiers.{index}"
+    looks = f"{probe}.pooler.cross_attention_block"
+    return Format(
+        f"attentive probe of Meta, classifiers[{index}]",
+        (
+            TensorMap("pooler.query", (f"{probe}.pooler.query_tokens",)),
+            *_blocks("pooler.blocks", f"{probe}.pooler.blocks.*", ("attn.qkv",), "attn.proj"),
+            *_norm("pooler.cross.norm1", f"{looks}.norm1"),
+            *_linear("pooler.cross.q", f"{looks}.xattn.q"),
+            *_linear("pooler.cross.kv", f"{looks}.xattn.kv"),
+            *_norm("pooler.cross.norm2", f"{looks}.norm2"),
+            *_linear("pooler.cross.mlp.fc1", f"{looks}.mlp.fc1"),
+            *_linear("pooler.cross.mlp.fc2", f"{looks}.mlp.fc2"),
+            *_linear("head", f"{probe}.linear"),
+        ),
+    )
 
 
 def _image(
