@@ -11,6 +11,7 @@ from clips import batch_of
 from says import lines_with, says
 
 from wmjax.evals import health, prediction
+from wmjax.evals.alarms import Alarms
 from wmjax.models import vjepa2
 from wmjax.nn import norm
 from wmjax.types import Term, WorldModelOutput
@@ -128,14 +129,14 @@ def test_targets_that_are_all_one_are_told_by_the_alarm_and_not_by_a_division():
     ],
 )
 def test_alarms_name_the_figure(figure, named):
-    (said,) = health.alarms(figure)
+    (said,) = Alarms()(1, figure)
     says(said, *named, lines=1)
 
 
 def test_features_that_only_know_their_place_raise_the_alarm():
     features = np.broadcast_to(normal(1, TOKENS, 16), (8, TOKENS, 16))
     figures = health.in_validation(output_of(features, all_ids(8)), batch_for(8), TOKENS)
-    (said,) = health.alarms({name: float(value) for name, value in figures.items()})
+    (said,) = Alarms()(1, {name: float(value) for name, value in figures.items()})
     says(said, "0.0%")
 
 
@@ -209,4 +210,4 @@ def test_a_single_clip_cannot_raise_an_alarm_about_what_differs_between_clips():
     )
     row = {name: float(value) for name, value in figures.items()}
     assert row["health/target_clip_share"] == 1
-    assert health.alarms(row) == []
+    assert Alarms()(1, row) == []

@@ -288,7 +288,9 @@ def test_wandb_is_handed_the_pictures_that_can_be_drawn(tmp_path, monkeypatch, c
     fake = types.SimpleNamespace(init=lambda **_: run, Image=lambda pixels: pixels.shape)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     settings = micro.config("log.wandb=True").log
-    reporter = Reporter(tmp_path, num_steps=1, start=0, config={}, alarms=lambda _: [], **settings)
+    reporter = Reporter(
+        tmp_path, num_steps=1, start=0, config={}, alarms=lambda step, row: [], **settings
+    )
     with reporter:
         assert reporter.draws
         reporter.show(3, lambda: {"short": np.zeros((4, 5, 3), np.uint8)})

@@ -28,7 +28,7 @@ from wmjax.data.source import Source
 from wmjax.data.synthetic import FPS, SyntheticSource
 from wmjax.data.windows import stride_for
 from wmjax.errors import UserError, check_above, check_choice, check_least
-from wmjax.evals import health, prediction
+from wmjax.evals import health, prediction, video
 from wmjax.masking import Masks
 from wmjax.models.base import (
     Blueprint,
@@ -370,6 +370,7 @@ def make_steps(
             prediction.in_training(output)
             | prediction.in_validation(output, grid)
             | health.in_validation(output, batch, math.prod(grid))
+            | video.figures(batch.observation.video_BVTHWC, batch.observation.view_mask_BV)
         )
 
     return build(

@@ -19,7 +19,7 @@ from wmjax import assemble, initial
 from wmjax import config as configs
 from wmjax.assemble import Setup
 from wmjax.errors import UserError
-from wmjax.evals import Evaluator, health
+from wmjax.evals import Evaluator, alarms
 from wmjax.run import coordination, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
@@ -80,6 +80,8 @@ def train(
         clock.peak = peak_flops(jax.tree.leaves(state)[0].sharding.device_set)
         write_config(config, workdir)
         say(summary.of_state(workdir, state))
+        for text in alarms.of_settings(configs.plain(config), setup.masks, bool(state.target)):
+            say(f"warning: {text}")
 
         def stream(split: str, position: int = 0, held_out: bool = True) -> Batches:
             pipeline = assemble.make_pipeline(config, setup, split, position, held_out=held_out)
@@ -90,7 +92,7 @@ def train(
             num_steps=num_steps,
             start=start,
             config=configs.plain(config),
-            alarms=health.alarms,
+            alarms=alarms.Alarms(alarms.warmup_steps(configs.plain(config))),
             **config.log,
         )
         evaluators: list[Evaluator] = []
@@ -183,6 +185,8 @@ def loop(
                     train_step = setup.steps.train.lower(state, batch).compile()
                     state, metrics = train_step(state, batch)
                     jax.block_until_ready(metrics)
+                for text in alarms.of_batch(batch):
+                    say(f"warning: {text}")
                 say(f"first step done after {time.perf_counter() - begun:.1f} s")
                 clock.step_flop = setup.steps.blueprint.abstract.flops(batch)
                 clock.restart(step)

@@ -9,7 +9,8 @@ import ml_collections
 from wmjax import assemble
 from wmjax.data.pipeline import Pipeline
 from wmjax.errors import UserError
-from wmjax.evals import health, names
+from wmjax.evals import names
+from wmjax.evals.alarms import Alarms
 from wmjax.run.console import say
 from wmjax.run.reporter import EVALUATIONS, append_evaluation
 from wmjax.train import open_checkpoints, restore_or_init
@@ -36,12 +37,13 @@ def evaluate(
         return assemble.make_pipeline(config, setup, split, held_out=True)
 
     entry: dict[str, Any] = {"step": step}
+    judge = Alarms()
     say("compiling and reading clips ...")
     for evaluator in assemble.open_evaluators(config, setup, workdir, open_batches):
         found = evaluator(step, state)
         figures = "\n".join(f"{key:40} {value:.4f}" for key, value in sorted(found.row.items()))
         say(found.text or figures)
-        for warning in health.alarms(found.row):
+        for warning in judge(step, found.row):
             say(f"warning: step {step}: {warning}")
         entry |= found.entry or found.row
     append_evaluation(workdir, entry)

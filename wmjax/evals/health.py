@@ -1,11 +1,9 @@
-"""Detects collapse: measures how much the tokens of targets and predictions differ.
+"""Measures collapse: how much the tokens of targets and predictions differ.
 
 V-JEPA 2 normalises each target token over its width, so every single token has variance 1. The
 variance within a token therefore shows nothing, and these figures compare tokens with each other.
 """
 
-import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -126,44 +124,6 @@ def clip_share(side: Side, instants: int, tokens: int) -> jax.Array:
         from_all_RM = jnp.sum(jnp.square(f - mean_D[None, None]), axis=-1)
         total += jnp.sum(from_all_RM * weight_RM * several_P[place_RM])
     return jnp.where(total == 0, 1.0, jnp.minimum(within / jnp.maximum(total, 1e-30), 1.0))
-
-
-# Alarms look at targets only: a healthy model predicts nearly the mean for its first hundreds of
-# steps. Measured with a model of width 48 over 2,000 steps: on generated shapes a cosine of at most
-# 0.66, rank at least 12, clip share at least 0.84; on PushT, where nine tenths of the picture never
-# change, 0.991, 24 and 0.49. Collapsed on purpose, it passed a cosine of 0.998 by step 125.
-MAX_COSINE = 0.998
-MIN_RANK = 2.0
-MIN_CLIP_SHARE = 0.01
-
-
-def alarms(row: Mapping[str, float]) -> list[str]:
-    """Return a text for each figure of a report that indicates collapse.
-
-    row: of training or validation. If any figure is not finite, the only text reports divergence,
-    because the figures then say nothing about the features.
-    """
-    if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-        first = min(bad, key=lambda name: ("loss" not in name, name))
-        return [
-            f"the model has diverged: {first} is {row[first]}; {len(bad)} of {len(row)} figures "
-            "are not finite"
-        ]
-
-    def figure(name: str) -> float | None:
-        return row.get(f"health/target_{name}", row.get(f"validation/health/target_{name}"))
-
-    texts = []
-    if (value := figure("cosine")) is not None and value > MAX_COSINE:
-        texts.append(f"targets have collapsed to one token: mean cosine {value:.3f} between tokens")
-    if (value := figure("rank")) is not None and value < MIN_RANK:
-        texts.append(f"targets have collapsed to a line: effective rank {value:.1f}")
-    if (value := figure("clip_share")) is not None and value < MIN_CLIP_SHARE:
-        texts.append(
-            f"targets encode the position but not the content: {value:.1%} of their variance is "
-            "between clips"
-        )
-    return texts
 
 
 def _sides(output: WorldModelOutput) -> dict[str, Side]:

@@ -34,7 +34,7 @@ class Reporter:
         num_steps: int,
         start: int,
         config: dict[str, Any],
-        alarms: Callable[[Row], list[str]],
+        alarms: Callable[[int, Row], list[str]],
         tensorboard: bool,
         wandb: bool,
         wandb_project: str,
@@ -63,7 +63,8 @@ class Reporter:
         if wandb:
             self._add("W&B", lambda: _WandB(workdir, wandb_project, config))
         with self._dropping_on_error("metrics.jsonl"):
-            _remove_rows_after(self._path, start)
+            for row in _remove_rows_after(self._path, start):
+                alarms(row["step"], {k: v for k, v in row.items() if isinstance(v, float)})
         self._bar = tqdm(
             total=num_steps,
             initial=start,
@@ -116,7 +117,7 @@ class Reporter:
         """Write one row to every sink and to the console, with its alarms."""
         if not self._active:
             return
-        warnings = self._alarms(row)
+        warnings = self._alarms(step, row)
         prefix = "validation/" if "validation/loss" in row else ""
         row = row | {f"{prefix}health/alarms": len(warnings)}
         self.last |= row
@@ -237,10 +238,11 @@ def describe(row: Row) -> str:
     return "  ".join(show(row[name]) for name, show in _CONSOLE.items() if name in row)
 
 
-def _remove_rows_after(path: Path, start: int) -> None:
-    """Keep the rows up to a step; the run writes the later ones again."""
+def _remove_rows_after(path: Path, start: int) -> list[dict[str, Any]]:
+    """Keep and return the rows up to a step; the run writes the later ones again."""
     kept = [row for row in read_json_lines(path) if row["step"] <= start]
     write_whole(path, "".join(to_json(row) + "\n" for row in kept))
+    return kept
 
 
 def _import(module: str, extra: str) -> Any:
