@@ -76,7 +76,7 @@ class Overflowing(vjepa2.VJEPA2):
 
     def target_features(self, target, video_BTHWC):
         x = super().target_features(target, video_BTHWC).astype(jnp.bfloat16)
-        return (x * jnp.where(jnp.max(x) > 5.5, 3e38, 1)).astype(jnp.float32) * 2
+        return (x * jnp.where(jnp.max(x) > 4.6, 3e38, 1)).astype(jnp.float32) * 2
 
 
 STEPS = 1500
@@ -128,7 +128,7 @@ TINY = (
     "train.num_steps=2000",
     "optim.schedule_steps=2000",
     "train.eval_every=100",
-    "eval.probe_every=200",
+    "eval.probe_every=500",
     "train.log_every=10",
     "checkpoint.every=100000",
     "data.workers=2",

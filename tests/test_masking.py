@@ -9,7 +9,7 @@ from says import refused, suggests
 
 from wmjax import assemble
 from wmjax.data.synthetic import SyntheticSource
-from wmjax.masking import STRATEGIES, Budget, DoesNotFit, Masks
+from wmjax.masking import STRATEGIES, Budget, DoesNotFit, Masks, with_rounded_times
 from wmjax.masking.blocks import cover, multi_block
 
 SHORT = {
@@ -340,3 +340,31 @@ def test_without_masks_nothing_is_drawn():
 def test_the_search_for_a_fitting_pool_ends():
     with refused(504, 2000, error=DoesNotFit):
         multi_block(GRID, Budget(504, 2000, max_draws=50), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("tubelets", "time", "length", "before"),
+    [
+        (8, 0.5, 4, 4),
+        (5, 0.5, 2, 2),
+        (7, 0.5, 3, 4),
+        (8, 0.7, 5, 6),
+        (8, 0.05, 1, 1),
+        (3, 1.0, 3, 3),
+    ],
+)
+def test_the_length_of_a_block_is_rounded_down_as_in_the_reference(tubelets, time, length, before):
+    """max(1, int(T * time)), as vjepa2 src/masks/multiseq_multiblock3d.py; before rules 2, round."""
+    grid = (tubelets, 8, 8)
+    old = with_rounded_times({"m": {"strategy": "block", "time": time}}, grid)["m"]["time"]
+    for share, wanted in ((time, length), (old, before)):
+        covered_THW = cover(grid, np.random.default_rng(0), 1, 0.3, share, (0.75, 1.5))
+        assert covered_THW.any(axis=(1, 2)).sum() == wanted
+
+
+def test_the_default_length_of_a_block_is_rounded_too_before_rules_2():
+    specs = {"m": {"strategy": "block"}, "n": {"strategy": "random"}}
+    assert with_rounded_times(specs, (7, 4, 4)) == {
+        "m": {"strategy": "block", "time": 4.5 / 7},
+        "n": {"strategy": "random"},
+    }

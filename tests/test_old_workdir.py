@@ -9,6 +9,8 @@ import pytest
 
 import wmjax
 from wmjax import config as configs
+from wmjax.run.checkpoint import rules_of
+from wmjax.step import RULES
 
 OLD = micro.ROOT / "tests" / "data" / "workdir_420b0df"
 OVERRIDES = (
@@ -35,6 +37,17 @@ def test_an_old_workdir_goes_on(tmp_path):
         figures = {name: value for name, value in wanted.items() if name not in MEASURED}
         # Another processor may round differently: on the one that wrote them they are equal.
         assert {name: row[name] for name in figures} == pytest.approx(figures, rel=1e-4)
+
+
+def test_a_run_keeps_the_rules_that_it_began_with(tmp_path):
+    workdir = shutil.copytree(OLD, tmp_path / "run")
+    config = configs.load("debug_world_model", OVERRIDES)
+    assert rules_of(workdir / "checkpoints") == 1
+    micro.train(config, workdir)
+    assert rules_of(workdir / "checkpoints") == 1  # also of the checkpoints that it writes now
+    assert rules_of(tmp_path / "new" / "checkpoints") == RULES == 2
+    micro.train(config, tmp_path / "new")
+    assert rules_of(tmp_path / "new" / "checkpoints") == 2
 
 
 def test_an_old_workdir_loads():

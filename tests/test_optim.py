@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import pytest
 
-from wmjax import optim
+from wmjax import assemble, optim
 
 RATES = {"peak": 1.0, "start": 0.1, "final": 0.2, "warmup": 0.1, "cooldown": 0.0, "steps": 100}
 
@@ -123,3 +124,19 @@ def test_biases_and_norms_do_not_decay_though_they_are_stacked():
         "mask_tokens": True,
         "patch": {"kernel": True, "bias": False},
     }
+
+
+def test_unused_mask_tokens_do_not_decay():
+    """In the reference they have no gradient, so AdamW leaves them out."""
+    config = micro.config("optim.weight_decay=0.5")
+
+    def after_a_step(rules):
+        steps = assemble.prepare(config, mesh=micro.mesh(config), rules=rules).steps
+        state = steps.init()
+        tokens = jnp.ones_like(state.params["predictor"]["mask_tokens"])
+        state.params["predictor"]["mask_tokens"] = tokens
+        state = steps.update(state, jax.tree.map(jnp.zeros_like, state.params))
+        return np.asarray(state.params["predictor"]["mask_tokens"])[:, 0, 0, 0]
+
+    assert ((after_a_step(rules=2) < 1) == (np.arange(10) == 1)).all()  # mask_index is 1
+    assert (after_a_step(rules=1) < 1).all()

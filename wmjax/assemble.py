@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from wmjax import config as configs
-from wmjax import evals, initial, optim, sharding
+from wmjax import evals, initial, masking, optim, sharding
 from wmjax.data import settings as data_settings
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.lerobot.hub import download
@@ -40,7 +40,7 @@ from wmjax.models.base import (
 from wmjax.nn.compute import Compute
 from wmjax.run.console import say
 from wmjax.run.profile import parse_span
-from wmjax.step import Steps, build
+from wmjax.step import RULES, Steps, build
 from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
 
 
@@ -51,6 +51,7 @@ class Setup(NamedTuple):
     sources: dict[str, Source]  # by split
     masks: Masks
     steps: Steps
+    rules: int = RULES
 
 
 def prepare(
@@ -58,12 +59,13 @@ def prepare(
     splits: tuple[str, ...] = ("train",),
     mesh: jax.sharding.Mesh | None = None,
     sources: dict[str, Source] | None = None,
+    rules: int = RULES,
 ) -> Setup:
     """Check the configuration, open its sources and build the steps; compile nothing yet.
 
     splits: "train" and "validation", to open. mesh: None arranges all devices as the group `mesh`
-    says. sources: by split, in place of those of the configuration. Raises UserError for values
-    that are wrong, contradict each other, or do not fit the devices.
+    says. sources: by split, in place of those of the configuration. rules: RULES of the run. Raises
+    UserError for values that are wrong, contradict each other, or do not fit the devices.
     """
     check(config)
     if config.model.attention == "splash" and jax.default_backend() != "tpu":
@@ -87,7 +89,8 @@ def prepare(
     if sources is None:
         sources = make_sources(config, splits)
     blueprint = make_blueprint(config, sources["train"])
-    return Setup(mesh, sources, make_masks(config), make_steps(config, blueprint, mesh))
+    masks, steps = make_masks(config, rules), make_steps(config, blueprint, mesh, rules)
+    return Setup(mesh, sources, masks, steps, rules)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -171,16 +174,18 @@ def token_grid(config: ml_collections.ConfigDict) -> TokenGrid:
     return family_named(model["name"]).token_grid(settings_of(model), config.data.frames, *size)
 
 
-def make_masks(config: ml_collections.ConfigDict) -> Masks:
+def make_masks(config: ml_collections.ConfigDict, rules: int = RULES) -> Masks:
     """Build the masks of the run; empty for a model with uses_masks=False."""
+    grid = token_grid(config)
     if not family_named(config.model.name).uses_masks:
-        return Masks({}, token_grid(config))
+        return Masks({}, grid)
     if not config.mask:
         raise UserError(
             f"mask={{}} with model.name={config.model.name!r}, which predicts masked tokens: "
             "wanted at least one group with a strategy"
         )
-    return Masks(config.mask.to_dict(), token_grid(config))
+    specs = config.mask.to_dict()
+    return Masks(specs if rules > 1 else masking.with_rounded_times(specs, grid), grid)
 
 
 def make_generator(config: ml_collections.ConfigDict, split: str, views: int = 1) -> Source:
@@ -304,7 +309,7 @@ def open_evaluators(
 
     open_batches, shows: see evals.Context.
     """
-    plain, (_, sources, masks, steps) = configs.plain(config), setup
+    plain, (_, sources, masks, steps, _) = configs.plain(config), setup
     context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows)
     return evals.open_all(context, say)
 
@@ -330,7 +335,10 @@ def count_cores() -> int:
 
 
 def make_steps(
-    config: ml_collections.ConfigDict, blueprint: Blueprint, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict,
+    blueprint: Blueprint,
+    mesh: jax.sharding.Mesh,
+    rules: int = RULES,
 ) -> Steps:
     """Build the jitted train and validation steps of the run."""
     settings = config.optim
@@ -358,6 +366,7 @@ def make_steps(
             b2=settings.b2,
             eps=settings.eps,
             clip_norm=settings.clip_norm,
+            **({"decays": blueprint.abstract.decays} if rules > 1 else {}),
         )
 
     grid = blueprint.grid

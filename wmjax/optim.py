@@ -5,7 +5,7 @@ the number of finished updates to a value. After `steps` updates it keeps its fi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -95,15 +95,16 @@ def adamw(
     b2: float,
     eps: float,
     clip_norm: float | None = None,
+    decays: Callable[[str], Any] = lambda path: True,
 ) -> optax.GradientTransformationExtraArgs:
     """Return AdamW; biases and norms do not decay, as in the reference's parameter groups.
 
     axes: logical axis names, a tuple for each parameter. update takes `step`, and the schedules
     follow it. Adam's own count is separate: it belongs to the moments, which may come from another
     run. clip_norm: gradients with a larger global norm are scaled down to it; None or 0: no
-    clipping.
+    clipping. decays: as in decay_mask.
     """
-    decays = decay_mask(axes)
+    decaying = decay_mask(axes, decays)
     adam = optax.scale_by_adam(b1, b2, eps)
 
     def update(
@@ -115,30 +116,34 @@ def adamw(
             grads = jax.tree.map(lambda grad: scale * grad, grads)
         with jax.numpy_dtype_promotion("standard"):  # Adam's decay ** count is float ** int
             updates, state = adam.update(grads, state)
-        return jax.tree.map(
-            lambda move, param, decayed: -rate * (move + decay * param if decayed else move),
-            updates,
-            params,
-            decays,
-        ), state
+
+        def moved(move: jax.Array, param: jax.Array, decayed: Any) -> jax.Array:
+            if isinstance(decayed, bool):
+                return -rate * (move + decay * param if decayed else move)
+            return -rate * jnp.where(decayed, move + decay * param, move)
+
+        return jax.tree.map(moved, updates, params, decaying), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def decay_mask(axes: Any) -> Any:
-    """Return a tree of bools: True for parameters that decay.
+def decay_mask(axes: Any, decays: Callable[[str], Any] = lambda path: True) -> Any:
+    """Return a tree that is True for parameters that decay.
 
     Biases and parameters of rank 1 do not decay. axes: logical axis names, a tuple for each
     parameter. The axis "layers" does not count for the rank, so stacked norms do not decay either.
-    Mask tokens decay; they have rank 3 in the reference. Source: vjepa2 app/vjepa/utils.py,
+    decays: says of each other parameter, by its path as in "predictor/mask_tokens", whether it
+    decays: a bool, or an array of them that broadcasts to it. Source: vjepa2 app/vjepa/utils.py,
     init_opt.
     """
 
-    def decays(path: tuple, names: tuple[str | None, ...]) -> bool:
+    def decayed(path: tuple, names: tuple[str | None, ...]) -> Any:
         rank = len(names) - ("layers" in names)
-        return rank > 1 and "bias" not in jax.tree_util.keystr(path[-1:])
+        if rank < 2 or "bias" in jax.tree_util.keystr(path[-1:]):
+            return False
+        return decays("/".join(str(key.key) for key in path))
 
-    return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree_util.tree_map_with_path(decayed, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def _line(start: float, end: float, share: jax.Array) -> jax.Array:

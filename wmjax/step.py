@@ -21,6 +21,11 @@ from wmjax.errors import UserError
 from wmjax.models.base import Blueprint, Params, combine
 from wmjax.types import Array, WorldModelInput, WorldModelOutput
 
+# What a training step computes, where a later wmjax changed it. A run keeps the rules that it began
+# with, so that it resumes to the last bit. 1: masks round the length of a block, and unused mask
+# tokens decay. 2: as Meta's code, the length is rounded down, and unused mask tokens do not decay.
+RULES = 2
+
 Metrics = dict[str, clu_metrics.Average]
 Measure = Callable[[WorldModelOutput, WorldModelInput], dict[str, jax.Array]]
 

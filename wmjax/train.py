@@ -6,6 +6,7 @@ save. The loop waits for the device only to stay one step ahead of it.
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from wmjax.assemble import Setup
 from wmjax.errors import UserError
 from wmjax.evals import Evaluator, alarms
 from wmjax.run import coordination, summary
-from wmjax.run.checkpoint import Checkpoints
+from wmjax.run.checkpoint import Checkpoints, rules_of
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
 from wmjax.run.files import to_json, write_whole
@@ -34,6 +35,8 @@ from wmjax.run.signals import Batches, Stopped, StopSignal, exit_now
 from wmjax.run.watchdog import Watchdog
 from wmjax.step import TrainState
 from wmjax.types import Row
+
+CHECKPOINTS = "checkpoints"  # folder in a workdir
 
 # Called after each step is dispatched: (step, its metrics, its batch).
 StepHook = Callable[[int, Any, Any], None]
@@ -53,7 +56,8 @@ def train(
     """
     begun = time.perf_counter()
     splits = ("train", "validation") if config.train.eval_every else ("train",)
-    setup = assemble.prepare(config, splits, mesh)
+    rules = rules_of(workdir / CHECKPOINTS)
+    setup = assemble.prepare(config, splits, mesh, rules=rules)
     agree_on_dropped(setup)
     num_steps = config.train.num_steps
     watchdog, stop = Watchdog(config.train.stuck_after), StopSignal()
@@ -80,7 +84,8 @@ def train(
         clock.peak = peak_flops(jax.tree.leaves(state)[0].sharding.device_set)
         write_config(config, workdir)
         say(summary.of_state(workdir, state))
-        for text in alarms.of_settings(configs.plain(config), setup.masks, bool(state.target)):
+        sizes, tokens = setup.masks.sizes, math.prod(setup.masks.grid)
+        for text in alarms.of_settings(configs.plain(config), sizes, tokens, bool(state.target)):
             say(f"warning: {text}")
 
         def stream(split: str, position: int = 0, held_out: bool = True) -> Batches:
@@ -141,6 +146,7 @@ def loop(
         "config": configs.plain(config),
         "spec": dataclasses.asdict(setup.steps.blueprint.spec),
         "dropped": [*setup.sources["train"].dropped],
+        "rules": setup.rules,
     }
     late = Late()
     guard = Guard(settings.max_skipped, reporter.note)
@@ -224,7 +230,7 @@ def as_plain(value: Any) -> Any:
 def open_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Checkpoints:
     settings = config.checkpoint
     return Checkpoints(
-        workdir / "checkpoints",
+        workdir / CHECKPOINTS,
         keep=settings.keep,
         keep_period=settings.keep_period,
         verify=settings.verify,

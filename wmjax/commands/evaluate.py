@@ -11,9 +11,10 @@ from wmjax.data.pipeline import Pipeline
 from wmjax.errors import UserError
 from wmjax.evals import names
 from wmjax.evals.alarms import Alarms
+from wmjax.run.checkpoint import rules_of
 from wmjax.run.console import say
 from wmjax.run.reporter import EVALUATIONS, append_evaluation
-from wmjax.train import open_checkpoints, restore_or_init
+from wmjax.train import CHECKPOINTS, open_checkpoints, restore_or_init
 
 
 def evaluate(
@@ -25,7 +26,8 @@ def evaluate(
     """
     if not names(config.eval.to_dict()):
         raise UserError("eval.evaluators is empty: wanted one or more, as in validation,probe")
-    setup = assemble.prepare(config, ("train", "validation"), mesh)
+    rules = rules_of(workdir / CHECKPOINTS)
+    setup = assemble.prepare(config, ("train", "validation"), mesh, rules=rules)
     with open_checkpoints(config, workdir) as checkpoints:
         step = checkpoints.latest() or 0
         say(f"{workdir}: {f'step {step}' if step else 'no checkpoint: a fresh model'}")

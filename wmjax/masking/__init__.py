@@ -58,6 +58,19 @@ class Masks:
         return tuple(context for context, _ in drawn), tuple(target for _, target in drawn)
 
 
+def with_rounded_times(specs: Mapping[str, Mapping[str, Any]], grid: Grid) -> dict[str, Any]:
+    """Return specs whose blocks are as long as before rules 2: rounded, not rounded down."""
+    changed = {}
+    for name, spec in specs.items():
+        strategy = resolve(f"mask.{name}.strategy", spec.get("strategy"), STRATEGIES)
+        parameter = inspect.signature(strategy).parameters.get("time")
+        changed[name] = dict(spec)
+        if parameter and spec["strategy"] in STRATEGIES:
+            length = max(1, round(grid[0] * spec.get("time", parameter.default)))
+            changed[name]["time"] = min((length + 0.5) / grid[0], 1.0)
+    return changed
+
+
 def _prepare(
     name: str, spec: Mapping[str, Any], grid: Grid
 ) -> tuple[Strategy, Budget, dict[str, Any]]:

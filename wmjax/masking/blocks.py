@@ -43,10 +43,10 @@ def multi_block(
     """Hide the union of several blocks; return (context_ids_K, target_ids_M).
 
     blocks: number of blocks, all of one size, placed independently. scale: area of a block, as a
-    share of the frame. time: length of a block, as a share of the clip. aspect: (lowest, highest)
-    height / width, drawn uniformly. cell: blocks consist of squares of cell x cell tokens. Raises
-    UserError for a wrong option, and DoesNotFit after budget.max_draws draws that do not hold the
-    budget.
+    share of the frame. time: length of a block, as a share of the clip, rounded down. aspect:
+    (lowest, highest) height / width, drawn uniformly. cell: blocks consist of squares of
+    cell x cell tokens. Raises UserError for a wrong option, and DoesNotFit after budget.max_draws
+    draws that do not hold the budget.
     """
     if not (isinstance(blocks, int) and blocks >= 1):
         raise UserError(f"blocks={blocks!r}: wanted a whole number, 1 or more")
@@ -80,7 +80,7 @@ def cover(
     ratio = rng.uniform(aspect[0], aspect[1])
     height = min(max(round(math.sqrt(area * ratio)), 1), rows)
     width = min(max(round(math.sqrt(area / ratio)), 1), columns)
-    length = max(1, round(tubelets * time))
+    length = max(1, int(tubelets * time))
     tops = rng.integers(rows - height + 1, size=blocks).tolist()
     lefts = rng.integers(columns - width + 1, size=blocks).tolist()
     starts = rng.integers(tubelets - length + 1, size=blocks).tolist()

@@ -117,6 +117,13 @@ class WorldModel(nnx.Module):
         """
         return True
 
+    def decays(self, path: str) -> Any:
+        """Say whether weight decay acts on a parameter of rank 2 or more that is no bias.
+
+        A bool, or an array of them that broadcasts to the parameter.
+        """
+        return True
+
     def followed(self, params: Params) -> Params:
         """Return the part of the parameters that an EMA target follows; {}: there is none."""
         return {}

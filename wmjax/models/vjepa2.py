@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from wmjax.errors import UserError, check_choice
@@ -132,6 +133,13 @@ class VJEPA2(WorldModel):
             f"{settings.predictor_width} wide, {settings.predictor_depth} deep; patches of "
             f"{settings.tubelet} x {settings.patch} x {settings.patch}"
         )
+
+    def decays(self, path: str) -> Any:
+        if path != "predictor/mask_tokens":
+            return True
+        # In the reference, a mask token that is not used has no gradient, and AdamW leaves it out.
+        number = np.arange(self.predictor.mask_tokens.shape[0])
+        return (number == self.predictor.mask_index)[:, None, None, None]
 
     def followed(self, params: Params) -> Params:
         return params["encoder"]

@@ -23,7 +23,7 @@ from wmjax.errors import UserError, reason
 from wmjax.run import coordination, manifest
 from wmjax.run.console import say
 from wmjax.run.files import numbers, strict
-from wmjax.step import TrainState
+from wmjax.step import RULES, TrainState
 
 _PARTIAL = ocp.utils.TMP_DIR_SUFFIX  # part of a folder's name until its save is complete
 _DELETED = ".deleted"  # suffix of a folder while it is deleted
@@ -39,6 +39,14 @@ class Restored(NamedTuple):
     state: TrainState
     data: dict[str, Any]
     meta: dict[str, Any]
+
+
+def rules_of(folder: Path) -> int:
+    """Return the number of the rules that the run in `folder` began with; RULES for a new run."""
+    for step in reversed(_steps(folder) if folder.is_dir() else []):
+        with contextlib.suppress(Exception):  # damaged: `newest` reports it
+            return int(_restore_json(folder / str(step) / "meta").get("rules", 1))
+    return RULES
 
 
 def newest(folder: Path, *, verify: bool = True, advice: str = "") -> int | None:

@@ -39,7 +39,8 @@ class Guard:
         datasets, samples = (multihost_utils.process_allgather(x, tiled=True).tolist() for x in ids)
         clips = ", ".join(f"{d}:{s}" for d, s in zip(datasets, samples, strict=True))
         say(
-            f"warning: step {step}: loss or gradients are not finite; the update is left out\n"
+            f"warning: step {step}: loss or gradients are not finite; the update is left out; if "
+            "this happens often, lower optim.learning_rate or set optim.clip_norm\n"
             f"  its clips, dataset:sample: {clips}"
         )
         self._note(step, {"skipped": {"dataset_ids": datasets, "sample_ids": samples}})
