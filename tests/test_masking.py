@@ -354,7 +354,7 @@ def test_the_search_for_a_fitting_pool_ends():
     ],
 )
 def test_the_length_of_a_block_is_rounded_down_as_in_the_reference(tubelets, time, length, before):
-    """max(1, int(T * time)), as vjepa2 src/masks/multiseq_multiblock3d.py; before rules 2, round."""
+    """max(1, int(T * time)), as vjepa2 src/masks/multiseq_multiblock3d.py; before: round."""
     grid = (tubelets, 8, 8)
     old = with_rounded_times({"m": {"strategy": "block", "time": time}}, grid)["m"]["time"]
     for share, wanted in ((time, length), (old, before)):

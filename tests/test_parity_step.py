@@ -97,7 +97,7 @@ def test_parameters_and_target_after_three_steps(reference, ours):
     """Within a hundredth of the smallest learning rate, wherever every gradient is clear of 0.
 
     Adam moves by about the learning rate whatever the gradient's size, so where that is rounding
-    the moves are too. Mask tokens that nothing uses do not move. transformers has all in one tensor,
+    the moves are too. Mask tokens that nothing uses do not move. transformers has one tensor,
     so that its AdamW decays them; Meta has a tensor for each, which AdamW leaves out.
     """
     *_, rates, (params, target) = ours
