@@ -49,6 +49,7 @@ ARROWS: dict[str, set[str] | None] = {
     "run.clock": {"run.console", "run.files"},
     "run.guard": {"run.console"},
     "run.late": set(),
+    "run.owner": {"run.console", "run.coordination", "run.files"},
     "run.profile": {"run.console"},
     "run.summary": {"run.console", "run.reporter", "sharding"},
     "run.metrics": set(),

@@ -6,6 +6,7 @@ save. The loop waits for the device only to stay one step ahead of it.
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from wmjax.run.files import to_json, write_whole
 from wmjax.run.guard import Guard
 from wmjax.run.late import Late
 from wmjax.run.metrics import fetch, peak_flops, peak_gb
+from wmjax.run.owner import Owner
 from wmjax.run.profile import Profile, parse_span
 from wmjax.run.reporter import Reporter
 from wmjax.run.signals import Batches, Stopped, StopSignal, exit_now
@@ -61,7 +63,9 @@ def train(
     agree_on_dropped(setup)
     num_steps = config.train.num_steps
     watchdog, stop = Watchdog(config.train.stuck_after), StopSignal()
-    with watchdog, open_checkpoints(config, workdir) as checkpoints:
+    text = configs.to_json(config)
+    owner = Owner(workdir, hashlib.sha256(text.encode()).hexdigest()[:12])
+    with watchdog, owner, open_checkpoints(config, workdir, owner.check) as checkpoints:
         start = checkpoints.latest() or 0
         if start >= num_steps:
             say(
@@ -227,13 +231,18 @@ def as_plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def open_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Checkpoints:
+def open_checkpoints(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    before_save: Callable[[], None] = lambda: None,
+) -> Checkpoints:
     settings = config.checkpoint
     return Checkpoints(
         workdir / CHECKPOINTS,
         keep=settings.keep,
         keep_period=settings.keep_period,
         verify=settings.verify,
+        before_save=before_save,
     )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,13 +81,20 @@ class Checkpoints:
     """The checkpoints of one run; a context manager, which waits for the save in progress."""
 
     def __init__(
-        self, folder: Path, *, keep: int, keep_period: int = 0, verify: bool = True
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_period: int = 0,
+        verify: bool = True,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         """Open or create `folder`.
 
         keep: the newest N checkpoints are kept. keep_period: checkpoints of steps that it divides
         are kept as well, for ever; 0: none. verify: check the newest checkpoint's files against
-        their manifest, and fall back to an older one where they differ.
+        their manifest, and fall back to an older one where they differ. before_save: may raise
+        UserError to stop a save.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +106,7 @@ class Checkpoints:
         for name in ("absl", "asyncio"):  # they log each failed write; `_fail` prints one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._folder, self._keep, self._keep_period = folder.absolute(), keep, keep_period
+        self._before_save = before_save
         advice = (
             "; to start over: another --workdir\n"
             "to load the newest without checking it: --config.checkpoint.verify=False"
@@ -154,6 +162,7 @@ class Checkpoints:
         self.wait()
         if step == self._newest:
             return
+        self._before_save()
         self._saving, self._barriers = step, 0
         self._saves += 1
         try:
