@@ -150,6 +150,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "keep": 3,  # number of newest checkpoints that are kept
                 "keep_period": 0,  # also keep all steps that are multiples of this; 0: none
                 "verify": True,  # compare files with the manifest before loading
+                "strict": False,  # True: refuse to resume with other data or library versions
             },
             "log": {
                 "tensorboard": False,  # True: also log to WORKDIR/tensorboard

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import gc
 import hashlib
 import itertools
@@ -16,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -74,7 +76,7 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.campaign  # SIGINT: test_main
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [n for n in stop.SIGNALS if n != signal.SIGINT])
 def test_a_signal_at_a_step_saves_it_and_the_run_ends_as_if_unbroken(
     tmp_path, capsys, unbroken, number
 ):
@@ -700,3 +702,35 @@ def test_new_keys_are_checked():
     for override in ("train.stuck_after=-1.0", "train.max_skipped=0"):
         with refused(override, 0):
             assemble.check(micro.config(override))
+
+
+def test_nohup_is_respected():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.StopSignal() as heard:
+            signal.raise_signal(signal.SIGHUP)
+            assert heard.received == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_a_lost_terminal_saves_and_ends_with_129(tmp_path):
+    """The terminal closes, as when ssh drops: writing to it fails from then on."""
+    own, terminal = os.openpty()
+    child = subprocess.Popen(
+        micro.command(tmp_path, "train.num_steps=100000", "optim.schedule_steps=100000"),
+        env=micro.environment(1),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    shown = b""
+    while b"step" not in shown.split(b"first step done")[-1] or b"first step done" not in shown:
+        shown += os.read(own, 4096)
+    os.close(own)
+    assert child.wait(timeout=60) == 129
+    assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]

@@ -11,8 +11,11 @@ import jax
 import micro
 import numpy as np
 import pytest
+from recordings import TABLE, edit_column
 from says import lines_with, refused, says
+from shared_data import PUSHT
 
+from wmjax import train
 from wmjax.run.checkpoint import Checkpoints
 
 
@@ -118,3 +121,61 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
     denied = os.strerror(errno.ENOTDIR)
     with refused("--workdir", tmp_path / "file" / "run", denied, lines=1):
         micro.train(micro.config(), tmp_path / "file" / "run")
+
+
+def on_recording(root, *more):
+    data = ("data.source=lerobot", f"data.root={root}", "data.fps=4")
+    return micro.config(*data, "data.batch_size=8", *more)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A run of 2 steps on a copy of the recording."""
+    root = shutil.copytree(PUSHT, tmp_path / "set")
+    micro.train(on_recording(root, "train.num_steps=2"), tmp_path / "run")
+    return root, tmp_path / "run"
+
+
+def shift_states(root):
+    edit_column(root / TABLE, "observation.state", lambda rows: [[x + 1, y] for x, y in rows])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (shift_states, ["hash of states and actions"]),
+        (lambda root: "data.episodes=0:4", ["episodes is 4, was 5", "frames is 320, was 400"]),
+    ],
+)
+def test_other_data_is_told_or_refused(recorded, capsys, change, named):
+    root, workdir = recorded
+    more = change(root)
+    config = on_recording(root, "train.num_steps=3", *([more] if more else []))
+    config.checkpoint.strict = True
+    with refused("checkpoint.strict=True", "data"):
+        micro.train(config, workdir)
+    config.checkpoint.strict = False
+    capsys.readouterr()
+    assert micro.train(config, workdir) == 0
+    (said,) = lines_with(capsys.readouterr().out, "warning", "data")
+    for name in named:
+        assert name in said
+
+
+def test_other_versions_are_told_or_refused(recorded, capsys, monkeypatch):
+    root, workdir = recorded
+    now = train.versions()
+    monkeypatch.setattr(train, "versions", lambda: now | {"jax": "9.9"})
+    config = on_recording(root, "train.num_steps=3", "checkpoint.strict=True")
+    with refused("checkpoint.strict=True", "jax", "9.9", now["jax"]):
+        micro.train(config, workdir)
+    config.checkpoint.strict = False
+    assert micro.train(config, workdir) == 0
+    assert len(lines_with(capsys.readouterr().out, "warning", "jax", "9.9", now["jax"])) == 1
+
+
+def test_the_same_data_is_not_told(recorded, capsys):
+    root, workdir = recorded
+    capsys.readouterr()
+    micro.train(on_recording(root, "train.num_steps=3", "checkpoint.strict=True"), workdir)
+    assert not lines_with(capsys.readouterr().out, "warning")

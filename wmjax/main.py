@@ -45,8 +45,8 @@ exit codes:
   1         plan: the step does not fit into memory
   2         an error that you can fix; one to three lines say what is wrong
   75        no progress for train.stuck_after seconds; every thread's stack is printed
-  130, 143  Ctrl-C, SIGTERM (138: SIGUSR1): the last step is saved
-after 75, 130, 138 and 143 the same command resumes
+  128 + N   signal N (130: Ctrl-C, 143: SIGTERM, 129: lost terminal): the last step is saved
+after 75 and 128 + N the same command resumes
 """
 
 

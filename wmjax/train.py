@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import ml_collections
 from wmjax import assemble, initial
 from wmjax import config as configs
 from wmjax.assemble import Setup
+from wmjax.data.source import Source
 from wmjax.errors import UserError
 from wmjax.evals import Evaluator, alarms
 from wmjax.run import coordination, summary
@@ -151,6 +154,7 @@ def loop(
         "spec": dataclasses.asdict(setup.steps.blueprint.spec),
         "dropped": [*setup.sources["train"].dropped],
         "rules": setup.rules,
+        "versions": versions(),
     }
     late = Late()
     guard = Guard(settings.max_skipped, reporter.note)
@@ -165,6 +169,7 @@ def loop(
         with clock.phase("checkpoint"):
             statistics = jax.tree.map(as_plain, [*setup.sources["train"].statistics()])
             meta["statistics"] = statistics
+            meta["data"] = setup.sources["train"].fingerprint()
             checkpoints.save(step, state, {"position": batches.position}, meta)
             clock.save(step)
 
@@ -271,7 +276,34 @@ def restore_or_init(
     setup.steps.blueprint.check_function(meta["config"]["model"], f"{checkpoints.folder}/{newest}")
     for line in configs.differences(meta["config"], configs.plain(config)):
         say(f"  changed since: {line}")
+    check_same(meta, setup.sources["train"], strict=config.checkpoint.strict)
     return state, data["position"]
+
+
+def check_same(meta: dict[str, Any], source: Source, *, strict: bool) -> None:
+    """Warn where data or libraries are not those of the checkpoint; strict: raise UserError.
+
+    The first checkpoints of wmjax say nothing of either.
+    """
+    for what, now, follows in (
+        ("data", source.fingerprint(), "the clips are no longer those that an unbroken run gets"),
+        ("versions", versions(), "the last bits may differ from those of an unbroken run"),
+    ):
+        was = meta.get(what, now)
+        names = dict.fromkeys([*was, *now])
+        changed = [n for n in names if was.get(n) != now.get(n)]
+        if not changed:
+            continue
+        text = "; ".join(f"{n} is {now.get(n)}, was {was.get(n)}" for n in changed)
+        if strict:
+            raise UserError(f"checkpoint.strict=True: {what}: {text}: wanted the same")
+        say(f"warning: {what}: {text}: {follows}")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes the numbers, by name."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "av")
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
 
 
 def agree_on_dropped(setup: Setup) -> None:

@@ -89,6 +89,14 @@ class Mixture(Source):
             "action_mask_TPA": _pad(action_mask_TPA, shape_TPA),
         }
 
+    def fingerprint(self) -> dict[str, Any]:
+        members = zip(self._names, self._sources, strict=True)
+        return {
+            f"{name}: {key}": value
+            for name, source in members
+            for key, value in source.fingerprint().items()
+        }
+
     def statistics(self) -> Sequence[dict[str, Any]]:
         return self._statistics
 

@@ -1,5 +1,6 @@
 """Skipped clips (data.on_error=skip): each cause is printed once, and their share is limited."""
 
+import contextlib
 import sys
 
 from wmjax.errors import ClipError, UserError
@@ -26,7 +27,8 @@ class Skips:
         self._skipped += skipped
         errors = list(self._errors.values())
         for error in errors[self._named :]:
-            print(f"data.on_error=skip: {error}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"data.on_error=skip: {error}", file=sys.stderr, flush=True)
         self._named = len(errors)
 
     def check(self) -> None:

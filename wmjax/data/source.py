@@ -83,6 +83,13 @@ class Source:
         """Return (episode, labels) of a clip; labels: arrays (frames, numbers) by name."""
         raise NotImplementedError
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells whether data is the same as before, by name; {}: it always is.
+
+        Plain numbers, texts and lists. Read when a run is saved or resumed.
+        """
+        return {}
+
     def statistics(self) -> Sequence[dict[str, Any]]:
         """Return statistics of state and action by dataset (see nn/normalize.py); []: none.
 

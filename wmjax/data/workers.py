@@ -26,7 +26,10 @@ from wmjax.errors import ClipError, UserError
 _SLOTS = 2  # clips in flight per process: it reads one while the parent copies the other
 _ALIGN = 64  # bytes, of arrays in shared memory
 # A terminal or scheduler sends these to the whole process group; only the parent handles them.
-_PARENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_PARENT_SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 
 
 class _Slot(NamedTuple):

@@ -111,7 +111,8 @@ class Reporter:
     def advance(self) -> None:
         """Move the progress bar by one step."""
         if self._active:
-            self._bar.update()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._bar.update()
 
     def write(self, step: int, row: Row) -> None:
         """Write one row to every sink and to the console, with its alarms."""
@@ -160,7 +161,8 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         if not self._active:
             return
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         for name, sink in list(self._sinks.items()):
             with self._dropping_on_error(name):
                 sink.close()

@@ -22,8 +22,12 @@ from wmjax.data.pipeline import Pipeline
 from wmjax.run import coordination
 from wmjax.types import WorldModelInput
 
-# Schedulers send these before they kill a job; SIGUSR1 is from Slurm's --signal=USR1@SECONDS.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Schedulers send these before they kill a job: SIGUSR1 and SIGUSR2 by Slurm's --signal, SIGXCPU at
+# a limit of CPU time. SIGHUP comes when the terminal is lost.
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 POLL_S = 0.2
 ANSWER_S = 600.0  # time for every process to publish its last batch
 TWICE_S = 0.5  # a launcher may forward, within this time, a Ctrl-C that the terminal sent already
@@ -57,7 +61,9 @@ class StopSignal:
         return signal.Signals(self.received).name
 
     def __enter__(self) -> "StopSignal":
-        self._old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # nohup ignores SIGHUP: then a lost terminal does not stop the run.
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._old = {number: signal.signal(number, self._handle) for number in heard}
         if not self._alone:
             threading.Thread(target=self._agree, name="stop", daemon=True).start()
         return self

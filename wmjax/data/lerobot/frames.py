@@ -7,6 +7,7 @@ refused. The nearest frame beyond the tolerance is never used. Both readers, che
 call this room.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ class RowFrames:
         rows, decided = self._rows(path, episode, steps), self._decide(path)
         if decided.note and not self.warned:
             self.warned = True
-            print(f"warning: {decided.note}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"warning: {decided.note}", file=sys.stderr, flush=True)
         try:
             return self.videos.read(path, decided.pts_R[rows].tolist(), picture)
         except WrongTimes:  # its index does not tell when frames are shown; its packets do

@@ -4,6 +4,7 @@ Imports no lerobot, torch, models, ConfigDict or jax.
 """
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -97,6 +98,7 @@ class Recording(Source):
     def _opened(self, episodes: Episodes, tables: dict[str, np.ndarray]) -> None:
         """Take the episodes of all splits and their rows."""
         self._every, self._tables = episodes, tables
+        self._fingerprint: dict[str, Any] = {}
         self.views = 1 if self._each else len(self.cameras)
         self.dropped = sorted(self._dropped.errors)
         total = len(episodes) + len(self.dropped)
@@ -173,6 +175,23 @@ class Recording(Source):
         steps_T = start + self.stride * np.arange(self.frames)
         rows_T = episode.first_row + np.minimum(steps_T, episode.length - 1)
         return episode.index, {name: self._tables[name][rows_T] for name in self.label_sizes}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the clips of all splits depend on; of videos, only the cameras' names."""
+        if self._fingerprint:
+            return self._fingerprint
+        every, hashed = self._every, hashlib.blake2b(digest_size=16)
+        for name in sorted(self._tables):
+            hashed.update(np.ascontiguousarray(self._tables[name]).data)
+        lengths = hashlib.blake2b(np.stack([every.index_E, every.length_E]).data, digest_size=16)
+        self._fingerprint = {
+            "episodes": len(every),
+            "frames": int(every.length_E.sum()),
+            "hash of lengths": lengths.hexdigest(),
+            "cameras": ", ".join(self.cameras),
+            "hash of states and actions": hashed.hexdigest(),
+        }
+        return self._fingerprint
 
     def statistics(self) -> Sequence[dict[str, Any]]:
         """Summarise state and action over the episodes of this split that hold a clip.
