@@ -290,3 +290,27 @@ def test_determinism_is_asked_for_before_the_devices_start(tmp_path):
     assert done.returncode == 0, done.stderr
     options = next(dump.glob("*train_step*debug_options")).read_text()
     assert "xla_gpu_deterministic_ops: true" in options
+
+
+@pytest.mark.parametrize("asked", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there_is_one_error(tmp_path, asked):
+    env = micro.environment(1) | {"JAX_PLATFORMS": asked}
+    child = subprocess.run(micro.command(tmp_path), env=env, capture_output=True, text=True)
+    assert child.returncode == 2
+    (line,) = [line for line in child.stderr.splitlines() if line.startswith("error")]
+    assert f"JAX_PLATFORMS={asked!r}" in line
+    assert "Traceback" not in child.stderr
+
+
+def test_a_full_disk_behind_the_output_is_one_error():
+    with open("/dev/full", "w") as full:
+        child = subprocess.run(
+            [sys.executable, "-m", "wmjax.main", "--list"],
+            env=micro.environment(1),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert child.returncode == 2
+    assert child.stderr.count("\n") == 1
+    assert "standard output" in child.stderr

@@ -18,7 +18,7 @@ from typing import NoReturn
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import UserError, suggest
+from wmjax.errors import UserError, reason, suggest
 
 _PREFIX = "--config."
 _M_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
@@ -147,7 +147,7 @@ def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     except OSError as error:
         # The interpreter flushes again as it ends, and would print this error a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
+        if not isinstance(error, BrokenPipeError) and code != 2:  # 2: something is said already
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
             code = code or 2
     sys.exit(code)
@@ -170,6 +170,38 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
         except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
             return 128 + signal.SIGPIPE
         raise
+    except OSError as error:
+        if _can_print():
+            raise
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        return 2
+    except (RuntimeError, AssertionError):
+        if not (fault := _no_platform()):
+            raise
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+
+
+def _can_print() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _no_platform() -> str:
+    """Return why jax has no device of JAX_PLATFORMS; '' if it has, or none is asked for."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked and "jax" in sys.modules:
+        try:
+            sys.modules["jax"].devices()
+        except (RuntimeError, AssertionError) as error:
+            return (
+                f"JAX_PLATFORMS={asked!r}: {reason(error)}: wanted a platform that this machine "
+                "has, or an unset variable"
+            )
+    return ""
 
 
 def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
