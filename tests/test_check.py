@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from recordings import (
@@ -25,7 +26,9 @@ from recordings import (
 from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data.__main__ import run, statistics
+from wmjax.data.lerobot import entries
 from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.media import tables
 from wmjax.data.tools.check import check
 from wmjax.errors import UserError
 
@@ -84,6 +87,30 @@ def edit_stats(root, feature, **changes):
     stats = json.loads(path.read_text())
     stats[feature] |= changes
     path.write_text(json.dumps(stats))
+
+
+def test_a_list_of_too_many_episodes_is_counted_not_read(pusht, monkeypatch):
+    """Equal numbers take no room in a file: 30 million episodes are 2 MB."""
+    names = [n for n in pq.read_schema(pusht / EPISODES).names if not n.startswith("stats/")]
+    numbers = pa.array(np.zeros(5_000_000, np.int8))
+    pq.write_table(pa.table(dict.fromkeys(names, numbers)), pusht / EPISODES)
+    monkeypatch.setattr(entries, "read_columns", None)
+    findings, _ = check(pusht)
+    assert any(f.where == "meta/episodes" and "5000000" in f.found for f in findings), findings
+    with refused("meta/episodes", 5_000_000):
+        LeRobotSource(pusht, frames=2, fps=10)
+
+
+def test_numbers_of_a_table_are_counted_before_they_are_read(pusht, monkeypatch):
+    monkeypatch.setattr(tables, "MOST_NUMBERS", 400 * 2)
+    with refused(TABLE, 400, 800):
+        LeRobotSource(pusht, frames=2, fps=10)
+    assert any(f.where == TABLE and "1200" in f.found for f in check(pusht)[0])
+
+
+def test_metadata_that_would_fill_the_memory_is_not_read(pusht):
+    os.truncate(pusht / "meta/stats.json", 1 << 40)  # a hole: nothing is on the disk
+    assert any(f.where == "meta/stats.json" and str(1 << 40) in f.found for f in check(pusht)[0])
 
 
 def flip_bytes(root):

@@ -14,6 +14,7 @@ from wmjax.data.media import pointers
 from wmjax.errors import UserError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+_MOST_BYTES = 1 << 30  # of a file of metadata: it becomes Python objects, ten times as large
 LIMIT = 2**31  # every count, size and length is below it: clips are numbered in int32
 
 
@@ -170,7 +171,10 @@ def read_json_lines(folder: Folder, path: Path) -> list[dict]:
 
 def _read(folder: Folder, path: Path) -> bytes:
     try:
-        return folder.resolve(path).read_bytes()
+        found = folder.resolve(path)
+        if (size := found.stat().st_size) > _MOST_BYTES:
+            raise UserError(f"{path}: {size} bytes; wanted {_MOST_BYTES} or fewer")
+        return found.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
