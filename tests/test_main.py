@@ -54,6 +54,20 @@ def test_a_mistake_ends_the_process_with_its_line_and_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_configuration_of_the_current_folder_is_said_with_its_full_path(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "configs" / "debug_world_model.py"
+    own.parent.mkdir()
+    own.write_text("def get_config():\n    raise RuntimeError('mine')")
+    says(answer("--config=configs/debug_world_model.py"), f"--config={own}", "mine")
+    shutil.copy(micro.ROOT / "configs" / "debug_world_model.py", own)
+    overrides = [f"--config.{each}" for each in (*micro.OVERRIDES, "train.num_steps=1")]
+    main.run(["--config=configs/debug_world_model.py", "--workdir=run", *overrides])
+    says(capsys.readouterr().out, own)
+
+
 THREADS = """
 import ctypes, threading
 from wmjax import door

@@ -93,6 +93,7 @@ def load(
     """Load the configuration that --config names; call it before any use of a device."""
     if not flags.config:
         parser.error(f"needs --config=NAME; shipped: {', '.join(configs.list_configs())}")
+    flags.config = configs.full_name(flags.config)
     config = configs.load(flags.config, overrides)
     if config.train.deterministic:
         make_deterministic()
@@ -139,6 +140,7 @@ def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     A UserError is printed and exits with code 2. interrupted: printed after a Ctrl-C.
     """
     share_heaps()
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes run no code of the current folder
     sys.unraisablehook = _interrupt_again
     code = _run(run, interrupted)
     try:

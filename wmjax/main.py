@@ -94,6 +94,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
 
         if not flags.topology:
             parser.error("--mode=plan: needs --topology=NAME, as in --topology=v5e:16x16")
+        print(f"wmjax {__version__}: plan {flags.config} for {flags.topology}", flush=True)
         return plan(config, flags.topology)
     start(flags.coordinator, flags.processes, flags.process)
     if cluster.speaks() and flags.mode != "demo":  # the demo prints the outline itself
