@@ -29,10 +29,11 @@ from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data.__main__ import run
 from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.lerobot.paths import Folder
 from wmjax.data.media import video as video_files
 from wmjax.data.media.transforms import FULL_BOX, Box, crop_and_scale
 from wmjax.data.tools.check import check as check_dataset
-from wmjax.errors import ClipError, UserError
+from wmjax.errors import ClipError, UserError, reason
 
 
 @pytest.fixture
@@ -679,6 +680,23 @@ def test_a_video_that_is_gone_is_said_to_be_gone(pusht):
     with refused(VIDEO, "No such file", kind=ClipError, lines=2) as caught:
         reopened[0]
     assert "moov" not in str(caught.value)
+
+
+def test_a_name_too_long_is_not_said_to_be_missing(pusht):
+    with refused("File name too long") as caught:
+        Folder(pusht).resolve(pusht / ("d" * 300) / "file.parquet")
+    assert "no such file" not in str(caught.value)
+
+
+def test_the_systems_error_is_shown_after_a_path_of_any_length():
+    """Arrow and Orbax put it at the end."""
+    error = OSError(
+        28, f"Error writing to '/{'d' * 400}'. Detail: [errno 28] No space left on device"
+    )
+    text = reason(error)
+    assert len(text) <= 200
+    assert text.startswith("Error writing")
+    assert text.endswith("[errno 28] No space left on device")
 
 
 def test_damaged_video_data(pusht):

@@ -13,13 +13,15 @@ class UserError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters of it.
+    """Return the first line of an error's message; of a long one the two ends, 200 characters.
 
-    Of an OSError the system's text, without the file; without a message the name of its class.
+    The end of a library's message may be the system's error, after a long path. Of an OSError the
+    system's text, without the file; without a message the name of its class.
     """
     text = str(getattr(error, "strerror", None) or error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return (first or type(error).__name__)[:200]
+    first = first or type(error).__name__
+    return first if len(first) <= 200 else f"{first[:97]} ... {first[-98:]}"
 
 
 def suggest(word: str, words: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 
-from wmjax.errors import UserError, suggest
+from wmjax.errors import UserError, reason, suggest
 
 Fields = Mapping[str, int | str]
 
@@ -286,7 +286,7 @@ class Folder:
                 found = self._check(path, found.resolve(), where)
                 found.exists()
         except (OSError, RuntimeError) as error:  # a name too long, or a link to itself
-            raise FileMissing(f"{str(path)[:200]}: no such file: {str(error)[:80]}") from None
+            raise FileMissing(f"{str(path)[:200]}: {reason(error)}") from None
         return found
 
     def has_file(self, path: Path) -> bool:
