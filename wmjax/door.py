@@ -18,7 +18,7 @@ from typing import NoReturn
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import UserError, suggest
+from wmjax.errors import UserError, printable, suggest
 
 _PREFIX = "--config."
 _M_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
@@ -161,7 +161,7 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except SystemExit as done:  # raised by --help, for example
         return done.code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
