@@ -102,6 +102,18 @@ def copy_packets(source, target, first, end):
             new.mux(packet)
 
 
+def playlist(kind, video):
+    """Return a script that FFmpeg's demuxer of this kind reads another file by."""
+    return {
+        "ffconcat": f"ffconcat version 1.0\nfile '{video.name}'\n",
+        "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{video}\n#EXT-X-ENDLIST\n",
+        "mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+        'mediaPresentationDuration="PT8S" profiles="urn:mpeg:dash:profile:isoff-main:2011">'
+        '<Period><AdaptationSet mimeType="video/mp4"><Representation id="0" bandwidth="1">'
+        f"<BaseURL>{video.name}</BaseURL></Representation></AdaptationSet></Period></MPD>",
+    }[kind]
+
+
 V2_DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 

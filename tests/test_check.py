@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from recordings import (
@@ -25,7 +26,9 @@ from recordings import (
 from shared_data import PUSHT, SHARED, needs_shared
 
 from wmjax.data.__main__ import run, statistics
+from wmjax.data.lerobot import entries
 from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.media import tables
 from wmjax.data.tools.check import check
 from wmjax.errors import UserError
 
@@ -84,6 +87,75 @@ def edit_stats(root, feature, **changes):
     stats = json.loads(path.read_text())
     stats[feature] |= changes
     path.write_text(json.dumps(stats))
+
+
+def test_a_list_of_too_many_episodes_is_counted_not_read(pusht, monkeypatch):
+    """Equal numbers take no room in a file: 30 million episodes are 2 MB."""
+    names = [n for n in pq.read_schema(pusht / EPISODES).names if not n.startswith("stats/")]
+    numbers = pa.array(np.zeros(5_000_000, np.int8))
+    pq.write_table(pa.table(dict.fromkeys(names, numbers)), pusht / EPISODES)
+    monkeypatch.setattr(entries, "read_columns", None)
+    findings, _ = check(pusht)
+    assert any(f.where == "meta/episodes" and "5000000" in f.found for f in findings), findings
+    with refused("meta/episodes", 5_000_000):
+        LeRobotSource(pusht, frames=2, fps=10)
+
+
+def test_numbers_of_a_table_are_counted_before_they_are_read(pusht, monkeypatch):
+    monkeypatch.setattr(tables, "MOST_NUMBERS", 400 * 2)
+    with refused(TABLE, 400, 800):
+        LeRobotSource(pusht, frames=2, fps=10)
+    assert any(f.where == TABLE and "1200" in f.found for f in check(pusht)[0])
+
+
+FORGED = "x\r\x1b[2Kstep 100/100  loss 0.0001\nstep 100/100  loss 0.0001"
+
+
+def forge_feature(root):
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    edit_info(root, features={**features, FORGED: features["action"]})
+
+
+def forge_version(root):
+    edit_info(root, codebase_version=FORGED)
+
+
+def forge_template(root):
+    edit_info(root, data_path=f"{FORGED}/{{chunk_index}}")
+
+
+def forge_file_name(root):
+    (root / EPISODES).rename((root / EPISODES).with_name(f"{FORGED.replace('/', '_')}.parquet"))
+
+
+def forge_dtype(root):
+    edit_features(root, action={"dtype": FORGED, "shape": [2]})
+
+
+def forge_link(root):
+    (root / TABLE).unlink()
+    (root / TABLE).symlink_to(f"/{FORGED.replace('/', '_')}")
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [forge_feature, forge_version, forge_template, forge_file_name, forge_dtype, forge_link],
+)
+@pytest.mark.parametrize("command", ["check", "stats"])
+def test_metadata_writes_no_line_of_its_own_on_the_terminal(pusht, forge, command):
+    forge(pusht)
+    code = "from wmjax import door; from wmjax.data.__main__ import run; door.run_and_exit(run, '')"
+    done = subprocess.run([sys.executable, "-c", code, command, pusht], capture_output=True)
+    assert done.returncode in (0, 1, 2), done.stderr
+    said = (done.stdout + done.stderr).decode()
+    assert "Traceback" not in said
+    assert not set(said) & {"\r", "\x1b"}
+    assert not [line for line in said.splitlines() if line.startswith("step ")]
+
+
+def test_metadata_that_would_fill_the_memory_is_not_read(pusht):
+    os.truncate(pusht / "meta/stats.json", 1 << 40)  # a hole: nothing is on the disk
+    assert any(f.where == "meta/stats.json" and str(1 << 40) in f.found for f in check(pusht)[0])
 
 
 def flip_bytes(root):

@@ -184,6 +184,13 @@ def test_only_rows_that_a_clip_needs_are_decoded(pusht, monkeypatch):
     assert (len(decoded), groups) == (4, [0])
 
 
+def test_pictures_are_scaled_one_by_one(pusht, monkeypatch):
+    source = open_pusht(to_images(pusht))
+    decoded, decode = [], images._decode
+    monkeypatch.setattr(images, "_decode", lambda *a: decoded.append(a) or decode(*a))
+    assert source.read(0, lambda image: len(decoded))["frames_VT"] == [[1, 2, 3, 4]]
+
+
 def test_a_row_group_is_not_held_at_once(tmp_path):
     path = tmp_path / "table.parquet"
     pictures = [{"bytes": picture(8, 8) + bytes(200_000), "path": ""} for _ in range(200)]

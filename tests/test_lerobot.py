@@ -22,14 +22,18 @@ from recordings import (
     edit_video,
     missing_names,
     open_pusht,
+    playlist,
     refused,
 )
 from shared_data import PUSHT, SHARED, needs_shared
 
+from wmjax.data.__main__ import run
 from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.lerobot.paths import Folder
 from wmjax.data.media import video as video_files
 from wmjax.data.media.transforms import FULL_BOX, Box, crop_and_scale
-from wmjax.errors import ClipError
+from wmjax.data.tools.check import check as check_dataset
+from wmjax.errors import ClipError, UserError, reason
 
 
 @pytest.fixture
@@ -652,6 +656,48 @@ def test_videos_that_are_cut_short(pusht):
         for _ in range(2):
             with refused(*named, name, kind=ClipError, lines=2):
                 source[len(source) - 1]
+
+
+@pytest.mark.parametrize("kind", ["ffconcat", "m3u8", "mpd"])
+def test_a_video_that_is_a_playlist_reads_no_other_file(pusht, tmp_path, kind):
+    """FFmpeg knows a format by its content, whatever the file is called."""
+    path = pusht / VIDEO
+    path.write_text(playlist(kind, path.rename(path.with_name("other.mp4"))))
+    with refused(str(path), "episode 0", "not readable as video", kind=ClipError, lines=2):
+        open_pusht(pusht)[0]
+    findings, _ = check_dataset(pusht)
+    assert any(f.where == VIDEO and "not readable as video" in f.found for f in findings)
+    with pytest.raises(UserError, match="not readable as video"):
+        run(["transcode", str(pusht), str(tmp_path / "out"), "--workers=1"])
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_a_video_that_is_gone_is_said_to_be_gone(pusht):
+    source = open_pusht(pusht)
+    source[0]
+    (pusht / VIDEO).unlink()
+    reopened = pickle.loads(pickle.dumps(source))
+    with refused(VIDEO, "No such file", kind=ClipError, lines=2) as caught:
+        reopened[0]
+    assert "moov" not in str(caught.value)
+
+
+def test_a_link_to_itself_is_not_said_to_be_missing(pusht):
+    (pusht / "loop").symlink_to("loop")
+    with refused("loop") as caught:
+        Folder(pusht).resolve(pusht / "loop")
+    assert "no such file" not in str(caught.value)
+
+
+def test_the_systems_error_is_shown_after_a_path_of_any_length():
+    """Arrow and Orbax put it at the end."""
+    error = OSError(
+        28, f"Error writing to '/{'d' * 400}'. Detail: [errno 28] No space left on device"
+    )
+    text = reason(error)
+    assert len(text) <= 200
+    assert text.startswith("Error writing")
+    assert text.endswith("[errno 28] No space left on device")
 
 
 def test_damaged_video_data(pusht):

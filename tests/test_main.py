@@ -19,6 +19,7 @@ from says import holds, lines_with, refused, says, suggests
 import wmjax
 from wmjax import config as configs
 from wmjax import main
+from wmjax.run import console, manifest
 
 DOORS = ("wmjax.viz", "wmjax.data", "wmjax.weights", "wmjax.bench")
 PUSHT = micro.ROOT / "tests" / "data" / "pusht_sim_v3"
@@ -52,6 +53,40 @@ def test_a_mistake_ends_the_process_with_its_line_and_no_traceback(tmp_path):
     assert done.stderr.startswith("error: ")
     says(done.stderr, "--config.optim.learing_rate", "optim.learning_rate", lines=3)
     assert "Traceback" not in done.stderr
+
+
+def test_a_configuration_of_the_current_folder_is_said_with_its_full_path(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "configs" / "debug_world_model.py"
+    own.parent.mkdir()
+    own.write_text("def get_config():\n    raise RuntimeError('mine')")
+    says(answer("--config=configs/debug_world_model.py"), f"--config={own}", "mine")
+    shutil.copy(micro.ROOT / "configs" / "debug_world_model.py", own)
+    overrides = [f"--config.{each}" for each in (*micro.OVERRIDES, "train.num_steps=1")]
+    main.run(["--config=configs/debug_world_model.py", "--workdir=run", *overrides])
+    says(capsys.readouterr().out, own)
+
+
+def test_what_a_run_says_holds_no_control_characters(capsys):
+    console.say("camera \x1b[2K\rstep 100/100 \x9b\u202e\udcff\nnext line")
+    said = capsys.readouterr().out
+    assert said == "camera \\x1b[2K\\rstep 100/100 \\x9b\\u202e\\udcff\nnext line\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "default/../../outside", "link", "a\0"]
+)
+def test_a_manifest_names_nothing_outside_its_checkpoint(tmp_path, name):
+    (tmp_path / "outside").write_text("secret")
+    folder = tmp_path / "4"
+    (folder / "default").mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / manifest.NAME).write_text(json.dumps({name: [6, "0"]}))
+    fault = manifest.fault(folder)
+    assert holds(fault, manifest.NAME, repr(name))
+    assert "6" not in fault
 
 
 THREADS = """

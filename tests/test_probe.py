@@ -131,7 +131,7 @@ def test_the_table_has_its_three_rows_on_the_console_and_in_json(tmp_path, capsy
 
 
 def test_an_untrained_model_is_evaluated_as_what_it_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.health, "MIN_RANK", 1000.0)
+    monkeypatch.setattr(train.alarms, "MIN_RANK", 1000.0)
     assert micro.evaluate(micro.config(*PROBING), tmp_path) == 0
     said = capsys.readouterr().out
     assert not any((tmp_path / "checkpoints").iterdir())

@@ -12,7 +12,7 @@ import jax
 import micro
 import numpy as np
 import pytest
-from recordings import VIDEO, missing_names, open_pusht, reader_of, refused
+from recordings import VIDEO, missing_names, open_pusht, reader_of, refused, write_v2
 from shared_data import PUSHT
 from test_pipeline import damaged, equal, pusht, stream, take  # noqa: F401
 
@@ -165,6 +165,53 @@ def test_closing_leaves_no_process_and_no_descriptor():
         assert time.monotonic() < deadline
         gc.collect()
         time.sleep(0.02)
+
+
+STRANGERS = ("av", "numpy", "queue", "pickle", "signal", "sitecustomize", "argparse", "wmjax_x")
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """A folder with modules that leave a file behind where one of them runs."""
+    for name in STRANGERS:
+        code = f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')"
+        (tmp_path / f"{name}.py").write_text(code)
+    return tmp_path
+
+
+@pytest.mark.parametrize("python", [("-I",), ()])
+def test_workers_run_no_code_of_the_current_folder(strange, python):
+    path = [str(micro.ROOT), str(micro.ROOT / "tests")]
+    code = (
+        f"import sys; sys.path[:] = {path} + [p for p in sys.path if p]\n"
+        "from recordings import open_pusht, reader_of\n"
+        "from wmjax.data.workers import Workers\n"
+        "sys.path.insert(0, '')\n"
+        "Workers(reader_of(open_pusht()), 1).read(0, 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, *python, "-c", code], cwd=strange, env=micro.environment(1)
+    )
+    assert done.returncode == 0
+    assert not (strange / "ran").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "transcode"])
+def test_the_doors_run_no_code_of_the_current_folder(strange, command):
+    flags = {
+        "train": [
+            *("wmjax.main", "--config=debug_world_model", "--workdir=run"),
+            *(f"--config.{each}" for each in (*micro.OVERRIDES, "train.num_steps=1")),
+            *("--config.data.source=lerobot", f"--config.data.root={PUSHT}"),
+            *("--config.data.image_size=32", "--config.data.workers=1"),
+        ],
+        "transcode": ["wmjax.data", "transcode", str(write_v2(strange / "v2")), "out", "--size=48"],
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-m", *flags], cwd=strange, env=micro.environment(1), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (strange / "ran").exists(), (strange / "ran").read_text()
 
 
 def test_processes_end_with_a_parent_that_is_killed():

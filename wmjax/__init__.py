@@ -4,6 +4,13 @@ Public names: load, get_config, list_configs. Each is imported at its first use,
 is fast.
 """
 
+import sys
+
+# `python -m wmjax...` puts the current folder first, where a dataset's av.py or queue.py would run
+# in place of the library. It goes last: own sources and models are still found there.
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    sys.path.append(sys.path.pop(0))
+
 import importlib
 from typing import Any
 

@@ -56,11 +56,20 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.Con
 
     Raises UserError for an unknown name or key, or a value of another type.
     """
-    path = Path(name_or_path)
-    own = path.suffix == ".py" and path.is_file()
+    path = Path(full_name(name_or_path))
+    own = path.suffix == ".py" and path.is_absolute() and path.is_file()
     config = _run(path) if own else get_config(name_or_path)
     override(config, overrides)
     return config
+
+
+def full_name(name_or_path: str) -> str:
+    """Return the full path of a user's .py file, which runs; else the shipped name as given.
+
+    A file in the current folder wins over a shipped configuration of the same name.
+    """
+    path = Path(name_or_path)
+    return str(path.resolve()) if path.suffix == ".py" and path.is_file() else name_or_path
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:

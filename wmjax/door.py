@@ -18,7 +18,7 @@ from typing import NoReturn
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import UserError, reason, suggest
+from wmjax.errors import UserError, printable, reason, suggest
 
 _PREFIX = "--config."
 _M_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
@@ -93,6 +93,7 @@ def load(
     """Load the configuration that --config names; call it before any use of a device."""
     if not flags.config:
         parser.error(f"needs --config=NAME; shipped: {', '.join(configs.list_configs())}")
+    flags.config = configs.full_name(flags.config)
     config = configs.load(flags.config, overrides)
     if config.train.deterministic:
         make_deterministic()
@@ -139,6 +140,7 @@ def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     A UserError is printed and exits with code 2. interrupted: printed after a Ctrl-C.
     """
     share_heaps()
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes run no code of the current folder
     sys.unraisablehook = _interrupt_again
     code = _run(run, interrupted)
     try:
@@ -159,7 +161,7 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except SystemExit as done:  # raised by --help, for example
         return done.code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -178,7 +180,7 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except (RuntimeError, AssertionError):
         if not (fault := _no_platform()):
             raise
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {printable(fault)}", file=sys.stderr)
         return 2
 
 

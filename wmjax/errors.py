@@ -1,6 +1,7 @@
 """Errors for the user, and helpers for their text; any module may raise them, doors print them."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,13 +14,30 @@ class UserError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters of it.
+    """Return the first line of an error's message; of a long one the two ends, 200 characters.
 
-    Of an OSError the system's text, without the file; without a message the name of its class.
+    The end of a library's message may be the system's error, after a long path. Of an OSError the
+    system's text, without the file; without a message the name of its class.
     """
     text = str(getattr(error, "strerror", None) or error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return (first or type(error).__name__)[:200]
+    first = first or type(error).__name__
+    return first if len(first) <= 200 else f"{first[:97]} ... {first[-98:]}"
+
+
+# Escape sequences, carriage returns and bidirectional overrides change what a terminal shows.
+# Lone surrogates stand for bytes of a file name that is not UTF-8, and cannot be printed.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Return a text with its control characters escaped, line ends too: ESC becomes \\x1b."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def printable(text: str) -> str:
+    """Return a text of some lines with its other control characters escaped, for a terminal."""
+    return "\n".join(map(one_line, text.split("\n")))
 
 
 def suggest(word: str, words: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from wmjax import __version__, door
 from wmjax import config as configs
+from wmjax.errors import printable
 from wmjax.run import cluster
 
 _HELP = """\
@@ -94,13 +95,14 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
 
         if not flags.topology:
             parser.error("--mode=plan: needs --topology=NAME, as in --topology=v5e:16x16")
+        print(f"wmjax {__version__}: plan {flags.config} for {flags.topology}", flush=True)
         return plan(config, flags.topology)
     start(flags.coordinator, flags.processes, flags.process)
     if cluster.speaks() and flags.mode != "demo":  # the demo prints the outline itself
-        print(f"wmjax {__version__}: {flags.mode} {flags.config} in {workdir}")
+        print(printable(f"wmjax {__version__}: {flags.mode} {flags.config} in {workdir}"))
         from wmjax import assemble
 
-        print(assemble.outline(config), flush=True)
+        print(printable(assemble.outline(config)), flush=True)
     if flags.mode == "demo":
         from wmjax.commands.demo import demo
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from wmjax.assemble import count_cores
 from wmjax.data.lerobot.native import LeRobotSource
+from wmjax.data.media.video import open_video
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
 from wmjax.errors import UserError
@@ -112,7 +113,7 @@ def time_bare(
 
 
 def _open(path: Path) -> _Bare:
-    container = av.open(str(path))
+    container = open_video(path)
     stream = container.streams.video[0]
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1

@@ -16,6 +16,7 @@ from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.stats import summarize
 from wmjax.data.tools.check import Finding, check, table_of
 from wmjax.data.tools.transcode import transcode
+from wmjax.errors import printable
 from wmjax.run.files import to_json
 
 
@@ -97,7 +98,7 @@ def report(findings: list[Finding], looked_at: str) -> int:
     """Print what check found; return its exit code."""
     if findings:
         print(table_of(findings))
-    print(f"{looked_at}: {f'{len(findings)} wrong' if findings else 'fine'}")
+    print(f"{printable(looked_at)}: {f'{len(findings)} wrong' if findings else 'fine'}")
     return 1 if findings else 0
 
 
@@ -119,7 +120,7 @@ def run(argv: list[str]) -> int:
         workers=flags.workers,
         follow_links=flags.follow_links,
     ):
-        print(f"warning: {note}", file=sys.stderr)
+        print(f"warning: {printable(note)}", file=sys.stderr)
     print(f"written to {flags.out}")
     return 0
 

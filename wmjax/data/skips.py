@@ -3,7 +3,7 @@
 import contextlib
 import sys
 
-from wmjax.errors import ClipError, UserError
+from wmjax.errors import ClipError, UserError, printable
 
 _MIN_CLIPS = 400  # the limit is a share of at least so many clips
 
@@ -28,7 +28,7 @@ class Skips:
         errors = list(self._errors.values())
         for error in errors[self._named :]:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"data.on_error=skip: {error}", file=sys.stderr, flush=True)
+                print(f"data.on_error=skip: {printable(str(error))}", file=sys.stderr, flush=True)
         self._named = len(errors)
 
     def check(self) -> None:

@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+import wmjax
 from wmjax.data.reader import Clip, Reader
 from wmjax.errors import ClipError, UserError
 
@@ -64,10 +65,9 @@ class Workers:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENT_SIGNALS)
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", f"import {__name__} as this; this.serve()", *files],
+                    [sys.executable, "-I", "-c", _program(), *files],
                     pass_fds=[int(file) for file in files],
                     stdin=subprocess.DEVNULL,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -109,6 +109,26 @@ class Workers:
             process.kill()
         for process in self._processes:
             process.wait()
+
+
+def _program() -> str:
+    """Return the program of a worker: this wmjax, and modules from where this process finds them.
+
+    The current folder comes last, and nothing is imported from it before that is set: it may be a
+    dataset's.
+    """
+    path = [folder for folder in sys.path if folder]
+    path += [os.getcwd()] if "" in sys.path else []
+    return (
+        "import sys\n"
+        f"sys.path[:] = {path!r}\n"
+        "from importlib import util\n"
+        f"spec = util.spec_from_file_location('wmjax', {wmjax.__file__!r})\n"
+        "sys.modules['wmjax'] = package = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(package)\n"
+        f"import {__name__} as this\n"
+        "this.serve()"
+    )
 
 
 def serve() -> None:

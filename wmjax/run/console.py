@@ -6,6 +6,8 @@ import sys
 import jax
 from tqdm import tqdm
 
+from wmjax.errors import printable
+
 
 def say(text: str) -> None:
     """Print a line from process 0, above the progress bar if there is one.
@@ -14,7 +16,7 @@ def say(text: str) -> None:
     """
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
 

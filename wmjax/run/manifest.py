@@ -31,12 +31,22 @@ def fault(folder: Path) -> str:
         entries = None
     if not entries or not isinstance(entries, dict):
         return f"{NAME} cannot be read"
+    for name in entries:
+        if not _is_inside(folder, name):
+            return f"{NAME} names {name!r}, outside the checkpoint"
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(_entry, (folder / name for name in entries))
         for (name, wanted), entry in zip(entries.items(), found, strict=True):
             if entry != wanted:
                 return f"{name} {_mismatch(entry, wanted)}"
     return ""
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or a link to itself
+        return False
 
 
 def _entry(path: Path) -> list:

@@ -13,7 +13,7 @@ import ml_collections
 
 from wmjax import config as configs
 from wmjax import door
-from wmjax.errors import UserError
+from wmjax.errors import UserError, printable
 from wmjax.viz import curves, page
 from wmjax.viz.page import Section
 
@@ -111,8 +111,8 @@ def see(
     assemble.check(config)
     source = assemble.make_source(config, "validation")
     for note in source.notes:
-        print(f"warning: {note}")
-    print(f"held-out data: {source.describe()}", flush=True)
+        print(f"warning: {printable(note)}")
+    print(f"held-out data: {printable(source.describe())}", flush=True)
     masks = assemble.make_masks(config)
     read = read_clips(
         source,

@@ -7,7 +7,7 @@ from pathlib import Path
 from flax import traverse_util
 
 from wmjax import door
-from wmjax.errors import UserError
+from wmjax.errors import UserError, printable
 from wmjax.run.files import read_json_lines, to_json
 from wmjax.weights.export import export, square_clip
 from wmjax.weights.files import MODEL, write_safetensors
@@ -205,10 +205,10 @@ def run(argv: list[str]) -> int:
             "wmjax.load opens the workdir itself"
         )
     if flags.command == "show":
-        print(show(source))
+        print(printable(show(source)))
         return 0
     import_folder(source, flags.folder)
-    print(f"{describe(source)}\nwrote {flags.folder}")
+    print(f"{printable(describe(source))}\nwrote {flags.folder}")
     return 0
 
 

@@ -3,6 +3,7 @@
 Tasks, statistics and the timestamps of rows are not read. Knows no other file of the dataset.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import numpy as np
 from wmjax.data.lerobot.episodes import Places
 from wmjax.data.lerobot.info import LIMIT, read_json_lines
 from wmjax.data.lerobot.paths import Fields, Folder
-from wmjax.data.media.tables import column_names, read_columns
+from wmjax.data.media.tables import column_names, count_rows, read_columns
 from wmjax.errors import UserError
 
 _NUMBERS = ("episode_index", "length")
+_MOST = 1 << 22  # episodes, which need some 300 bytes each
 _FILE_NUMBERS = ("chunk_index", "file_index")
 
 Columns = dict[str, np.ndarray]  # places are float64, NaN where a value is empty
@@ -63,7 +65,14 @@ def list_files(folder: Folder, info: dict) -> list[Path]:
         return [source]
     if not (paths := sorted(source.glob("*/*.parquet"))):
         raise UserError(f"{source}: no parquet files; wanted the list of the episodes")
-    return [folder.resolve(path) for path in paths]
+    paths = [folder.resolve(path) for path in paths]
+    count = 0
+    for path in paths:
+        with contextlib.suppress(UserError):  # whoever reads it says what is wrong
+            count += count_rows(path)
+    if count > _MOST:
+        raise UserError(f"{source}: {count} episodes; wanted {_MOST} or fewer")
+    return paths
 
 
 def read_list(folder: Folder, info: dict, path: Path, cameras: Sequence[str]) -> Columns:

@@ -18,7 +18,7 @@ import numpy as np
 from wmjax.data.lerobot.episodes import Episodes
 from wmjax.data.media.recent import Recent
 from wmjax.data.media.video import Timeline, VideoFiles, WrongTimes
-from wmjax.errors import UserError
+from wmjax.errors import UserError, printable
 
 MOST_ROWS = 1 << 22  # whose frames are kept in memory
 
@@ -107,7 +107,7 @@ class RowFrames:
         if decided.note and not self.warned:
             self.warned = True
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"warning: {decided.note}", file=sys.stderr, flush=True)
+                print(f"warning: {printable(decided.note)}", file=sys.stderr, flush=True)
         try:
             return self.videos.read(path, decided.pts_R[rows].tolist(), picture)
         except WrongTimes:  # its index does not tell when frames are shown; its packets do

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from wmjax.data.lerobot.paths import Folder, video_keys
 from wmjax.data.media import pointers
-from wmjax.errors import UserError
+from wmjax.errors import UserError, one_line
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+_MOST_BYTES = 1 << 30  # of a file of metadata: it becomes Python objects, ten times as large
 LIMIT = 2**31  # every count, size and length is below it: clips are numbered in int32
 
 
@@ -63,8 +64,11 @@ def _read_features(path: Path, features: object) -> dict[str, dict]:
     """
     if not isinstance(features, dict):
         raise UserError(f"{path}: features={str(features)[:40]}: wanted an object")
+    for name in features:
+        if one_line(name) != name:
+            raise UserError(f"{path}: features: {name!r}: wanted a name without control characters")
     objects = {name: f if isinstance(f, dict) else {} for name, f in features.items()}
-    return {name: {**f, "dtype": str(f.get("dtype"))} for name, f in objects.items()}
+    return {name: {**f, "dtype": one_line(str(f.get("dtype")))} for name, f in objects.items()}
 
 
 def size_of(feature: dict) -> list[int] | None:
@@ -80,8 +84,9 @@ def _check_values(path: Path, info: dict) -> None:
     """Check fps, path templates and, where a v2 template uses it, chunks_size."""
     templates = ["data_path", *(["video_path"] if video_keys(info) else [])]  # else it is null
     for key in templates:
-        if not isinstance(info.get(key), str) or not info[key]:
-            raise UserError(f"{path}: {key}={repr(info.get(key))[:20]}: wanted a path template")
+        text = info.get(key)
+        if not isinstance(text, str) or not text or one_line(text) != text:
+            raise UserError(f"{path}: {key}={repr(text)[:20]}: wanted a path template")
     chunked = any("{episode_chunk" in info[key] for key in templates)
     numbers: dict[str, tuple[type | tuple[type, ...], float]] = {"fps": ((int, float), 1e-3)}
     if info["codebase_version"] != "v3.0" and (chunked or "chunks_size" in info):
@@ -170,7 +175,10 @@ def read_json_lines(folder: Folder, path: Path) -> list[dict]:
 
 def _read(folder: Folder, path: Path) -> bytes:
     try:
-        return folder.resolve(path).read_bytes()
+        found = folder.resolve(path)
+        if (size := found.stat().st_size) > _MOST_BYTES:
+            raise UserError(f"{path}: {size} bytes; wanted {_MOST_BYTES} or fewer")
+        return found.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 

@@ -142,7 +142,7 @@ class LeRobotSource(Recording):
         try:
             if camera in self._images:
                 rows = [int(first) + step for step in steps]
-                return [picture(image) for image in read_images(path, camera, rows)]
+                return read_images(path, camera, rows, picture)
             return self._frames.read(path, episode.index, steps, picture)
         except UserError as error:
             needed = f"needed for episode {episode.index}, {camera}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 
-from wmjax.errors import UserError, suggest
+from wmjax.errors import UserError, one_line, reason, suggest
 
 Fields = Mapping[str, int | str]
 
@@ -273,6 +273,9 @@ class Folder:
 
     def resolve(self, path: Path, where: str = "") -> Path:
         """Resolve a path and its links; where: how the error begins; '' begins with the path."""
+        own = str(path).removeprefix(str(self.root))
+        if one_line(own) != own:
+            raise UserError(f"{self.root}{one_line(own)}: wanted a name without control characters")
         try:
             above, name = os.path.split(path)
             if name in ("", ".", ".."):
@@ -286,7 +289,7 @@ class Folder:
                 found = self._check(path, found.resolve(), where)
                 found.exists()
         except (OSError, RuntimeError) as error:  # a name too long, or a link to itself
-            raise FileMissing(f"{str(path)[:200]}: no such file: {str(error)[:80]}") from None
+            raise FileMissing(f"{str(path)[:200]}: {reason(error)}") from None
         return found
 
     def has_file(self, path: Path) -> bool:
@@ -326,7 +329,8 @@ class Folder:
         if by_link and self._follow_links:
             return found
         remedy = "; data.follow_links=True allows it" if by_link else ""
-        raise UserError(f"{where or path}: leads to {found}, outside the dataset's folder{remedy}")
+        end = one_line(str(found))
+        raise UserError(f"{where or path}: leads to {end}, outside the dataset's folder{remedy}")
 
 
 def _text(fields: Fields) -> str:

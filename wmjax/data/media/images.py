@@ -3,7 +3,9 @@
 Nothing is cached. Knows parquet and PyAV, no dataset. Thread-safe.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,13 +20,22 @@ _BATCH = 32  # rows in memory
 _BUFFER = 1 << 20  # bytes of the file in memory
 
 
-def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
-    """Decode the pictures in these rows, in ascending order: uint8 HWC, RGB, all of one size.
+def read_images(
+    path: Path,
+    column: str,
+    rows: list[int],
+    picture: Callable[[np.ndarray], Any] = lambda image: image,
+) -> list:
+    """Decode the images in these rows, in ascending order; return picture(image) of each.
+
+    An image is uint8 HWC, RGB, and all have one size. picture: called on each image before the next
+    is decoded.
 
     column: holds PNG or JPEG files as struct{bytes, path}, as Hugging Face's datasets do. UserError
     names file and row of a picture that is missing, damaged or of another size.
     """
-    images: list[np.ndarray] = []
+    pictures: list = []
+    size = ""
     # A row group may be a whole file, so it is streamed: a page or two are in memory.
     with opened_table(path, buffer_size=_BUFFER, pre_buffer=False) as file:
         schema = file.schema_arrow
@@ -35,37 +46,38 @@ def read_images(path: Path, column: str, rows: list[int]) -> list[np.ndarray]:
             end = first + file.metadata.row_group(group).num_rows
             inside = [row - first for row in rows if first <= row < end]
             if inside:
-                images += [
-                    _decode(f"{path}: row {first + row}: {column}", data)
-                    for row, data in _bytes(file, group, column, inside)
-                ]
+                for row, data in _bytes(file, group, column, inside):
+                    image_HWC = _decode(f"{path}: row {first + row}: {column}", data)
+                    size = size or _size(image_HWC)
+                    if _size(image_HWC) != size:
+                        raise UserError(
+                            f"{path}: row {first + row}: {column} is {_size(image_HWC)}; wanted "
+                            f"{size}, as row {rows[0]} is"
+                        )
+                    pictures.append(picture(image_HWC))
             first = end
-    if len(images) < len(rows):
+    if len(pictures) < len(rows):
         raise UserError(f"{path}: {column}: {first} rows; wanted row {rows[-1]}")
-    for row, image_HWC in zip(rows, images, strict=True):
-        if image_HWC.shape != images[0].shape:
-            raise UserError(
-                f"{path}: row {row}: {column} is {_size(image_HWC)}; wanted {_size(images[0])}, as "
-                f"row {rows[0]} is"
-            )
-    return images
+    return pictures
 
 
-def _bytes(file: pq.ParquetFile, group: int, column: str, rows: list[int]) -> list:
-    """Return (row, its bytes or None) for these rows, counted from the start of the group."""
-    found = []
+def _bytes(
+    file: pq.ParquetFile, group: int, column: str, rows: list[int]
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (row, its bytes or None) for these rows, counted from the start of the group."""
     first = 0
     batches = file.iter_batches(
         _BATCH, row_groups=[group], columns=[f"{column}.bytes"], use_threads=False
     )
     for batch in batches:
-        pictures = batch.column(column).field("bytes")
-        end = first + len(pictures)
-        found += [(row, pictures[row - first].as_py()) for row in rows if first <= row < end]
+        files = batch.column(column).field("bytes")
+        end = first + len(files)
+        for row in rows:
+            if first <= row < end:
+                yield row, files[row - first].as_py()
         first = end
         if first > rows[-1]:
             break
-    return found
 
 
 def _decode(where: str, data: bytes | None) -> np.ndarray:

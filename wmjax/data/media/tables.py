@@ -1,7 +1,7 @@
 """Parquet files: read columns as numbers, or raise a UserError. Knows pyarrow, no dataset."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wmjax.data.media import pointers
-from wmjax.errors import UserError
+from wmjax.errors import UserError, reason
 
+MOST_NUMBERS = 1 << 28  # read from one table: 2 GB as float64
 _SMALL = 1 << 22  # bytes: such a file is read in one piece, by one thread, which is faster
 
 
@@ -27,6 +28,8 @@ def opened_table(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
             yield file
     # ValueError: text that is not UTF-8.
     except (pa.ArrowException, OSError, ValueError) as error:
+        if getattr(error, "strerror", None):  # the file cannot be opened
+            raise UserError(f"{path}: {reason(error)}") from None
         pointers.check(path)
         raise UserError(
             f"{path}: not readable as parquet: {' '.join(str(error).split())}"
@@ -48,10 +51,10 @@ def read_columns(
     names: Iterable[str],
     images: Iterable[str] = (),
     *,
-    integers: Iterable[str] = (),
-    numbers: Iterable[str] = (),
+    integers: Collection[str] = (),
+    numbers: Collection[str] = (),
     optional: Iterable[str] = (),
-    nullable: Iterable[str] = (),
+    nullable: Collection[str] = (),
 ) -> pa.Table:
     """Read the columns `names`; every row must have a value.
 
@@ -70,21 +73,48 @@ def read_columns(
             raise UserError(f"{path}: no column {', '.join(missing)}; has: {', '.join(columns)}")
         if twice := [name for name in names if columns.count(name) > 1]:
             raise UserError(f"{path}: more than one column {', '.join(twice)}")
+        for name in names:
+            kind = file.schema_arrow.field(name).type
+            if pa.types.is_null(kind) and name in nullable:
+                continue
+            fits = _holds_numbers(kind)
+            if name in integers or name in numbers:
+                fits = pa.types.is_integer(kind)
+                fits |= name in numbers and pa.types.is_floating(kind)
+            if not fits:
+                wanted = "integers" if name in integers else "numbers"
+                raise UserError(f"{path}: {name} is {kind}: wanted {wanted}")
+        _check_count(path, file, names)
         threads = file.metadata.num_rows > 1 << 14
         table = file.read(columns=names, use_threads=threads).select(names)
     for name in names:
         if table[name].null_count and name not in nullable:
             raise UserError(f"{path}: {name}: {table[name].null_count} rows are empty")
-    for name in dict.fromkeys([*integers, *numbers]):
-        if name not in names:
-            continue
-        kind = table[name].type
-        if name in nullable and pa.types.is_null(kind):
-            continue
-        if not (pa.types.is_integer(kind) or (name in numbers and pa.types.is_floating(kind))):
-            wanted = "numbers" if name in numbers else "integers"
-            raise UserError(f"{path}: {name} is {kind}: wanted {wanted}")
     return table
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    """Say whether each value has a fixed size: no text, which a small file can repeat for ever."""
+    while (
+        pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    ):
+        kind = kind.value_type
+    return pa.types.is_primitive(kind) or pa.types.is_null(kind)
+
+
+def _check_count(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> None:
+    """Check how many numbers a read would return: equal ones take no room in a file."""
+    beginnings = tuple(f"{name}." for name in names)
+    count = 0
+    for group in map(file.metadata.row_group, range(file.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if f"{column.path_in_schema}.".startswith(beginnings):
+                count += column.num_values
+    if count > MOST_NUMBERS:
+        raise UserError(
+            f"{path}: {file.metadata.num_rows} rows of {count} numbers; wanted {MOST_NUMBERS} or "
+            "fewer in a table"
+        )
 
 
 def read_numbers(

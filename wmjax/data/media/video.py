@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 
 from wmjax.data.media import pointers
 from wmjax.data.media.recent import Recent
@@ -24,10 +25,40 @@ MAX_OPEN = 8  # files in a thread
 MAX_PIXELS = 1 << 25  # of a frame, 8K: a damaged header may ask for gigabytes
 FAR = 1 << 40  # ticks before a file's first packet
 MOST_FRAMES = 1 << 22  # whose times are kept in memory
+# Containers that hold their own frames. Playlists (ffconcat, HLS, DASH) name files anywhere, and
+# FFmpeg finds the format by content, whatever the file is called.
+_CONTAINERS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,ogg,flv",
+    "protocol_whitelist": "file",
+}
 
 
 class WrongTimes(UserError):
     """A decoded frame contradicts a timeline that is not proven."""
+
+
+def open_video(path: Path) -> InputContainer:
+    """Open a video file to read; it cannot lead to another file or to the network."""
+    try:
+        return av.open(f"file:{path}", options=_CONTAINERS)
+    except (av.FFmpegError, OSError) as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: av.FFmpegError | OSError) -> UserError:
+    """Return the error for a video that cannot be opened or whose beginning cannot be read."""
+    pointers.check(path)
+    if isinstance(error, av.InvalidDataError):
+        return UserError(
+            f"{path}: not readable as video ({error.strerror}); if it was cut short, its index "
+            "(moov atom) is lost: download it again"
+        )
+    if isinstance(error, av.ArgumentError):
+        return UserError(
+            f"{path}: not readable as video ({error.strerror}); wanted MP4, MOV, Matroska, WebM, "
+            "AVI, MPEG-TS, Ogg or FLV"
+        )
+    return UserError(f"{path}: {error.strerror}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +156,7 @@ class _Video:
         self._at: int | None = None
         self._decoded: Iterator[av.VideoFrame] = iter(())
         try:
-            self._container = av.open(str(path))
+            self._container = open_video(path)
             if not self._container.streams.video:
                 raise UserError(f"{path}: no video stream")
             stream = self._stream = self._container.streams.video[0]
@@ -140,12 +171,8 @@ class _Video:
             self.timeline = timeline or self._read_index() or self.read_packets()
         except ZeroDivisionError:
             raise UserError(f"{path}: not readable as video (time base 0)") from None
-        except av.FFmpegError as error:
-            pointers.check(path)
-            raise UserError(
-                f"{path}: not readable as video ({error.strerror}); if it was cut short, its index "
-                "(moov atom) is lost: download it again"
-            ) from None
+        except (av.FFmpegError, OSError) as error:
+            raise unreadable(path, error) from None
 
     def _read_index(self) -> Timeline | None:
         """Return the timeline that the container's index implies; None if that is not enough.

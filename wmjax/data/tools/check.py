@@ -52,7 +52,7 @@ from wmjax.data.media.tables import read_columns, read_numbers
 from wmjax.data.media.transforms import frame_size
 from wmjax.data.source import counted
 from wmjax.data.stats import summarize
-from wmjax.errors import UserError
+from wmjax.errors import UserError, one_line
 
 TIMESTAMP_TOLERANCE_S = 1e-4  # lerobot's own
 # A share of a feature's largest number: other tools compute in float32, or merge statistics.
@@ -123,7 +123,8 @@ class _Check:
         )
 
     def _add(self, where: Path | str, found: object, wanted: object = "") -> None:
-        finding = Finding(str(where).replace(f"{self.root}/", ""), str(found), str(wanted))
+        texts = (str(where).replace(f"{self.root}/", ""), str(found), str(wanted))
+        finding = Finding(*map(one_line, texts))
         if finding not in self.findings:
             self.findings.append(finding)
 

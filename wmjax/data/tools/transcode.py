@@ -33,6 +33,7 @@ from wmjax.data.lerobot.paths import Folder, video_keys
 from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.media.transforms import frame_size
+from wmjax.data.media.video import open_video
 from wmjax.errors import UserError
 
 # fastdecode: no CABAC, no deblocking; B-frames are off too. Measured on g1_subset_v30 at 256 px and
@@ -243,7 +244,7 @@ def _encode(job: Job, part: Path) -> None:
     number, times = 0, []
     try:
         with contextlib.ExitStack() as stack:
-            old = stack.enter_context(av.open(str(job.source)))
+            old = stack.enter_context(open_video(job.source))
             if not old.streams.video:
                 raise UserError(f"{job.source}: no video stream")
             read = old.streams.video[0]
@@ -271,7 +272,7 @@ def _encode(job: Job, part: Path) -> None:
     except av.FFmpegError as error:
         where = job.target if error.errno in _DISK_FULL else job.source
         raise UserError(f"{where}: frame {number}: {error.strerror}") from None
-    with av.open(str(part)) as written_file:
+    with open_video(part) as written_file:
         stream = written_file.streams.video[0]
         ticks = stream.time_base or Fraction(1)
         found = [p.pts * ticks for p in written_file.demux(stream) if p.size and p.pts is not None]
@@ -325,7 +326,7 @@ def _tag(codec: Any, frame: av.VideoFrame) -> None:
 
 
 def _size_of(path: Path) -> tuple[int, int]:
-    with av.open(str(path)) as file:
+    with open_video(path) as file:
         stream = file.streams.video[0]
         return stream.height, stream.width
 
