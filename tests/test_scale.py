@@ -117,7 +117,8 @@ def recording(root, *more):
 
 def test_a_dataset_is_read_once_for_both_splits(opened):
     sources = assemble.make_sources(recording(PUSHT), ("train", "validation"))
-    assert len(opened) == 3  # the list of the episodes; the columns of the table, then its rows
+    # The list of the episodes, counted, then read; the columns of the table, then its rows.
+    assert len(opened) == 4
     train, validation = sources.values()
     assert train._tables is validation._tables
     assert sorted([*train.episodes.index_E, *validation.episodes.index_E]) == [0, 1, 2, 3, 4]
@@ -130,7 +131,7 @@ def test_a_mixture_is_read_once_for_both_splits(opened, tmp_path):
     other = write_v2(tmp_path / "other")
     config = recording("", f"data.mixture={PUSHT}:1,{other}:1")
     assemble.make_sources(config, ("train", "validation"))
-    assert len(opened) == 3 + 1 + 5
+    assert len(opened) == 4 + 1 + 5
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
@@ -140,7 +141,7 @@ def test_each_table_is_opened_once_and_no_video(tmp_path, opened, monkeypatch, v
     monkeypatch.setattr(native.RowFrames, "decide", lambda self, path: looked_at.append(path) or "")
     source = LeRobotSource(root, frames=2, fps=30)
     assert (len(source), len(source.episodes)) == (60 * 4, 60)
-    lists, files = {"v2.1": (0, 60), "v3.0": (3, 3)}[version]
+    lists, files = {"v2.1": (0, 60), "v3.0": (2 * 3, 3)}[version]
     assert len(opened) == lists + 1 + files  # the first table also for its columns
     assert len(looked_at) == len(CAMERAS)  # the first of each
     assert source.episodes.first_row_E.tolist() == [*range(0, 300, 5)]
