@@ -15,7 +15,7 @@ EVERYTHING = None
 ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config", "inference"},
     "__main__": {"main"},
-    "main": {"config", "door", "run.cluster", "train", "commands", "assemble"},
+    "main": {"config", "door", "run.cluster", "run.files", "train", "commands", "assemble"},
     "door": {"config"},
     "train": EVERYTHING,
     "commands": EVERYTHING,

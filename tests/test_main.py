@@ -349,3 +349,29 @@ def test_a_full_disk_behind_the_output_is_one_error():
     assert child.returncode == 2
     assert child.stderr.count("\n") == 1
     assert "standard output" in child.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        *((f"{scheme}://bucket/run", f"{scheme}:/") for scheme in ("gs", "s3", "https")),
+        ("exp[lr=3e-4]", "[ ]"),
+        ("exp*", "*"),
+        ("a?/run", "?"),
+        ("back\\slash", "\\"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "eval", "demo"])
+def test_a_workdir_that_would_lose_checkpoints_is_refused(tmp_path, monkeypatch, name, named, mode):
+    monkeypatch.chdir(tmp_path)
+    with refused("--workdir") as caught:
+        main.run(["--config=debug_world_model", f"--workdir={name}", f"--mode={mode}"])
+    assert named in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_paths_train_and_resume(tmp_path):
+    workdir = tmp_path / "exp lr=3e-4, größe (2) %d~#{a}'\"$x;&"
+    micro.train(micro.config("train.num_steps=1"), workdir)
+    assert micro.train(micro.config("train.num_steps=2"), workdir) == 0
+    assert [row["step"] for row in micro.rows(workdir)] == [1, 2]

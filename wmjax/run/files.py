@@ -8,9 +8,12 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from wmjax.errors import UserError
 
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -98,3 +101,20 @@ def part_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def check_workdir(folder: Path) -> None:
+    """Raise UserError for a folder in which checkpoints would be lost.
+
+    Orbax takes *, ?, [ and ] in a path as a pattern, and writes what it cannot read again.
+    """
+    if url := re.match(r"\w[\w+.-]+:/", str(folder)):
+        raise UserError(
+            f"--workdir={folder}: {url[0]} is a URL: wanted a folder on a disk that is mounted"
+        )
+    whole = str(folder.absolute())
+    if found := sorted(set(whole) & set("*?[]\\")):
+        raise UserError(
+            f"--workdir={whole}: has {' '.join(found)}, from which checkpoints cannot be read "
+            "again: wanted a path without them"
+        )
