@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import errno
-import fcntl
 import gc
 import hashlib
 import itertools
@@ -17,7 +16,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import termios
 import threading
 import time
 from pathlib import Path
@@ -718,19 +716,18 @@ def test_nohup_is_respected():
 def test_a_lost_terminal_saves_and_ends_with_129(tmp_path):
     """The terminal closes, as when ssh drops: writing to it fails from then on."""
     own, terminal = os.openpty()
+    # The leader of a session gets the first terminal that it opens.
+    command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(terminal)]
+    steps = ("train.num_steps=100000", "optim.schedule_steps=100000")
     child = subprocess.Popen(
-        micro.command(tmp_path, "train.num_steps=100000", "optim.schedule_steps=100000"),
+        [*command, *micro.command(tmp_path, *steps)],
         env=micro.environment(1),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
-    os.close(terminal)
     shown = b""
     while b"step" not in shown.split(b"first step done")[-1] or b"first step done" not in shown:
         shown += os.read(own, 4096)
+    os.close(terminal)
     os.close(own)
     assert child.wait(timeout=60) == 129
     assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
