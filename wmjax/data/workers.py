@@ -26,9 +26,11 @@ from wmjax.errors import ClipError, UserError
 
 _SLOTS = 2  # clips in flight per process: it reads one while the parent copies the other
 _ALIGN = 64  # bytes, of arrays in shared memory
-# A terminal or scheduler sends these to the whole process group; only the parent handles them.
-_PARENT_SIGNALS = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+# A terminal or a scheduler sends these to the whole process group before it kills a job: SIGUSR1
+# and SIGUSR2 by Slurm's --signal, SIGXCPU at a limit of CPU time, SIGHUP when the terminal is lost.
+# Only the parent handles them (run/signals.py).
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
 )
 
@@ -62,7 +64,7 @@ class Workers:
             memory.truncate(_SLOTS * dtype.itemsize)
             clips = _map_clips(memory.fileno(), dtype)
             files = [str(file.fileno()) for file in (image, memory, *worker)]
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENT_SIGNALS)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-c", _program(), *files],

@@ -43,9 +43,10 @@ class Reporter:
         """Open the sinks; rows of steps after `start` are removed from metrics.jsonl.
 
         A killed run leaves such rows, and this run writes them again. TensorBoard is told to hide
-        its events of these steps. alarms: returns a text for
-        each problem in a row; the console shows them as warnings. figures: draw pictures at
-        validation where TensorBoard or W&B is on; `draws` then is True in every process.
+        its events of these steps. alarms: is called with a step and its row, in order, also with
+        the rows that stay; returns a text for each problem, which the console shows as a warning.
+        figures: draw pictures at validation where TensorBoard or W&B is on; `draws` then is True in
+        every process.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0

@@ -19,15 +19,10 @@ from typing import Any, NoReturn
 import jax
 
 from wmjax.data.pipeline import Pipeline
+from wmjax.data.workers import SIGNALS
 from wmjax.run import coordination
 from wmjax.types import WorldModelInput
 
-# Schedulers send these before they kill a job: SIGUSR1 and SIGUSR2 by Slurm's --signal, SIGXCPU at
-# a limit of CPU time. SIGHUP comes when the terminal is lost.
-SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
-)
 POLL_S = 0.2
 ANSWER_S = 600.0  # time for every process to publish its last batch
 TWICE_S = 0.5  # a launcher may forward, within this time, a Ctrl-C that the terminal sent already
