@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -18,7 +19,7 @@ from typing import NoReturn
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import UserError, printable, reason, suggest
+from wmjax.errors import ExitCode, UserError, printable, reason, suggest
 
 _PREFIX = "--config."
 _M_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
@@ -142,16 +143,22 @@ def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     share_heaps()
     os.environ["PYTHONSAFEPATH"] = "1"  # child processes run no code of the current folder
     sys.unraisablehook = _interrupt_again
-    code = _run(run, interrupted)
+    try:
+        code = _run(run, interrupted)
+    except Exception:  # a fault of ours, or of the user's own model or evaluator
+        traceback.print_exc()
+        code = ExitCode.MEND
     try:
         if sys.stdout:  # None when it is closed
             sys.stdout.flush()
     except OSError as error:
         # The interpreter flushes again as it ends, and would print this error a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError) and code != 2:  # 2: something is said already
+        if (
+            not isinstance(error, BrokenPipeError) and code != ExitCode.MEND
+        ):  # else something is said already
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
-            code = code or 2
+            code = code or ExitCode.MEND
     sys.exit(code)
 
 
@@ -162,26 +169,26 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
         return done.code
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return ExitCode.MEND
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
-        return 128 + signal.SIGINT
+        return ExitCode.SIGNAL + signal.SIGINT
     except BrokenPipeError:
         try:
             print(flush=True)
         except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-            return 128 + signal.SIGPIPE
+            return ExitCode.SIGNAL + signal.SIGPIPE
         raise
     except OSError as error:
         if _can_print():
             raise
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
-        return 2
+        return ExitCode.MEND
     except (RuntimeError, AssertionError):
         if not (fault := _no_platform()):
             raise
         print(f"error: {printable(fault)}", file=sys.stderr)
-        return 2
+        return ExitCode.MEND
 
 
 def _can_print() -> bool:

@@ -1,9 +1,24 @@
 """Errors for the user, and helpers for their text; any module may raise them, doors print them."""
 
 import difflib
+import enum
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ends; `RUN_AGAIN` are the codes after which a launcher starts it again."""
+
+    DONE = 0
+    DOES_NOT_FIT = 1  # --mode=plan: the step does not fit into memory; nothing else uses 1
+    MEND = 2  # the user's to mend: configuration, data, lock, memory
+    STUCK = 75  # EX_TEMPFAIL of sysexits.h: no progress for train.stuck_after
+    PEER_DIED = 76  # another process of the run died, or does not answer
+    SIGNAL = 128  # and the signal's number: the last step is saved
+
+
+RUN_AGAIN = (ExitCode.STUCK, ExitCode.PEER_DIED)  # and signals that a scheduler sends
 
 
 class UserError(Exception):

@@ -47,8 +47,9 @@ exit codes:
   1         plan: the step does not fit into memory
   2         an error that you can fix; one to three lines say what is wrong
   75        no progress for train.stuck_after seconds; every thread's stack is printed
+  76        another process of the run died or does not answer
   128 + N   signal N (130: Ctrl-C, 143: SIGTERM, 138: SIGUSR1): the last step is saved
-after 75 and 128 + N the same command resumes
+after 75, 76 and 128 + N the same command resumes
 """
 
 

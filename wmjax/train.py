@@ -23,7 +23,7 @@ from wmjax import assemble, initial
 from wmjax import config as configs
 from wmjax.assemble import Setup
 from wmjax.data.source import Source
-from wmjax.errors import UserError
+from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms
 from wmjax.run import coordination, summary
 from wmjax.run.checkpoint import Checkpoints, rules_of
@@ -127,8 +127,8 @@ def train(
         say(f"{stop.name}: {what}; the same command resumes from there")
         if stop.left_behind:  # Python would wait for these threads
             jax.distributed.shutdown()
-            exit_now(128 + stop.received)
-        return 128 + stop.received
+            exit_now(ExitCode.SIGNAL + stop.received)
+        return ExitCode.SIGNAL + stop.received
     seconds, exported = time.perf_counter() - begun, config.model.name == "vjepa2"
     say(summary.of_result(workdir, step, reporter.last, seconds, exported))
     return 0

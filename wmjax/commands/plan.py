@@ -19,7 +19,7 @@ import ml_collections
 
 from wmjax import assemble, sharding
 from wmjax.commands import hlo
-from wmjax.errors import UserError, how_to_install, reason
+from wmjax.errors import ExitCode, UserError, how_to_install, reason
 from wmjax.run import metrics
 from wmjax.types import WorldModelInput
 
@@ -119,7 +119,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"memory      {_told(str(error))}: does not fit")
-        return 1
+        return ExitCode.DOES_NOT_FIT
     fits = _print_memory(compiled.memory_analysis(), chip)
     try:
         program = hlo.Program(compiled.as_text())
@@ -139,7 +139,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
             "network": sent / (chip.ring * 1e9),
         }
         _print_bound(seconds, flop / peak)
-    return 0 if fits else 1
+    return ExitCode.DONE if fits else ExitCode.DOES_NOT_FIT
 
 
 def abstract_batch(config: ml_collections.ConfigDict, setup: assemble.Setup) -> WorldModelInput:

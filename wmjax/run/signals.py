@@ -20,6 +20,7 @@ import jax
 
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.workers import SIGNALS
+from wmjax.errors import ExitCode
 from wmjax.run import coordination
 from wmjax.types import WorldModelInput
 
@@ -90,7 +91,10 @@ class StopSignal:
         now = time.monotonic()
         # Only this process's own first signal counts, not one that another process received.
         if number == signal.SIGINT and now > self._first_at + TWICE_S:
-            exit_now(128 + number, "interrupted: nothing was saved since the newest checkpoint")
+            exit_now(
+                ExitCode.SIGNAL + number,
+                "interrupted: nothing was saved since the newest checkpoint",
+            )
         self._first_at = min(self._first_at, now)
         self.received = self.received or number
         if self._alone:
@@ -115,7 +119,7 @@ class StopSignal:
                 )
             except jax.errors.JaxRuntimeError:
                 exit_now(
-                    128 + self.received,
+                    ExitCode.SIGNAL + self.received,
                     "a process does not answer: nothing was saved since the newest checkpoint",
                 )
             return

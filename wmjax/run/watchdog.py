@@ -8,10 +8,10 @@ import time
 
 import jax
 
+from wmjax.errors import ExitCode
 from wmjax.run import coordination
 from wmjax.run.signals import exit_now
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: another attempt may succeed
 ANSWER_S = 10.0  # time for the other processes to publish where they stand
 COMPILE_S = 3600.0  # added to the limit the first time that a phase compiles
 _COMPILES = ("start", "compile", "validation")
@@ -71,7 +71,7 @@ class Watchdog:
                 print("process 0, the coordinator, does not answer", file=sys.stderr)
             if index == 0:  # its exit ends the service, and jax then kills processes that still ask
                 time.sleep(ANSWER_S / 2)
-        exit_now(EXIT_CODE)
+        exit_now(ExitCode.STUCK)
 
 
 def _ask_others(at: str) -> None:
