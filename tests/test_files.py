@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from wmjax.errors import UserError
 from wmjax.run import files
 
 
@@ -93,3 +94,21 @@ def test_what_json_lacks_has_a_name_and_comes_back(tmp_path):
     assert found == {"all": [{"top": math.inf}, [1.0, -math.inf]], "name": "nan"}
     path.write_text('{"loss": NaN, "peak": Infinity}\n')  # as earlier commits wrote
     assert files.read_json_lines(path)[0]["peak"] == math.inf
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json.part", "checkpoints/7", "viz"])
+def test_a_link_in_a_workdir_is_not_written_through(tmp_path, name):
+    other = tmp_path / "other"
+    other.write_text("mine")
+    link = tmp_path / "run" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(other)
+    with pytest.raises(UserError, match=str(other)):
+        files.check_workdir(tmp_path / "run")
+    assert other.read_text() == "mine"
+
+
+def test_a_workdir_may_be_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    files.check_workdir(tmp_path / "link")

@@ -11,6 +11,7 @@ from clips import batch_of, random_batch
 from flax import nnx
 from says import refused
 
+from wmjax.errors import UserError
 from wmjax.models import base, encoder
 from wmjax.nn import attention, gelu, layers
 
@@ -416,3 +417,17 @@ def test_sequences_side_by_side_are_those_alone():
     together = jit(model.encoder, static_argnums=2)(video, jnp.concatenate(ids, axis=1), (3, 5))
     alone = [jit(model.encode)(video, row) for row in ids]
     np.testing.assert_allclose(together, jnp.concatenate(alone, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "key", ["width", "depth", "heads", "patch", "predictor_depth", "mlp_ratio"]
+)
+def test_sizes_of_somebody_elses_configuration_are_bounded(key):
+    with pytest.raises(UserError, match=f"model.{key}=1000000000"):
+        base.settings_of({"name": "vjepa2", "size": "tiny", key: 10**9})
+
+
+@pytest.mark.parametrize("key", ["frames", "views", "state_size"])
+def test_sizes_of_clips_are_bounded(key):
+    with pytest.raises(UserError, match=f"{key} of a clip=1000000000"):
+        base.InputSpec(**{"frames": 16, "height": 64, "width": 64, key: 10**9})

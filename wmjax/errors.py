@@ -99,6 +99,15 @@ def check_least(key: str, value: float | None, least: float = 0) -> None:
         raise UserError(f"{key}={value}: wanted {least} or more")
 
 
+def check_range(key: str, value: float | None, least: float, most: float) -> None:
+    """Raise UserError for a number outside a range, the ends of which are allowed; None passes.
+
+    A run's configuration may come from somebody else: what sizes the memory has an upper end.
+    """
+    if value is not None and not least <= value <= most:
+        raise UserError(f"{key}={value}: wanted {least} to {most}")
+
+
 def check_above(key: str, value: float, bound: float = 0) -> None:
     """Raise UserError unless a number is above a bound."""
     if not value > bound:

@@ -11,12 +11,29 @@ from typing import Any
 import numpy as np
 
 from wmjax.data.source import Source
-from wmjax.errors import UserError, check_above, check_choice, check_least, check_share, suggest
+from wmjax.errors import (
+    UserError,
+    check_above,
+    check_choice,
+    check_least,
+    check_range,
+    check_share,
+    suggest,
+)
 from wmjax.plugins import resolve
 
 SOURCES = ("lerobot", "synthetic")
 GIVEN = ("split", "seed", "height", "width", "labels")  # besides the keys of data
 SIZES = ("views", "frames", "stride", "state_size", "action_size")
+LARGEST = {
+    "frames": 2**14,
+    "image_size": 2**13,
+    "image_width": 2**13,
+    "batch_size": 2**20,
+    "threads": 2**10,
+    "stride": 2**20,
+    "prefetch": 2**10,
+}
 # Keys that data.members may set for one dataset of a mixture.
 OF_A_MEMBER = (
     "cameras",
@@ -40,13 +57,13 @@ def check(data: Data) -> None:
     check_choice("data.reader", data["reader"], ("native", "lerobot"))
     check_choice("data.ends", data["ends"], ("drop", "repeat"))
     check_choice("data.on_error", data["on_error"], ("raise", "skip"))
-    for key in ("frames", "image_size", "batch_size", "threads"):
-        check_above(f"data.{key}", data[key])
+    for key, most in LARGEST.items():
+        least = 1 if key in ("frames", "image_size", "batch_size", "threads") else 0
+        check_range(f"data.{key}", data[key], least, most)
     if not data["stride"]:  # with a stride, fps is not used
         check_above("data.fps", data["fps"])
-    for key in ("image_width", "stride", "clips_per_episode", "prefetch"):
-        check_least(f"data.{key}", data[key])
-    check_least("data.workers", data["workers"], -1)
+    check_least("data.clips_per_episode", data["clips_per_episode"])
+    check_range("data.workers", data["workers"], -1, 2**12)
     for key in ("val_share", "max_skip_share"):
         check_share(f"data.{key}", data[key])
     _check_origin(data)

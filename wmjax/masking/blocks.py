@@ -48,8 +48,8 @@ def multi_block(
     cell x cell tokens. Raises UserError for a wrong option, and DoesNotFit after budget.max_draws
     draws that do not hold the budget.
     """
-    if not (isinstance(blocks, int) and blocks >= 1):
-        raise UserError(f"blocks={blocks!r}: wanted a whole number, 1 or more")
+    if not (isinstance(blocks, int) and 1 <= blocks <= 1000):
+        raise UserError(f"blocks={blocks!r}: wanted a whole number, 1 to 1000")
     if not 0 < scale < 1:
         raise UserError(f"scale={scale!r}: wanted a share of the frame, above 0 and below 1")
     if not 0 < time <= 1:

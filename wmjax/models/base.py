@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from wmjax.errors import UserError, suggest
+from wmjax.errors import UserError, check_range, suggest
 from wmjax.models import FAMILIES
 from wmjax.nn.compute import CHOICES, Compute
 from wmjax.plugins import ANY, resolve
@@ -49,6 +49,10 @@ class InputSpec:
     stride: int = 1
     state_size: int = 0
     action_size: int = 0
+
+    def __post_init__(self) -> None:
+        for key, value in dataclasses.asdict(self).items():
+            check_range(f"{key} of a clip", value, 0, 2**20)
 
 
 class Stage(NamedTuple):

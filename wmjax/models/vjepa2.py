@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wmjax.errors import UserError, check_choice
+from wmjax.errors import check_choice, check_range
 from wmjax.models.base import InputSpec, Params, Stage, WorldModel, merge
 from wmjax.models.encoder import SIZES, Encoder, resolve_size, token_grid
 from wmjax.models.predictor import Predictor
@@ -23,6 +23,19 @@ from wmjax.nn.compute import Compute
 from wmjax.types import Term, TokenGrid, WorldModelInput, WorldModelOutput
 
 MaskIds = list[tuple[jax.Array, jax.Array]]  # context and target ids of each mask
+LARGEST = {
+    "width": 2**15,
+    "depth": 512,
+    "heads": 2**10,
+    "mlp_ratio": 64,
+    "patch": 2**10,
+    "tubelet": 2**10,
+    "position_grid": 2**10,
+    "predictor_width": 2**15,
+    "predictor_depth": 512,
+    "predictor_heads": 2**10,
+    "num_mask_tokens": 2**10,
+}
 TARGET_EPS = 1e-5  # of the layer norm on the targets, unlike the model's own
 
 
@@ -58,9 +71,9 @@ class VJEPA2Settings:
     def __post_init__(self) -> None:
         check_choice("model.size", self.size, list(SIZES))
         check_choice("model.rope", self.rope, rope.KINDS)
-        for key in ("patch", "tubelet", "predictor_width", "predictor_depth", "predictor_heads"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}={getattr(self, key)}: wanted 1 or more")
+        for key, most in LARGEST.items():
+            least = 0 if key in ("width", "depth", "heads", "mlp_ratio", "position_grid") else 1
+            check_range(f"model.{key}", getattr(self, key), least, most)
 
     @property
     def encoder(self) -> dict[str, int]:

@@ -103,6 +103,20 @@ def part_file(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def refuse_links(*folders: Path) -> None:
+    """Raise UserError for a link in one of the folders: writing to it would change another file.
+
+    A folder that is a link itself is the user's own choice.
+    """
+    for folder in filter(Path.is_dir, folders):
+        for entry in folder.iterdir():
+            if entry.is_symlink():
+                raise UserError(
+                    f"{entry}: is a link to {os.readlink(entry)}, where wmjax would "
+                    "write\nwanted none in this folder, which may be a link as a whole"
+                )
+
+
 def check_workdir(folder: Path) -> None:
     """Raise UserError for a folder in which checkpoints would be lost.
 
@@ -118,3 +132,4 @@ def check_workdir(folder: Path) -> None:
             f"--workdir={whole}: has {' '.join(found)}, from which checkpoints cannot be read "
             "again: wanted a path without them"
         )
+    refuse_links(folder, folder / "checkpoints", folder / "profile")

@@ -14,6 +14,7 @@ import ml_collections
 from wmjax import config as configs
 from wmjax import door
 from wmjax.errors import UserError, printable
+from wmjax.run.files import refuse_links
 from wmjax.viz import curves, page
 from wmjax.viz.page import Section
 
@@ -220,6 +221,7 @@ def run(argv: list[str]) -> int:
     seen, facts = see(first, flags.dataset, overrides, flags.clips, tuple(flags.trust))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        refuse_links(out)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
     sections = write_pictures(seen, out)
