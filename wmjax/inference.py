@@ -116,7 +116,7 @@ class Model:
 
         def loss(params: base.Params, batch: WorldModelInput) -> WorldModelOutput:
             model, target = built(params)
-            return model.loss(target, batch, jax.random.key(0))
+            return model.evaluate(target, batch)
 
         def predict(
             params: base.Params, video_BTHWC: jax.Array, ids_BK: jax.Array, ids_BM: jax.Array

@@ -94,11 +94,12 @@ def build(
         return TrainState(jnp.zeros((), jnp.int32), params, frozen, target, opt_state)
 
     def run_loss(
-        state: TrainState, params: Params, batch: WorldModelInput, key: jax.Array
+        state: TrainState, params: Params, batch: WorldModelInput, key: jax.Array | None
     ) -> WorldModelOutput:
+        """Return the loss for a training step; key None: as validation has it."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model, target = blueprint.join(params, state.frozen, state.target)
-            return model.loss(target, batch, key)
+            return model.evaluate(target, batch) if key is None else model.loss(target, batch, key)
 
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
         def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any, Any]:
@@ -145,7 +146,7 @@ def build(
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
         def figures(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
-            output = run_loss(state, state.params, batch, key)
+            output = run_loss(state, state.params, batch, None)
             return in_validation(output, batch) | {"loss": jnp.asarray(output.loss)}
 
         metrics = in_microbatches(figures, batch, jax.random.key(seed), accumulate)

@@ -4,4 +4,7 @@ This room knows no mesh, no configuration object and no data: plain values and a
 """
 
 # model.name -> the class; any other model is named as package.module:Name
-FAMILIES = {"vjepa2": "wmjax.models.vjepa2:VJEPA2"}
+FAMILIES = {
+    "vjepa2": "wmjax.models.vjepa2:VJEPA2",
+    "lewm": "wmjax.models.lewm:LeWM",
+}

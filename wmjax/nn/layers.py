@@ -75,9 +75,10 @@ class Linear(nnx.Module):
         axes: tuple[str | None, ...],
         dtype: jnp.dtype,
         depth_scaled: bool = False,
+        std: float = 0.02,
     ):
         # The reference truncates at an absolute 2.0, a hundred standard deviations: a normal.
-        kernel = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
+        kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
         if depth_scaled:  # later blocks start with smaller branches
             layer = jnp.arange(1, shape[0] + 1, dtype=jnp.float32)[:, None, None]
             kernel = kernel / jnp.sqrt(2 * layer)
