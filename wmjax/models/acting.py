@@ -33,7 +33,9 @@ class Observation:
 
 
 class ActingModel(WorldModel):
-    """A world model that imagines what actions lead to."""
+    """A world model that imagines what actions lead to. block: P and A of a block of actions."""
+
+    block: tuple[int, int]
 
     def observe(self, target: Params, observation: Observation) -> Latent:
         """Return the latent of what was observed. target: as for `features`."""
@@ -59,8 +61,8 @@ class ActingModel(WorldModel):
         """Return recorded actions as the model takes them, (B, H, P x A)."""
         raise UserError(f"model.name: {type(self).__qualname__} does not define to_model")
 
-    def to_robot(self, action_BHA: jax.Array, dataset_ids_B: Array, count: int) -> jax.Array:
-        """Return actions of the model in the units of the recording, (B, H, P, A); count: P."""
+    def to_robot(self, action_BHA: jax.Array, dataset_ids_B: Array) -> jax.Array:
+        """Return actions of the model in the units of the recording, (B, H, P, A)."""
         raise UserError(f"model.name: {type(self).__qualname__} does not define to_robot")
 
 

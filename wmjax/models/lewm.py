@@ -391,8 +391,8 @@ class LeWM(ActingModel):
         B, H, P, A = action_BHPA.shape
         return self.normalize(action_BHPA, dataset_ids_B).reshape(B, H, P * A)
 
-    def to_robot(self, action_BHA: jax.Array, dataset_ids_B: Array, count: int) -> jax.Array:
-        action = action_BHA.reshape(*action_BHA.shape[:2], count, -1)
+    def to_robot(self, action_BHA: jax.Array, dataset_ids_B: Array) -> jax.Array:
+        action = action_BHA.reshape(*action_BHA.shape[:2], *self.block)
         return self.normalize.undo(action, dataset_ids_B)
 
     def _no_action(self, dataset_ids_B: Array) -> jax.Array:

@@ -51,6 +51,9 @@ class TokenLayout(NamedTuple):
 
 WHOLE = TokenLayout()
 
+# Keys and values of earlier tokens, BNHd; of a stack, with the depth in front.
+Past = tuple[jax.Array, jax.Array]
+
 
 def split_rows(x: jax.Array) -> jax.Array:
     """Shard the first axis over the whole ambient mesh, and no other axis.
@@ -112,9 +115,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BND: jax.Array, table: rope.Table | None, layout: TokenLayout) -> Pending:
         B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
-        query, key, value = (qkv[:, :, i] for i in range(3))
-        query, key = rope.rotate(query, table), rope.rotate(key, table)
+        query, key, value = self._heads(x_BND, table)
         if layout.frame:
             assert N % layout.frame == 0, f"{N} tokens in frames of {layout.frame}"
             assert layout[:2] == WHOLE[:2], "frames go with one whole sequence"
@@ -126,6 +127,25 @@ class Attention(nnx.Module):
             tails = layout.tails or lengths
             y_BMHd = attend(query, key, value, tails, lengths, self.implementation)
         return self.proj.pending(y_BMHd.reshape(B, -1, D))
+
+    def with_past(
+        self, x_BND: jax.Array, table: rope.Table | None, past: Past
+    ) -> tuple[Pending, Past]:
+        """Attend from these tokens to themselves and to `past`; return the longer past too."""
+        query, key, value = self._heads(x_BND, table)
+        key, value = (
+            jnp.concatenate([old, new], axis=1) for old, new in zip(past, (key, value), strict=True)
+        )
+        lengths = (query.shape[1],), (key.shape[1],)
+        y_BNHd = attend(query, key, value, *lengths, self.implementation)
+        return self.proj.pending(y_BNHd.reshape(x_BND.shape)), (key, value)
+
+    def _heads(self, x_BND: jax.Array, table: rope.Table | None) -> tuple[jax.Array, ...]:
+        """Return queries and keys, rotated, and values, BNHd."""
+        B, N, D = x_BND.shape
+        qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        return rope.rotate(query, table), rope.rotate(key, table), value
 
 
 class MLP(nnx.Module):
@@ -205,6 +225,44 @@ class Block(nnx.Module):
         x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
         return x_BND, self.mlp.pending(y_BND)
 
+    def with_past(
+        self, x_BND: jax.Array, table: rope.Table | None, past: Past
+    ) -> tuple[jax.Array, Past]:
+        """Return the residual stream of these tokens, and the past with them."""
+        pending, past = self.attention.with_past(self.norm1(x_BND), table, past)
+        x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
+        return x_BND + self.mlp(y_BND), past
+
+
+def no_past(blocks: Block, batch: int) -> Past:
+    """Return the past of the first frame: no tokens."""
+    attention, (depth, width) = blocks.attention, blocks.norm1.scale.shape
+    shape = depth, batch, 0, attention.heads, width // attention.heads
+    return (jnp.zeros(shape, attention.qkv.dtype),) * 2
+
+
+def run_with_past(
+    blocks: Block, x_BND: jax.Array, table: rope.Table | None, past: Past
+) -> tuple[jax.Array, Past]:
+    """Run a stack over the tokens of one frame, which attend to the frames before it too.
+
+    past: what the call for the frame before returned; `no_past` for the first. The outputs equal
+    those of `run` with TokenLayout(frame=...), where each frame is computed once.
+    """
+    graphdef, params = nnx.split(blocks)
+
+    def one(x_BND: jax.Array, layer: tuple[nnx.State, Past]) -> tuple[jax.Array, Past]:
+        return nnx.merge(graphdef, layer[0]).with_past(split_rows(x_BND), table, layer[1])
+
+    if blocks.compute.scan:
+        return jax.lax.scan(one, x_BND, (params, past))
+    pasts = []
+    for number in range(_depth(blocks)):
+        x_BND, new = one(x_BND, jax.tree.map(lambda leaf, i=number: leaf[i], (params, past)))
+        pasts.append(new)
+    keys, values = (jnp.stack(each) for each in zip(*pasts, strict=True))
+    return x_BND, (keys, values)
+
 
 def run(
     blocks: Block, x_BND: jax.Array, table: rope.Table | None, layout: TokenLayout = WHOLE
@@ -274,6 +332,14 @@ def _layers(params: nnx.State, index: int | slice) -> nnx.State:
 
 def _depth(blocks: Block) -> int:
     return blocks.mlp.fc1.kernel.shape[0]
+
+
+def causal_flops(blocks: Block, frame: int, frames: int) -> int:
+    """Count the operations of the products in one frame-causal pass over frames of `frame`."""
+    depth, width, hidden = blocks.mlp.fc1.kernel.shape
+    products = 2 * (4 * width * width + 2 * width * hidden) * frame * frames
+    attention = 4 * width * frame * frame * frames * (frames + 1) // 2
+    return depth * (products + attention)
 
 
 def flops(blocks: Block, tokens: int, tail: int | None = None) -> int:
