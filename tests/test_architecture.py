@@ -58,6 +58,7 @@ ARROWS: dict[str, set[str] | None] = {
     "nn.kernels": set(),
     "models": {"nn", "nn.kernels", "plugins"},
     "masking": {"plugins"},
+    "planning": {"models", "plugins"},
     "data": {"masking", "data.media", "plugins"},
     "data.media": set(),
     "data.lerobot": {"data", "data.media", "hub"},
