@@ -35,7 +35,10 @@ ARROWS: dict[str, set[str] | None] = {
     "errors": set(),
     "hub": set(),
     "initial": {"weights", "run.checkpoint", "step", "models"},
-    "inference": {"arrays", "weights", "models", "nn", "sharding", "data.media"},
+    "inference": {
+        *("actor", "arrays", "weights", "models", "nn", "sharding", "data.media", "planning"),
+    },
+    "actor": {"arrays", "models", "planning"},
     "run": set(),
     "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination", "run.files"},
     "run.files": set(),

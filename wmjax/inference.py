@@ -6,7 +6,8 @@ features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from wmjax import sharding, weights
+from wmjax.actor import Actor, Found
 from wmjax.arrays import as_array
 from wmjax.data.media.transforms import FULL_BOX, centre_box, crop_and_scale
 from wmjax.errors import UserError
@@ -25,6 +27,8 @@ from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from wmjax.models.vjepa2 import VJEPA2Settings
 from wmjax.nn.compute import Compute
+from wmjax.planning.policy import Policy
+from wmjax.planning.search import Settings
 from wmjax.types import Array, Term, WorldModelInput, WorldModelOutput
 
 Size = int | tuple[int, int]
@@ -129,6 +133,7 @@ class Model:
             pooled_B1D = base.merge(graphs["pooler"], params["pooler"])(encode(params, video_BTHWC))
             return base.merge(graphs["head"], params["head"])(pooled_B1D)[:, 0].astype(jnp.float32)
 
+        self._built, self._recordings = built, source.recordings
         self._encode, self._targets = jax.jit(encode), jax.jit(targets)
         self._predict, self._classify, self._loss = (
             jax.jit(predict),
@@ -225,6 +230,58 @@ class Model:
         video_BTHWC, single = self._clips(video, size, normalized)
         logits_BC = self._classify(self.params, video_BTHWC)
         return logits_BC[0] if single else logits_BC
+
+    @cached_property
+    def _actor(self) -> Actor:
+        def resize(video_BTHWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+            return _resized(video_BTHWC, size, 1.0)
+
+        return Actor(self._where, self._blueprint, self._built, self._recordings, resize)
+
+    def rollout(self, observation: Any, actions: Any, *, recording: str = "") -> np.ndarray:
+        """Return the embeddings that the model imagines after each block of actions, (H, N, D).
+
+        observation: a picture, uint8 RGB HWC of any size, where the run had one camera; or a dict
+        of pictures by camera and "state". A leading axis B stands for episodes; then the result is
+        (B, H, N, D). actions: in the units of the recording, (H x P, A), the P actions between two
+        frames one after another. recording: which dataset of a mixture the robot is.
+        """
+        return self._actor.rollout(self.params, observation, actions, recording)
+
+    def plan(
+        self,
+        observation: Any,
+        goal: Any,
+        *,
+        plan: Settings | str | Mapping[str, Any] = "lewm",
+        recording: str = "",
+        bounds: Any = "recorded",
+        seed: int = 0,
+    ) -> Found:
+        """Plan toward a goal: actions in the units of the recording, (H x P, A), and their cost.
+
+        observation, recording: as for rollout. goal: pictures of the same cameras, or a dict of
+        them. plan: lewm, short, vjepa2_ac, fast, or keys of planning.search.Settings. bounds: of
+        each number of an action: recorded (least and greatest in the data), None, or (lowest,
+        highest). Raises UserError for a model that does not act.
+        """
+        arguments = self.params, observation, goal, plan, recording, bounds, seed
+        return self._actor.plan(*arguments)[1]
+
+    def policy(
+        self,
+        goal: Any,
+        *,
+        plan: Settings | str | Mapping[str, Any] = "lewm",
+        recording: str = "",
+        bounds: Any = "recorded",
+        seed: int = 0,
+    ) -> Policy:
+        """Return a policy toward a goal: `reset()` before an episode, `act(observation)` each step.
+
+        Arguments as for plan.
+        """
+        return self._actor.policy(self.params, goal, plan, recording, bounds, seed)
 
     def export(
         self,

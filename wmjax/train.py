@@ -171,6 +171,7 @@ def loop(
             statistics = jax.tree.map(as_plain, [*setup.sources["train"].statistics()])
             meta["statistics"] = statistics
             meta["data"] = setup.sources["train"].fingerprint()
+            meta["recordings"] = setup.sources["train"].recordings()
             checkpoints.save(step, state, {"position": batches.position}, meta)
             clock.save(step)
 

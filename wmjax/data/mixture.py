@@ -97,6 +97,13 @@ class Mixture(Source):
             for key, value in source.fingerprint().items()
         }
 
+    def recordings(self) -> list[dict[str, Any]]:
+        return [
+            entry | {"name": name}
+            for name, source in zip(self._names, self._sources, strict=True)
+            for entry in source.recordings()
+        ]
+
     def statistics(self) -> Sequence[dict[str, Any]]:
         return self._statistics
 

@@ -57,6 +57,14 @@ class Source:
         frames_VT = [[picture(frame) for frame in frames] for frames in clip["frames_VT"]]
         return clip | {"frames_VT": frames_VT}
 
+    def recordings(self) -> list[dict[str, Any]]:
+        """Return what a policy must know of each dataset; []: nothing is known.
+
+        name; fps, of the recorded actions; cameras; state and action, the names of the features,
+        and state_size and action_size, their numbers.
+        """
+        return []
+
     def describe(self) -> str:
         """Return a line for the console that describes the source."""
         return f"{type(self).__name__}: {len(self)} clips of {self.frames} frames"

@@ -33,9 +33,13 @@ class Observation:
 
 
 class ActingModel(WorldModel):
-    """A world model that imagines what actions lead to. block: P and A of a block of actions."""
+    """A world model that imagines what actions lead to.
+
+    block: P and A of a block of actions. longest: blocks that it was trained to look ahead; 0: any.
+    """
 
     block: tuple[int, int]
+    longest: int = 0
 
     def observe(self, target: Params, observation: Observation) -> Latent:
         """Return the latent of what was observed. target: as for `features`."""

@@ -163,6 +163,7 @@ class VJEPA2AC(ActingModel):
         self.of_action, self.of_state = normalizer(used, "action"), normalizer(used, "state")
         self.settings = settings
         self.grid = self.token_grid(settings, 1, spec.height, spec.width)[1:]
+        self.longest = spec.frames - 1
         self.block = (spec.stride, spec.action_size) if recorded else (1, spec.state_size)
 
     @classmethod

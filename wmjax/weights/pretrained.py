@@ -60,6 +60,7 @@ class Pretrained:
     choices: tuple[str, ...] = ()
     spec: InputSpec = _SPEC
     statistics: Sequence[Mapping[str, Any]] = ()
+    recordings: Sequence[Mapping[str, Any]] = ()
     trust: tuple[str, ...] = ()
 
     def blueprint(self, compute: Compute) -> Blueprint:
@@ -187,6 +188,7 @@ def _run(workdir: Path, encoder: str, trust: tuple[str, ...]) -> Pretrained:
         choices=choices,
         spec=spec,
         statistics=statistics,
+        recordings=saved.meta.get("recordings", ()),
         trust=trust,
     )
 

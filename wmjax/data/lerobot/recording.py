@@ -193,6 +193,19 @@ class Recording(Source):
         }
         return self._fingerprint
 
+    def recordings(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": self.root.name,
+                "fps": float(self._recorded_fps),
+                "cameras": list(self.cameras),
+                "state": self._state_key,
+                "action": self._action_key,
+                "state_size": self.state_size,
+                "action_size": self.action_size,
+            }
+        ]
+
     def statistics(self) -> Sequence[dict[str, Any]]:
         """Summarise state and action over the episodes of this split that hold a clip.
 
