@@ -17,7 +17,7 @@ from wmjax.models.acting import ActingModel, Observation
 from wmjax.models.base import Blueprint, Params
 from wmjax.planning import plan as planning
 from wmjax.planning.policy import Policy
-from wmjax.planning.search import PRESETS, Settings
+from wmjax.planning.search import Settings, parse
 
 Built = Callable[[Params], tuple[ActingModel, Params]]
 Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
@@ -155,14 +155,11 @@ class Actor:
         return np.pad(state, ((0, 0), (0, wanted - own)))
 
     def settings(self, plan: Settings | str | Mapping[str, Any]) -> Settings:
-        """Return settings from a preset's name, from keys that differ from LeWM's, or as given."""
+        """Return settings from a text (see search.parse) or a dict of keys, or as they are."""
         if isinstance(plan, Settings):
             found = plan
         elif isinstance(plan, str):
-            if plan not in PRESETS:
-                near = suggest(plan, list(PRESETS))
-                raise UserError(f"plan={plan!r}: unknown{near}; there are: {', '.join(PRESETS)}")
-            found = Settings(**PRESETS[plan])
+            found = parse(plan)
         else:
             known = [field.name for field in dataclasses.fields(Settings)]
             for key in plan:
@@ -249,6 +246,24 @@ class Actor:
     ) -> tuple[np.ndarray, Found]:
         """Return the plan in the model's units, BHA, and in the robot's."""
         settings = self.settings(plan)
+        arguments, single = self._arguments(shown, goal, recording, bounds, seeds)
+        blocks, action_BHPA, cost_B = jax.device_get(
+            self._plan(params, *arguments, start_BHA, settings=settings)
+        )
+        action_BXA = action_BHPA.reshape(len(blocks), -1, action_BHPA.shape[-1])
+        action_BXA = action_BXA[..., : self._action_size(recording)]
+        found = Found(action_BXA[0], cost_B[0]) if single else Found(action_BXA, cost_B)
+        return blocks, found
+
+    def traced(self, params: Params, shown: Any, goal: Any, settings: Settings) -> Any:
+        """Return the jaxpr of a plan, so that its operations can be counted."""
+        arguments, _ = self._arguments(shown, goal, "", None, 0)
+        return self._plan.trace(params, *arguments, None, settings=settings).jaxpr.jaxpr
+
+    def _arguments(
+        self, shown: Any, goal: Any, recording: str, bounds: Any, seeds: Any
+    ) -> tuple[tuple, bool]:
+        """Return what the jitted plan takes, and whether it is one episode's."""
         seen, single = self.observation(shown, recording)
         wanted, one_goal = self._goal(goal, recording)
         B = len(seen.state_BTS)
@@ -260,14 +275,7 @@ class Actor:
         for number in np.ravel(seeds):
             key = jax.random.fold_in(key, int(number) % 2**32)
         keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
-        limits = self._bounds(bounds, recording, B)
-        blocks, action_BHPA, cost_B = jax.device_get(
-            self._plan(params, seen, wanted, keys_B, limits, start_BHA, settings=settings)
-        )
-        own = self._action_size(recording)
-        action_BXA = action_BHPA.reshape(B, -1, action_BHPA.shape[-1])[..., :own]
-        found = Found(action_BXA[0], cost_B[0]) if single else Found(action_BXA, cost_B)
-        return blocks, found
+        return (seen, wanted, keys_B, self._bounds(bounds, recording, B)), single
 
     def _goal(self, goal: Any, recording: str) -> tuple[Observation, bool]:
         """Read a goal like an observation; its state is not compared, and may be missing."""

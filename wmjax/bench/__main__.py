@@ -1,4 +1,4 @@
-"""The command line: `python -m wmjax.bench step` and `data`, with --config as for training.
+"""The command line: `python -m wmjax.bench step`, `data` and `plan`, with --config as for training.
 
 Each prints one line of JSON. README.md in this folder explains the figures.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
     parser = door.parser("python -m wmjax.bench", "Measure a configuration on this machine.")
-    commands = parser.add_subparsers(dest="command", metavar="{step,data}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{step,data,plan}", required=True)
     step = commands.add_parser("step", help="time the train step on clips of noise")
     step.add_argument(
         "--steps", type=int, default=20, metavar="N", help="steps that are timed; default: 20"
@@ -41,10 +41,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDic
         action="store_true",
         help="run on one core and compare with a bare decoding loop over PyAV",
     )
-    for command in (step, data):
+    plan = commands.add_parser("plan", help="time a plan of a model that acts, from noise")
+    plan.add_argument(
+        "--plan",
+        default="lewm",
+        metavar="NAME",
+        help="preset, with keys after commas: lewm, short, vjepa2_ac, fast; as in fast,horizon=2",
+    )
+    plan.add_argument(
+        "--plans", type=int, default=20, metavar="N", help="plans that are timed; default: 20"
+    )
+    plan.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="robots planned for at once; default: 1"
+    )
+    for command in (step, data, plan):
         door.add_config(command)
     flags, overrides = door.parse(parser, argv)
-    for name in ("steps", "views", "batches"):
+    for name in ("steps", "views", "batches", "plans", "batch"):
         if getattr(flags, name, 1) < 1:
             raise UserError(f"--{name}={getattr(flags, name)}: wanted 1 or more")
     return flags, door.load(parser, flags, overrides)
@@ -97,6 +110,24 @@ def bench_data(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> 
     return row | {"first_batch_s": opened + row["first_batch_s"]}
 
 
+def bench_plan(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
+    """Time planning with random weights of the configuration's model; no dataset is opened."""
+    import jax
+    from flax import nnx
+
+    from wmjax import assemble
+    from wmjax.bench.plan import time_plan
+    from wmjax.models.base import split
+    from wmjax.planning.search import parse as parse_plan
+
+    assemble.use_generated_data(config)
+    source = assemble.make_generator(config, "train")
+    blueprint = assemble.make_blueprint(config, source)
+    init = jax.jit(lambda: split(blueprint.create(nnx.Rngs(config.seed)))[1])
+    settings = parse_plan(flags.plan)
+    return time_plan(blueprint, init(), settings, batch=flags.batch, count=flags.plans)
+
+
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; UserError passes through."""
     flags, config = parse(argv)
@@ -106,7 +137,7 @@ def run(argv: list[str]) -> int:
         if flags.floor:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
     door.keep_compiled()
-    row = (bench_step if flags.command == "step" else bench_data)(config, flags)
+    row = {"step": bench_step, "data": bench_data, "plan": bench_plan}[flags.command](config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     print(to_json(rounded))
     return 0

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wmjax.errors import UserError, check_above, check_choice, check_least, check_share
+from wmjax.errors import UserError, check_above, check_choice, check_least, check_share, suggest
 from wmjax.plugins import ANY, resolve
 
 Cost = Callable[[jax.Array], jax.Array]  # actions BSHA -> BS
@@ -91,6 +91,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vjepa2_ac": {"horizon": 1, "samples": 800, "iterations": 10, "elites": 10, "momentum": 0.15},
     "fast": {"horizon": 1, "samples": 128, "iterations": 6, "elites": 16, "momentum": 0.15},
 }
+
+
+def parse(text: str) -> Settings:
+    """Return settings from a preset's name and keys after commas, as in "fast,horizon=2"."""
+    name, *pairs = [part.strip() for part in text.split(",")]
+    if "=" in name:
+        name, pairs = "lewm", [name, *pairs]
+    if name not in PRESETS:
+        near = suggest(name, list(PRESETS))
+        raise UserError(f"plan={name!r}: unknown{near}; there are: {', '.join(PRESETS)}")
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    changed = dict(PRESETS[name])
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in defaults:
+            raise UserError(f"plan.{key}: no such key{suggest(key, list(defaults))}")
+        changed[key] = _value(key, value, type(defaults[key]))
+    return Settings(**changed)
+
+
+def _value(key: str, text: str, kind: type) -> Any:
+    """Read a value of a key's type."""
+    if kind is bool:
+        check_choice(f"plan.{key}", text.lower(), ("true", "false"))
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"plan.{key}={text!r}: wanted {kind.__name__}") from None
 
 
 def find(settings: Settings) -> Search:
