@@ -39,6 +39,8 @@ ARROWS: dict[str, set[str] | None] = {
         *("actor", "arrays", "weights", "models", "nn", "sharding", "data.media", "planning"),
     },
     "actor": {"arrays", "models", "planning"},
+    "serve": {"door", "inference", "envs", "data.media"},
+    "envs": set(),
     "run": set(),
     "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination", "run.files"},
     "run.files": set(),

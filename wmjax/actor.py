@@ -300,7 +300,8 @@ class Actor:
         seed: int,
     ) -> Policy:
         settings = self.settings(plan)
-        self._goal(goal, recording)  # raises before anything moves
+        if goal is not None:
+            self._goal(goal, recording)  # raises before anything moves
         about, P = self._recording(recording)[1], self._model.block[0]
 
         def planned(

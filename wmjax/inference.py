@@ -256,7 +256,7 @@ class Model:
         plan: Settings | str | Mapping[str, Any] = "lewm",
         recording: str = "",
         bounds: Any = "recorded",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> Found:
         """Plan toward a goal: actions in the units of the recording, (H x P, A), and their cost.
 

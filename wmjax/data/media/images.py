@@ -61,6 +61,15 @@ def read_images(
     return pictures
 
 
+def read_picture(path: Path) -> np.ndarray:
+    """Return a PNG or JPEG file as uint8 RGB, HWC."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; wanted a PNG or JPEG file") from None
+    return _decode(str(path), data)
+
+
 def _bytes(
     file: pq.ParquetFile, group: int, column: str, rows: list[int]
 ) -> Iterator[tuple[int, bytes | None]]:
