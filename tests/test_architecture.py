@@ -37,7 +37,10 @@ ARROWS: dict[str, set[str] | None] = {
     "initial": {"weights", "run.checkpoint", "step", "models"},
     "inference": {"arrays", "weights", "models", "nn", "sharding", "data.media"},
     "run": set(),
-    "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination", "run.files"},
+    "run.checkpoint": {
+        *("step", "run.manifest", "run.console", "run.coordination", "run.disk", "run.files"),
+    },
+    "run.disk": set(),
     "run.files": set(),
     "run.manifest": {"run.files"},
     "run.console": set(),
