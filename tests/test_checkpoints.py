@@ -14,7 +14,7 @@ from clu import metrics as clu_metrics
 from says import refused, says
 
 from wmjax.errors import UserError
-from wmjax.run import checkpoint, guard, manifest
+from wmjax.run import checkpoint, guard, manifest, reporter
 from wmjax.run.checkpoint import Checkpoints, Saved
 from wmjax.step import TrainState
 
@@ -379,3 +379,22 @@ def test_odd_names_are_left_alone(tmp_path, capsys):
     assert Saved(folder).step == 6
     assert (elsewhere / "1/manifest.json").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_metrics_that_cannot_be_rewritten_are_one_warning_and_come_back(
+    tmp_path, capsys, monkeypatch
+):
+    settings = {"tensorboard": False, "wandb": False, "wandb_project": "", "figures": False}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    with monkeypatch.context() as broken:
+        disks.refuse(broken, "metrics.jsonl.part", errno.ENOSPC)
+        writing = reporter.Reporter(
+            tmp_path, num_steps=4, start=1, config={}, alarms=lambda *_: [], **settings
+        )
+    said = capsys.readouterr().out
+    says(said, "warning", path, os.strerror(errno.ENOSPC), lines=1)
+    assert "off" not in said.split()
+    with writing:
+        writing.note(2, {})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2}\n'
