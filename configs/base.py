@@ -147,7 +147,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "checkpoint": {
                 "every": 1_000,  # steps between saves; the last step is always saved
-                "keep": 3,  # number of newest checkpoints that are kept
+                "keep": 3,  # newest checkpoints that are kept; the newest sound one is kept too
                 "keep_period": 0,  # also keep all steps that are multiples of this; 0: none
                 "verify": True,  # compare files with the manifest before loading
                 "strict": False,  # True: refuse to resume with other data or library versions

@@ -42,7 +42,10 @@ ARROWS: dict[str, set[str] | None] = {
     "serve": {"door", "inference", "envs", "data.media"},
     "envs": set(),
     "run": set(),
-    "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination", "run.files"},
+    "run.checkpoint": {
+        *("step", "run.manifest", "run.console", "run.coordination", "run.disk", "run.files"),
+    },
+    "run.disk": set(),
     "run.files": set(),
     "run.manifest": {"run.files"},
     "run.console": set(),

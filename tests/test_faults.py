@@ -28,6 +28,7 @@ import micro
 import numpy as np
 import pytest
 from clu import metrics as clu_metrics
+from disks import full_disk
 from says import holds, lines_with, refused, says
 
 from wmjax import assemble, train
@@ -429,20 +430,28 @@ def _saved_at(workdir, step):
     return checkpoint.Saved(folder)
 
 
-@pytest.mark.campaign
-def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path):
-    overrides = ("train.num_steps=8", "train.max_skipped=3", "checkpoint.every=1")
-    config = poisoned([clips[0] for clips in first_clips(5)[1:]], *overrides)
-    with refused("train.max_skipped=3", 4, "optim.clip_norm", "optim.learning_rate"):
+@pytest.mark.campaign  # without training: test_checkpoints
+def test_too_many_in_a_row_end_the_run_and_keep_a_sound_checkpoint(tmp_path, capsys):
+    overrides = ("train.num_steps=9", "train.max_skipped=5", "checkpoint.every=1")
+    config = poisoned([clips[0] for clips in first_clips(9)[2:]], *overrides)
+    settings = ("train.max_skipped=5", 7, "optim.clip_norm", "optim.learning_rate")
+    sound = tmp_path / "checkpoints/1"  # after step 2, none is finite
+    with refused(*settings, sound, "kept", "4, 5, 6"):
         micro.train(config, tmp_path)
-    assert 1 in saved_steps(tmp_path)
+    assert saved_steps(tmp_path) == [1, 4, 5, 6]
+    assert checkpoint.newest(tmp_path / "checkpoints") == 6
+    for step in (4, 5, 6):
+        (tmp_path / f"checkpoints/{step}").rename(tmp_path / str(step))
+    config.train.num_steps = 2
+    assert micro.train(config, tmp_path) == 0
+    assert saved_steps(tmp_path) == [1, 2]
 
 
 def test_a_loss_that_jumps_is_reported_once(capsys):
     def one(value):
         return clu_metrics.Average.from_model_output(jnp.full((1,), value))
 
-    watching = guard.Guard(10, lambda *_: None)
+    watching = guard.Guard(10, lambda *_: None, lambda proves: "")
     rng, losses = random.Random(0), []
     for step in range(1, 100):
         losses.append(5.0 if step in (80, 81) else 1.0 + 0.01 * rng.random())
@@ -476,17 +485,6 @@ def test_the_watchdog_says_where_the_process_stands_and_ends_it(monkeypatch, cap
 # Disks and loggers
 
 
-# Orbax leaves the other writes behind when one fails, which then have no event loop to report to.
-unreported = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture
-def collected():
-    """Have them reported, and left out, in this test and not in one that comes later."""
-    yield
-    gc.collect()
-
-
 def wait_for_checkpoint(workdir, step):
     """Saves are written in the background: wait until one is whole."""
     deadline = time.monotonic() + 60
@@ -501,19 +499,6 @@ def wait_for_save():
         time.sleep(0.02)
 
 
-@contextlib.contextmanager
-def full_disk():
-    """No file may grow beyond some kB: what a full disk does, to this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@unreported
-@pytest.mark.usefixtures("collected")
 def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, capsys):
     def fill():
         wait_for_checkpoint(tmp_path, 2)
@@ -534,8 +519,6 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, capsys):
 
 
 @pytest.mark.campaign
-@unreported
-@pytest.mark.usefixtures("collected")
 def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path):
     def fill():
         wait_for_checkpoint(tmp_path, 2)
@@ -550,8 +533,6 @@ def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path):
 
 
 @pytest.mark.campaign
-@unreported
-@pytest.mark.usefixtures("collected")
 def test_a_workdir_that_vanishes_is_made_again(tmp_path, capsys, unbroken):
     workdir = tmp_path / "run"
 

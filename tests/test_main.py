@@ -355,10 +355,11 @@ def test_a_full_disk_behind_the_output_is_one_error():
     ("name", "named"),
     [
         *((f"{scheme}://bucket/run", f"{scheme}:/") for scheme in ("gs", "s3", "https")),
-        ("exp[lr=3e-4]", "[ ]"),
-        ("exp*", "*"),
-        ("a?/run", "?"),
+        ("./logs:/run", "logs:/"),
+        ("runs/logs:/x", "gs:/"),
+        ("/s3/run", "/s3/"),
         ("back\\slash", "\\"),
+        ("caf\udce9", "UTF-8"),
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "eval", "demo"])
@@ -371,7 +372,8 @@ def test_a_workdir_that_would_lose_checkpoints_is_refused(tmp_path, monkeypatch,
 
 
 def test_other_paths_train_and_resume(tmp_path):
-    workdir = tmp_path / "exp lr=3e-4, größe (2) %d~#{a}'\"$x;&"
+    workdir = tmp_path / "exp[lr=3e-4]*? größe (2) %d~#{a}'\"$x;&"
     micro.train(micro.config("train.num_steps=1"), workdir)
     assert micro.train(micro.config("train.num_steps=2"), workdir) == 0
     assert [row["step"] for row in micro.rows(workdir)] == [1, 2]
+    assert "encoder" in repr(wmjax.load(workdir))

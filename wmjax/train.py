@@ -119,7 +119,7 @@ def train(
                 *(start, clock, profile, on_step),
             )
             with clock.phase("checkpoint"):
-                checkpoints.wait()
+                checkpoints.wait(last=True)
             clock.save(step, ended=not stop.received)
         say(clock.summary())
     if stop.received:
@@ -158,7 +158,7 @@ def loop(
         "versions": versions(),
     }
     late = Late()
-    guard = Guard(settings.max_skipped, reporter.note)
+    guard = Guard(settings.max_skipped, reporter.note, checkpoints.kept)
     begun = time.perf_counter()
 
     def report(step: int, means: Any, counted: Row) -> None:
@@ -172,7 +172,7 @@ def loop(
             meta["statistics"] = statistics
             meta["data"] = setup.sources["train"].fingerprint()
             meta["recordings"] = setup.sources["train"].recordings()
-            checkpoints.save(step, state, {"position": batches.position}, meta)
+            checkpoints.save(step, state, {"position": batches.position}, meta, guard.proves)
             clock.save(step)
 
     with (
@@ -323,7 +323,8 @@ def agree_on_dropped(setup: Setup) -> None:
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
+        path = workdir / "config.json"
         try:
-            write_whole(workdir / "config.json", configs.to_json(config))
+            write_whole(path, configs.to_json(config))
         except OSError as error:
-            raise UserError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
+            raise UserError(f"--workdir: cannot write {path}: {error.strerror}") from error

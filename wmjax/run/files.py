@@ -117,19 +117,23 @@ def refuse_links(*folders: Path) -> None:
                 )
 
 
-def check_workdir(folder: Path) -> None:
-    """Raise UserError for a folder in which checkpoints would be lost.
+def check_workdir(folder: Path, what: str = "--workdir=") -> None:
+    """Raise UserError for a folder in which checkpoints would be lost; `what` begins the error.
 
-    Orbax takes *, ?, [ and ] in a path as a pattern, and writes what it cannot read again.
+    Orbax takes a backslash as "/", and paths with "gs:/", or below /gs and the like, as a bucket.
     """
     if url := re.match(r"\w[\w+.-]+:/", str(folder)):
         raise UserError(
-            f"--workdir={folder}: {url[0]} is a URL: wanted a folder on a disk that is mounted"
+            f"{what}{folder}: {url[0]} is a URL: wanted a folder on a disk that is mounted"
         )
     whole = str(folder.absolute())
-    if found := sorted(set(whole) & set("*?[]\\")):
+    found = [part for part in ("\\", "gs:/") if part in f"{whole}/"]
+    found += re.findall("^/(?:gs|s3|az|hf)/", f"{whole}/")
+    if any("\ud800" <= letter <= "\udfff" for letter in whole):  # how Python shows such bytes
+        found.append("bytes that are not UTF-8")
+    if found:
         raise UserError(
-            f"--workdir={whole}: has {' '.join(found)}, from which checkpoints cannot be read "
-            "again: wanted a path without them"
+            f"{what}{whole}: has {' and '.join(found)}, which the checkpoint library takes for "
+            "another place: wanted a path without"
         )
     refuse_links(folder, folder / "checkpoints", folder / "profile")

@@ -1,5 +1,6 @@
 """The manifest of a checkpoint: size and SHA-256 of each file, to detect damage later."""
 
+import contextlib
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +35,24 @@ def fault(folder: Path) -> str:
     for name in entries:
         if not _is_inside(folder, name):
             return f"{NAME} names {name!r}, outside the checkpoint"
+    for name, wanted in entries.items():  # first, because hashing takes long
+        size = _size(folder / name)
+        if not isinstance(wanted, list) or [size] != wanted[:1]:
+            return f"{name} {_mismatch([] if size is None else [size], wanted)}"
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(_entry, (folder / name for name in entries))
         for (name, wanted), entry in zip(entries.items(), found, strict=True):
             if entry != wanted:
                 return f"{name} {_mismatch(entry, wanted)}"
     return ""
+
+
+def _size(path: Path) -> int | None:
+    """Return the bytes of a file; None where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_file():
+            return path.stat().st_size
+    return None
 
 
 def _is_inside(folder: Path, name: str) -> bool:

@@ -63,9 +63,16 @@ class Reporter:
             self._add("TensorBoard", lambda: _TensorBoard(workdir, start))
         if wandb:
             self._add("W&B", lambda: _WandB(workdir, wandb_project, config))
-        with self._dropping_on_error("metrics.jsonl"):
-            for row in _remove_rows_after(self._path, start):
-                alarms(row["step"], {k: v for k, v in row.items() if isinstance(v, float)})
+        try:
+            rows = _remove_rows_after(self._path, start)
+        except OSError as error:
+            rows, self._failing = [], True
+            say(
+                f"warning: {self._path}: not written: {reason(error)}; rows of steps after {start} "
+                "stay, and each row tries again"
+            )
+        for row in rows:
+            alarms(row["step"], {k: v for k, v in row.items() if isinstance(v, float)})
         self._bar = tqdm(
             total=num_steps,
             initial=start,
