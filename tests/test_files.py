@@ -104,11 +104,11 @@ def test_a_link_in_a_workdir_is_not_written_through(tmp_path, name):
     link.parent.mkdir(parents=True)
     link.symlink_to(other)
     with pytest.raises(UserError, match=str(other)):
-        files.check_workdir(tmp_path / "run")
+        files.refuse_links(tmp_path / "run")
     assert other.read_text() == "mine"
 
 
 def test_a_workdir_may_be_a_link(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    files.check_workdir(tmp_path / "link")
+    files.refuse_links(tmp_path / "link")

@@ -16,7 +16,7 @@ from wmjax import __version__, door
 from wmjax import config as configs
 from wmjax.errors import printable
 from wmjax.run import cluster
-from wmjax.run.files import check_workdir
+from wmjax.run.files import check_workdir, refuse_links
 
 _HELP = """\
 modes:
@@ -91,6 +91,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
     config = door.load(parser, flags, overrides)
     workdir = flags.workdir or Path("runs") / Path(flags.config).stem
     check_workdir(workdir)
+    refuse_links(workdir)
 
     door.keep_compiled()  # imports jax, so --help and --list answer without that delay
     if flags.mode == "plan":  # needs no other process, also inside a cluster

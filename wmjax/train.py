@@ -29,7 +29,7 @@ from wmjax.run import coordination, summary
 from wmjax.run.checkpoint import Checkpoints, rules_of
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
-from wmjax.run.files import check_workdir, to_json, write_whole
+from wmjax.run.files import check_workdir, refuse_links, to_json, write_whole
 from wmjax.run.guard import Guard
 from wmjax.run.late import Late
 from wmjax.run.metrics import fetch, peak_flops, peak_gb
@@ -61,6 +61,7 @@ def train(
     """
     begun = time.perf_counter()
     check_workdir(workdir)
+    refuse_links(workdir)
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     rules = rules_of(workdir / CHECKPOINTS)
     setup = assemble.prepare(config, splits, mesh, rules=rules)

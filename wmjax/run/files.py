@@ -103,12 +103,12 @@ def part_file(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def refuse_links(*folders: Path) -> None:
-    """Raise UserError for a link in one of the folders: writing to it would change another file.
+def refuse_links(workdir: Path) -> None:
+    """Raise UserError for a link in a workdir: writing to it would change another file.
 
     A folder that is a link itself is the user's own choice.
     """
-    for folder in filter(Path.is_dir, folders):
+    for folder in filter(Path.is_dir, (workdir, workdir / "checkpoints", workdir / "profile")):
         for entry in folder.iterdir():
             if entry.is_symlink():
                 raise UserError(
@@ -136,4 +136,3 @@ def check_workdir(folder: Path, what: str = "--workdir=") -> None:
             f"{what}{whole}: has {' and '.join(found)}, which the checkpoint library takes for "
             "another place: wanted a path without"
         )
-    refuse_links(folder, folder / "checkpoints", folder / "profile")
