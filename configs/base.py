@@ -132,10 +132,11 @@ def get_config() -> ml_collections.ConfigDict:
                 "profile": "",  # steps to trace for TensorBoard and Perfetto, as in 100:110
             },
             "eval": {
-                # Evaluators, in this order: validation, pictures, probe, or package.module:Name.
-                "evaluators": "validation,pictures,probe",
+                # Evaluators, in this order: validation, pictures, probe, acting (for models that
+                # act), or package.module:Name.
+                "evaluators": "validation,pictures,probe,acting",
                 "batches": 8,  # of held-out clips, the same in every validation
-                "probe_every": 10_000,  # steps between probes, and one at the end; 0: none
+                "probe_every": 10_000,  # steps between probes (and acting), one at the end; 0: none
                 "probe_clips": 512,  # training clips of a probe; held-out clips: half as many
                 # Features that the probe predicts: names a,b; auto: the state, and
                 # observation.environment_state if recorded.

@@ -74,6 +74,7 @@ ARROWS: dict[str, set[str] | None] = {
     "evals": {
         "arrays",
         "models",
+        "planning",
         "nn",
         "step",
         "sharding",

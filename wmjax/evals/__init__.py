@@ -21,6 +21,7 @@ EVALUATORS = {
     "validation": "wmjax.evals.validation:Validation",
     "pictures": "wmjax.viz.validation:Pictures",
     "probe": "wmjax.evals.probe:Probe",
+    "acting": "wmjax.evals.acting:Acting",
 }
 
 

@@ -65,6 +65,15 @@ class ActingModel(WorldModel):
         """Return recorded actions as the model takes them, (B, H, P x A)."""
         raise UserError(f"model.name: {type(self).__qualname__} does not define to_model")
 
+    def taken(self, batch: WorldModelInput) -> tuple[jax.Array, jax.Array]:
+        """Return the blocks after each frame of a batch, BTA, and which of them were recorded, BT.
+
+        Default: the recorded actions. What was not recorded is 0.
+        """
+        action = self.to_model(batch.action_BTPA, batch.dataset_ids_B)
+        known = jnp.asarray(batch.action_mask_BTPA).reshape(action.shape)
+        return jnp.where(known, action, 0), jnp.any(known, axis=-1)
+
     def to_robot(self, action_BHA: jax.Array, dataset_ids_B: Array) -> jax.Array:
         """Return actions of the model in the units of the recording, (B, H, P, A)."""
         raise UserError(f"model.name: {type(self).__qualname__} does not define to_robot")

@@ -279,9 +279,7 @@ class LeWM(ActingModel):
     def _loss(self, batch: WorldModelInput, key: jax.Array, training: bool) -> WorldModelOutput:
         settings, (for_directions, for_dropout) = self.settings, jax.random.split(key)
         z_BTD, projector = self._embed(batch.observation.video_BVTHWC, training)
-        action_BTA = self.to_model(batch.action_BTPA, batch.dataset_ids_B)
-        seen = jnp.asarray(batch.action_mask_BTPA).reshape(action_BTA.shape)
-        action_BTA = jnp.where(seen, action_BTA, 0)[:, :-1]
+        action_BTA = self.taken(batch)[0][:, :-1]
         embedded_BTD = self.action_encoder(action_BTA)
         valid_BT = valid_frames(batch)[:, 1:]
 

@@ -267,13 +267,16 @@ class VJEPA2AC(ActingModel):
     def _conditions(self, batch: WorldModelInput) -> Conditions:
         """Return actions and states of each frame as the predictor takes them."""
         ids_B, state = jnp.asarray(batch.dataset_ids_B), jnp.asarray(batch.observation.state_BTS)
-        normal_BTS = self._normal_states(state, ids_B)
+        return self.taken(batch)[0], self._normal_states(state, ids_B), ids_B
+
+    def taken(self, batch: WorldModelInput) -> tuple[jax.Array, jax.Array]:
         if self.settings.action == "recorded":
-            action = self.to_model(batch.action_BTPA, ids_B)
-            known = jnp.asarray(batch.action_mask_BTPA).reshape(action.shape)
-            return jnp.where(known, action, 0), normal_BTS, ids_B
-        after = jnp.concatenate([state[:, 1:], state[:, -1:]], axis=1)
-        return self._between(state, after, ids_B), normal_BTS, ids_B
+            return super().taken(batch)
+        state, seen_BT = jnp.asarray(batch.observation.state_BTS), valid_frames(batch)
+        after, ids_B = jnp.roll(state, -1, axis=1), jnp.asarray(batch.dataset_ids_B)
+        known_BT = seen_BT & jnp.roll(seen_BT, -1, axis=1).at[:, -1].set(False)
+        action = self._between(state, after, ids_B)
+        return jnp.where(known_BT[:, :, None], action, 0), known_BT
 
     def _normal_states(self, state_BTS: jax.Array, ids_B: jax.Array) -> jax.Array:
         return self.of_state(state_BTS, ids_B) if state_BTS.shape[-1] else state_BTS

@@ -1,0 +1,242 @@
+"""How well a model that acts foresees and plans, on a recording: no simulator is needed.
+
+Held-out clips. The error of roll-outs by horizon is compared with the last frame copied, and with
+the actions of another clip. The energy is the distance to the goal after one block; a good model
+ranks the recorded block near the top. Plans are open-loop, toward the clip's own later frames.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wmjax import sharding
+from wmjax.evals import Context, Report, Unavailable
+from wmjax.evals.probe import Lines, choose, score
+from wmjax.models.acting import ActingModel, Observation, observed, repeat, valid_frames
+from wmjax.models.base import Params
+from wmjax.planning import plan as planning
+from wmjax.planning.search import Settings
+from wmjax.run.console import say
+from wmjax.step import TrainState
+from wmjax.types import Array, WorldModelInput
+
+CANDIDATES = 64  # recorded blocks that are ranked, at most
+PLANNED = 16  # clips of a batch that are planned for, at most
+LONGEST = 4  # blocks of a plan
+BEST = 0.1  # share of the ranks that counts as the best
+SEARCH = Settings(horizon=1, samples=128, iterations=5, elites=16, objective="min")
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # figure -> sum and count
+
+
+class Acting:
+    """The evaluator of models that act; `acting` in eval.evaluators."""
+
+    def __init__(self, context: Context) -> None:
+        """Prepare jitted functions, compiled on first use."""
+        self.every = context.config["eval"]["probe_every"]
+        steps = context.steps
+        blueprint, mesh, state = steps.blueprint, steps.mesh, steps.abstract
+        if not issubclass(blueprint.family, ActingModel):
+            raise Unavailable
+        weights = state.params, state.frozen, state.target
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, weights)
+        everywhere = sharding.replicated(mesh)
+
+        def random() -> Any:
+            seed = jax.random.key(context.config["seed"])
+            return blueprint.divide(*blueprint.variables(blueprint.create(nnx.Rngs(seed))))
+
+        def measure(weights: Any, batch: WorldModelInput, key: jax.Array) -> tuple[Sums, Any]:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                model, target = blueprint.join(*weights)
+                return figures(model, target, batch, key)
+
+        self._random = jax.jit(random, out_shardings=shardings)
+        self._measure = jax.jit(
+            measure,
+            in_shardings=(shardings, sharding.batch_sharding(mesh), everywhere),
+            out_shardings=everywhere,
+        )
+        self._open, self._batches = context.open_batches, context.config["eval"]["batches"]
+        self._untrained: dict[str, float] = {}
+
+    def __call__(self, step: int, state: TrainState) -> Report:
+        say(f"acting: roll-outs and plans on {self._batches} batches ...")
+        found = {"trained": self.figures((state.params, state.frozen, state.target))}
+        if not self._untrained:  # computed once, because it does not depend on the state
+            self._untrained = self.figures(self._random())
+        found["random"] = self._untrained
+        return Report(row(found), table(found), entry={"acting": found})
+
+    def figures(self, weights: Any) -> dict[str, float]:
+        """Return the figures of some weights by name."""
+        totals: dict[str, np.ndarray] = {}
+        pairs: dict[str, list[Any]] = {"train": [], "validation": []}
+        for split in pairs:
+            with contextlib.closing(self._open(split)) as batches:
+                for number in range(self._batches):
+                    key = jax.random.key(number)
+                    sums, moves = jax.device_get(self._measure(weights, next(batches), key))
+                    pairs[split].append(moves)
+                    if split == "validation":
+                        for name, pair in sums.items():
+                            totals[name] = totals.get(name, 0) + np.array(pair, np.float64)
+        means = {name: float(sum / max(count, 1)) for name, (sum, count) in totals.items()}
+        means["inverse_r2"] = inverse_r2(pairs)
+        means["fidelity"] = 1 - means.pop("frechet") / max(means.pop("frechet_still"), 1e-9)
+        return means
+
+
+def figures(
+    model: ActingModel, target: Params, batch: WorldModelInput, key: jax.Array
+) -> tuple[Sums, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Return sums and counts over a batch, and (z, next z, block, known) of its transitions."""
+    z_BTND = _frames(model, target, batch)
+    B, T = z_BTND.shape[:2]
+    blocks_BTA, known_BT = model.taken(batch)
+    blocks_BHA, seen_BT = blocks_BTA[:, : T - 1], valid_frames(batch)
+    known_BH = all_known_BH = known_BT[:, : T - 1] & seen_BT[:, 1:]
+    start = model.observe(target, observed(batch, 1))
+    ahead = planning.rollout(model, start, blocks_BHA)
+    other = planning.rollout(model, start, jnp.roll(blocks_BHA, 1, axis=0))
+
+    sums: Sums = {}
+
+    def add(name: str, value_B: Array, counts_B: Array) -> None:
+        counts_B = counts_B.astype(jnp.float32)
+        sums[name] = jnp.sum(value_B * counts_B), jnp.sum(counts_B)
+
+    for h in range(T - 1):
+        counts = seen_BT[:, h + 1]
+        for name, found in (
+            ("error", ahead[:, h]),
+            ("copy", z_BTND[:, 0]),
+            ("shuffled", other[:, h]),
+        ):
+            add(f"{name}/{h + 1}", model.distance(found, z_BTND[:, h + 1]), counts)
+
+    goal_BND = z_BTND[:, 1]
+    count = min(B, CANDIDATES)
+    tried = jnp.tile(blocks_BHA[:count, 0], (B, 1))
+    imagined = model.embedding(model.imagine(repeat(start, count), tried))
+    energy_BC = model.distance(imagined, repeat(goal_BND, count)).reshape(B, count)
+    own_B = model.distance(ahead[:, 0], goal_BND)
+    same_BC = jnp.all(blocks_BHA[:, 0][:, None] == blocks_BHA[None, :count, 0], axis=-1)
+    below_BC = (energy_BC < own_B[:, None]) & ~same_BC
+    rank_B = jnp.sum(below_BC, axis=1) / jnp.maximum(jnp.sum(~same_BC, axis=1), 1)
+    add("rank", rank_B, known_BH[:, 0])
+    add("in_best_tenth", (rank_B <= BEST).astype(jnp.float32), known_BH[:, 0])
+
+    few, steps = min(B, PLANNED), min(T - 1, LONGEST)
+    some = jax.tree.map(lambda x: x[:few], start)
+
+    def planned(steps: int) -> jax.Array:
+        settings = dataclasses.replace(SEARCH, horizon=steps)
+        wanted = z_BTND[:few, steps]
+
+        def cost(action_BSHA: jax.Array) -> jax.Array:
+            return planning.score(model, some, wanted, action_BSHA, settings)
+
+        first = model.propose(some, wanted, steps)
+        if first is None:
+            first = jnp.zeros((few, steps, blocks_BHA.shape[-1]))
+        keys_B = jax.random.split(key, few)
+        return planning.find(settings)(cost, first, keys_B, settings, None)[0]
+
+    true_BHA, known_BH = blocks_BHA[:few, :steps], known_BH[:few, :steps]
+    error_BA = planned(1)[:, 0] - true_BHA[:, 0]
+    add("action_error", jnp.mean(jnp.abs(error_BA), axis=-1), known_BH[:, 0])
+    add("mean_action_error", jnp.mean(jnp.abs(true_BHA[:, 0]), axis=-1), known_BH[:, 0])
+    path, true_path = jnp.cumsum(planned(steps), axis=1), jnp.cumsum(true_BHA, axis=1)
+    add("frechet", frechet(path, true_path), jnp.all(known_BH, axis=1))
+    add("frechet_still", frechet(jnp.zeros_like(true_path), true_path), jnp.all(known_BH, axis=1))
+
+    pooled = jnp.mean(z_BTND, axis=2)
+    D, A = pooled.shape[-1], blocks_BHA.shape[-1]
+    moves = jnp.concatenate([pooled[:, :-1], pooled[:, 1:]], axis=-1).reshape(-1, 2 * D)
+    return sums, (moves, blocks_BHA.reshape(-1, A), all_known_BH.reshape(-1))
+
+
+def _frames(model: ActingModel, target: Params, batch: WorldModelInput) -> jax.Array:
+    """Return the embedding of each frame by itself, BTND."""
+    shown = observed(batch, batch.observation.video_BVTHWC.shape[2])
+    B, V, T, *size = shown.video_BVTHWC.shape
+
+    def rows(x_BT: Array) -> jax.Array:
+        return jnp.asarray(x_BT).reshape(B * T, 1, *x_BT.shape[2:])
+
+    video = jnp.moveaxis(jnp.asarray(shown.video_BVTHWC), 2, 1).reshape(B * T, V, 1, *size)
+    no_actions = jnp.zeros((B * T, 0, *shown.action_BTPA.shape[2:]))
+    ids = jnp.repeat(jnp.asarray(shown.dataset_ids_B), T)
+    each = Observation(video, rows(shown.state_BTS), no_actions, ids)
+    z_RND = model.embedding(model.observe(target, each))
+    return z_RND.reshape(B, T, *z_RND.shape[1:])
+
+
+def frechet(a_BHA: jax.Array, b_BHA: jax.Array) -> jax.Array:
+    """Return the discrete Fréchet distance of two paths, B."""
+    apart_BHH = jnp.linalg.norm(a_BHA[:, :, None] - b_BHA[:, None], axis=-1)
+    H = apart_BHH.shape[1]
+    table: dict[tuple[int, int], jax.Array] = {}
+    for i in range(H):
+        for j in range(H):
+            before = [table[p] for p in ((i - 1, j), (i, j - 1), (i - 1, j - 1)) if p in table]
+            least = jnp.min(jnp.stack(before), axis=0) if before else apart_BHH[:, 0, 0]
+            table[i, j] = jnp.maximum(least, apart_BHH[:, i, j])
+    return table[H - 1, H - 1]
+
+
+def inverse_r2(pairs: Mapping[str, list[Any]]) -> float:
+    """Fit the block from two neighbouring embeddings on train; return R2 on validation.
+
+    NaN where no number of the actions varies.
+    """
+    data = {}
+    for split, parts in pairs.items():
+        moves, blocks, known = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        data[split] = moves[known][:2048], blocks[known][:2048]
+    (x, y), (x_test, y_test) = data["train"], data["validation"]
+    if len(x) < 20 or not len(x_test):
+        return float("nan")
+    lines = Lines(x, np.arange(len(x)) * 10 // len(x))
+    fitted = lines.fit(y, choose(lines.held_out_errors(y)), lines.turn(x_test))
+    found = score(fitted, y_test, y.std(axis=0) > 0, np.zeros(y.shape[1], bool))["r2"]
+    return float("nan") if found is None else found
+
+
+def row(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return figures for a report: acting/NAME, and acting/NAME/random of untrained weights."""
+    trained = {f"acting/{name}": value for name, value in found["trained"].items()}
+    return trained | {f"acting/{name}/random": value for name, value in found["random"].items()}
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Format the figures for the console, untrained weights beside them."""
+    trained = found["trained"]
+    horizons = [int(name.partition("/")[2]) for name in trained if name.startswith("error/")]
+    lines = ["error by horizon in blocks, relative to the last frame copied (1)"]
+    lines.append("  blocks     " + "".join(f"{h:7}" for h in horizons))
+    for label, who, name in (
+        ("trained", "trained", "error"),
+        ("other actions", "trained", "shuffled"),
+        ("untrained", "random", "error"),
+    ):
+        figures = found[who]
+        cells = [figures[f"{name}/{h}"] / max(figures[f"copy/{h}"], 1e-12) for h in horizons]
+        lines.append(f"  {label:11}" + "".join(f"{min(cell, 9999):7.2f}" for cell in cells))
+    for name, text in (
+        ("rank", "recorded action's rank among others (0 best, 0.5 chance)"),
+        ("in_best_tenth", "recorded action in the best tenth"),
+        ("action_error", "error of a planned block, in std"),
+        ("mean_action_error", "the same of the mean action"),
+        ("fidelity", "fidelity of open-loop plans (1 best, 0 as no motion)"),
+        ("inverse_r2", "R2 of the action from two frames"),
+    ):
+        lines.append(f"{text:57} {trained[name]:6.3f}   untrained {found['random'][name]:6.3f}")
+    return "\n".join(lines)
