@@ -41,7 +41,18 @@ door.run_and_exit(cluster.ending_together(block), "")
 
 
 def start(tmp_path, commands):
-    return cluster.group(commands, [micro.environment(1) | cluster.FAST] * 2, tmp_path)
+    """Start two processes; folder dump/I gets the options of process I's compiled train step."""
+    environments = [
+        micro.environment(1)
+        | {
+            # A program from the cache would not be compiled, and dumped, again.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "XLA_FLAGS": f"{cluster.FAST['XLA_FLAGS']} --xla_dump_to={tmp_path}/dump/{i} "
+            "--xla_dump_hlo_module_re=.*train_step.*",
+        }
+        for i in (0, 1)
+    ]
+    return cluster.group(commands, environments, tmp_path)
 
 
 def blocked(where):
@@ -147,8 +158,9 @@ def weights(tmp_path):
 # What a process hangs in, and so the other: in a collective of the fourth step, or in the save.
 HANGS = {
     0: (
-        "import time; from wmjax import train; b = train.Batches; n = b.__next__; c = iter(range(9));"
-        "b.__next__ = lambda self: (time.sleep(600 if next(c) == 3 else 0), n(self))[1]"
+        "import time; from wmjax import train; b = train.Batches; n = b.__next__;"
+        "c = iter(range(9)); w = lambda: time.sleep(600 if next(c) == 3 else 0);"
+        "b.__next__ = lambda self: (w(), n(self))[1]"
     ),
     1: (
         "import time; from wmjax.run.checkpoint import Checkpoints as C; s = C.save;"
@@ -165,13 +177,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, killed):
     exact = "train.deterministic=True"
     codes, lines = ended(whole, trained(whole, exact))
     assert codes == [0, 0], lines
+    for i in (0, 1):
+        options = next((whole / "dump" / str(i)).glob("*train_step*debug_options")).read_text()
+        assert "xla_gpu_deterministic_ops: true" in options
     hangs = [HANGS[i] if i == killed else "" for i in (0, 1)]
     with start(broken, trained(broken, exact, code=hangs)) as processes:
         wait_for((broken / "run/checkpoints/2/manifest.json").exists, processes)
         time.sleep(3)
         processes[killed].kill()
         begun = time.monotonic()
-        assert processes[1 - killed].wait(60) == ExitCode.PEER_DIED
+        code = processes[1 - killed].wait(60)
+        assert code == ExitCode.PEER_DIED, said(broken, 1 - killed)
         assert time.monotonic() - begun < SECONDS
     codes, lines = ended(broken, trained(broken, exact))
     assert codes == [0, 0], lines

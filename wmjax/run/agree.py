@@ -49,7 +49,7 @@ def on_data(sources: Mapping[str, Source]) -> None:
 
 
 def on_workdir(workdir: Path) -> None:
-    """Raise UserError unless all processes see the same workdir, which process 0 has made."""
+    """Raise UserError unless all processes see the same workdir."""
     if coordination.alone():
         return
     name, first = f"workdir/{next(_met)}", coordination.index() == 0
@@ -57,6 +57,7 @@ def on_workdir(workdir: Path) -> None:
         # A name that no host has looked up yet: network disks remember that a file is absent.
         token = workdir / f".seen-{time.time_ns():x}"
         try:
+            workdir.mkdir(parents=True, exist_ok=True)
             token.touch()
         except OSError as error:
             raise UserError(f"--workdir: cannot write {workdir}: {error.strerror}") from None

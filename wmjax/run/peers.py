@@ -26,6 +26,7 @@ from wmjax.run.signals import exit_now
 
 LOST_S = 30  # a machine that does not answer for so long is lost
 CONNECT_S = 60.0  # time to connect to process 0
+CLOSED_S = 1.0  # the connection of a process that was killed is closed by then
 READ_S = 10.0  # process 0 stays at most so long, until the others have read why the run ends
 
 
@@ -76,10 +77,9 @@ class Peers:
 
     def fail(self, error: Exception) -> NoReturn:
         """Print an error in all processes and end them with ExitCode.MEND."""
-        if _is_of_jax(error):
-            # A peer's death breaks collectives before its connection is closed: then `_follow`
-            # ends this process meanwhile.
-            time.sleep(LOST_S + READ_S)
+        # A peer's death breaks collectives, maybe before its connection is closed: then `_follow`
+        # ends this process meanwhile.
+        time.sleep(LOST_S + READ_S if _is_of_jax(error) else CLOSED_S)
         if isinstance(error, UserError):
             text = printable(str(error))
         else:
