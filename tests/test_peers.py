@@ -88,6 +88,14 @@ def test_the_survivor_of_a_killed_process_ends_with_76(tmp_path, where, killed):
     says(text.splitlines()[-1], f"process {killed} of 2")
 
 
+def test_process_0_ends_with_76_when_another_never_comes(tmp_path):
+    command, _ = blocked("lock")
+    command[2] = f"from wmjax.run import cluster; cluster.IMAGES_S = 2{BLOCKED}"
+    with cluster.group([command], [micro.environment(1)], tmp_path) as (process,):
+        assert process.wait(60) == ExitCode.PEER_DIED
+    says(said(tmp_path, 0), command[4], 2, lines=1)
+
+
 # main with one part changed by the code in the first argument.
 CHANGED = "import sys; from wmjax import main; exec(sys.argv.pop(1)); main.cli()"
 SMALL = ("data.workers=0", "train.num_steps=4", "checkpoint.every=2", "model.depth=1")
