@@ -155,6 +155,23 @@ def test_a_process_that_differs_or_fails_ends_both_with_2_and_one_line(tmp_path,
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+# The fourth batch cannot be read.
+UNREADABLE = (
+    "from wmjax.errors import UserError; from wmjax.data.synthetic import SyntheticSource as S;"
+    "g = S.__getitem__; c = iter(range(12));"
+    "S.__getitem__ = lambda self, i: g(self, i) if next(c, None) is not None else bad(i)\n"
+    "def bad(i): raise UserError(f'data.root: clip {i} of process 1')"
+)
+
+
+def test_an_error_in_the_loop_of_one_process_ends_both_with_2_and_one_line(tmp_path):
+    codes, lines = ended(tmp_path, trained(tmp_path, code=("", UNREADABLE)))
+    assert codes == [ExitCode.MEND] * 2, lines
+    assert lines[0] == lines[1]
+    says(lines[0], "process 1", "data.root", lines=1)
+    assert 1 <= len(rows(tmp_path)) < 4
+
+
 def rows(tmp_path):
     """Return what metrics.jsonl says of each step, without times."""
     return {row["step"]: row["loss"] for row in micro.rows(tmp_path / "run") if "loss" in row}
