@@ -11,6 +11,7 @@ from says import lines_with, says
 
 from wmjax.errors import ExitCode
 from wmjax.run.checkpoint import Saved
+from wmjax.run.peers import READ_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(280)]
 
@@ -160,13 +161,17 @@ UNREADABLE = (
     "from wmjax.errors import UserError; from wmjax.data.synthetic import SyntheticSource as S;"
     "g = S.__getitem__; c = iter(range(12));"
     "S.__getitem__ = lambda self, i: g(self, i) if next(c, None) is not None else bad(i)\n"
-    "def bad(i): raise UserError(f'data.root: clip {i} of process 1')"
+    "def bad(i): raise UserError(f'data.root: clip {i} of process 1')\n"
+    "import time; from wmjax.run import peers; f = peers.fail\n"
+    "peers.fail = lambda error: (print('failed at', time.time(), file=sys.stderr), f(error))"
 )
 
 
 def test_an_error_in_the_loop_of_one_process_ends_both_with_2_and_one_line(tmp_path):
     codes, lines = ended(tmp_path, trained(tmp_path, code=("", UNREADABLE)))
     assert codes == [ExitCode.MEND] * 2, lines
+    (failed,) = lines_with(said(tmp_path, 1), "failed at")
+    assert time.time() - float(failed.split()[-1]) < READ_S
     assert lines[0] == lines[1]
     says(lines[0], "process 1", "data.root", lines=1)
     assert 1 <= len(rows(tmp_path)) < 4

@@ -112,7 +112,8 @@ class Peers:
         """Read a connection until it closes."""
         left: dict[str, Any] = {}
         while message := _receive(messages):
-            if "code" in message:
+            if "code" in message:  # its sender ends by itself
+                del self._lines[process]
                 self._end(message["code"], message["text"])
             left = message
         del self._lines[process]
