@@ -19,8 +19,9 @@ from recordings import (
 )
 from shared_data import PUSHT
 
-from wmjax import assemble, train
+from wmjax import assemble
 from wmjax.data.lerobot.episodes import as_ranges
+from wmjax.run import agree
 from wmjax.run.checkpoint import Saved
 
 
@@ -152,15 +153,10 @@ def test_a_mixture_says_whose_episodes_are_dropped(v21):
 def test_processes_that_dropped_other_episodes_stop(v21, monkeypatch):
     video_of(v21, 2).unlink()
     setup = micro.prepare(settings(v21))
-    train.agree_on_dropped(setup)  # a single process has nobody to ask
-    asked = []
-
-    def gather(name, value, seconds):
-        asked.append(value)
-        return [value, '{"train": []}']
-
-    monkeypatch.setattr(train.coordination, "alone", lambda: False)
-    monkeypatch.setattr(train.coordination, "gather_values", gather)
-    with refused("data.on_error", '{"train": [2]}', '{"train": []}'):
-        train.agree_on_dropped(setup)
-    assert asked == ['{"train": [2]}']
+    agree.on_data(setup.sources)  # a single process has nobody to ask
+    told = {"data.on_error: dropped train episodes": "[]"}
+    monkeypatch.setattr(agree.coordination, "count", lambda: 2)
+    monkeypatch.setattr(agree.coordination, "index", lambda: 1)
+    monkeypatch.setattr(agree.coordination, "wait_told", lambda name, seconds: json.dumps(told))
+    with refused("data.on_error", "[2]", "[]", "process 0", "process 1"):
+        agree.on_data(setup.sources)

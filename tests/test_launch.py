@@ -1,6 +1,7 @@
 """The files in launch/ under the tools of their engines, which refuse them where mistyped."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import micro
 import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
+from wmjax.errors import RUN_AGAIN, ExitCode
 
 LAUNCH = micro.ROOT / "launch"
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
@@ -54,6 +57,56 @@ def test_jobsets_are_of_the_schema(name, tmp_path):
     assert jobset_faults(mistyped(name, tmp_path, "parallelism:", "paralelism:"))
     assert jobset_faults(mistyped(name, tmp_path, "maxRestarts: 10", "maxRestarts: ten"))
     assert jobset_faults(mistyped(name, tmp_path, "nodeSelector:", "nodeselector:"))
+
+
+# After these the same command goes on; a user's Ctrl-C and a lost terminal are not among them.
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+KILLED = (signal.SIGABRT, signal.SIGKILL)  # of the process that the others end with PEER_DIED for
+AGAIN = {*RUN_AGAIN, *(ExitCode.SIGNAL + number for number in (*SCHEDULERS, *KILLED))}
+
+
+def test_slurm_requeues_exactly_the_codes_after_which_a_run_goes_on(tmp_path):
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit $CODE\n")
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
+    for stub in tmp_path.iterdir():
+        stub.chmod(0o755)
+    requeued = set()
+    for code in range(256):
+        done = subprocess.run(
+            ["bash", LAUNCH / "slurm.sbatch"],
+            env={
+                "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                "CODE": str(code),
+                "SLURM_JOB_ID": "17",
+                "SLURM_CPUS_PER_TASK": "8",
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code
+        if done.stdout:
+            assert done.stdout == "requeue 17\n"
+            requeued.add(code)
+    assert requeued == AGAIN
+    assert not AGAIN & {ExitCode.DONE, ExitCode.DOES_NOT_FIT, ExitCode.MEND}
+
+
+@pytest.mark.parametrize("name", ["jobset_gpu.yaml", "jobset_tpu.yaml"])
+def test_jobsets_restart_exactly_after_the_codes_after_which_a_run_goes_on(name):
+    documents = yaml.safe_load_all((LAUNCH / name).read_text())
+    (jobset,) = (each["spec"] for each in documents if each["kind"] == "JobSet")
+    (job,) = (each["template"]["spec"] for each in jobset["replicatedJobs"])
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["operator"] == "NotIn"
+    assert set(rule["onExitCodes"]["values"]) == AGAIN
+    (container,) = job["template"]["spec"]["containers"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    (failed,) = jobset["failurePolicy"]["rules"]
+    assert failed["action"] == "FailJobSet"
+    assert failed["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert jobset["failurePolicy"]["maxRestarts"] > 0
 
 
 def shellcheck(path):

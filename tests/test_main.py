@@ -306,17 +306,23 @@ def test_importing_wmjax_is_cheap():
     assert out.stdout.strip() == "[]"
 
 
-def test_determinism_is_asked_for_before_the_devices_start(tmp_path):
-    """One process that joined a coordinator asks for its index, which starts its devices."""
-    dump = tmp_path / "dump"
+@pytest.mark.parametrize(
+    ("flags", "job"),
+    [
+        (("--coordinator=localhost:{port}", "--processes=1", "--process=0"), {}),
+        ((), {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 1, "PROCID": 0, "LOCALID": 0}),
+    ],
+)
+def test_determinism_is_asked_for_before_the_devices_start(tmp_path, flags, job):
+    """One process of a coordinator, or of Slurm, asks for its index, which starts its devices."""
+    dump, port = tmp_path / "dump", cluster.free_port()
     command = micro.command(tmp_path / "run", "train.num_steps=1", "train.deterministic=True")
     done = subprocess.run(
-        [
-            *command,
-            *(f"--coordinator=localhost:{cluster.free_port()}", "--processes=1", "--process=0"),
-        ],
+        [*command, *(flag.format(port=port) for flag in flags)],
         env=micro.environment(1)
-        | {"XLA_FLAGS": f"--xla_dump_to={dump}", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+        | {"XLA_FLAGS": f"--xla_dump_to={dump}", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        | {f"SLURM_{name}": str(value) for name, value in job.items()}
+        | {"JAX_COORDINATOR_PORT": str(port)},
         cwd=micro.ROOT,
         capture_output=True,
         text=True,

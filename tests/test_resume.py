@@ -15,7 +15,7 @@ from recordings import TABLE, edit_column
 from says import lines_with, refused, says
 from shared_data import PUSHT
 
-from wmjax import train
+from wmjax.run import agree
 from wmjax.run.checkpoint import Checkpoints
 
 
@@ -164,8 +164,8 @@ def test_other_data_is_told_or_refused(recorded, capsys, change, named):
 
 def test_other_versions_are_told_or_refused(recorded, capsys, monkeypatch):
     root, workdir = recorded
-    now = train.versions()
-    monkeypatch.setattr(train, "versions", lambda: now | {"jax": "9.9"})
+    now = agree.versions()
+    monkeypatch.setattr(agree, "versions", lambda: now | {"jax": "9.9"})
     config = on_recording(root, "train.num_steps=3", "checkpoint.strict=True")
     with refused("checkpoint.strict=True", "jax", "9.9", now["jax"]):
         micro.train(config, workdir)

@@ -127,6 +127,15 @@ def test_a_dataset_is_read_once_for_both_splits(opened):
     assert validation.statistics() == separate.statistics() != train.statistics()
 
 
+@pytest.mark.parametrize("splits", [("train",), ("train", "validation")])
+def test_each_split_is_cut_once(monkeypatch, splits):
+    cut, real = [], LeRobotSource.use_split
+    monkeypatch.setattr(
+        LeRobotSource, "use_split", lambda self, split: (cut.append(split), real(self, split))[1]
+    )
+    assert [*assemble.make_sources(recording(PUSHT), splits)] == cut == [*splits]
+
+
 def test_a_mixture_is_read_once_for_both_splits(opened, tmp_path):
     other = write_v2(tmp_path / "other")
     config = recording("", f"data.mixture={PUSHT}:1,{other}:1")

@@ -216,16 +216,14 @@ def make_sources(config: ml_collections.ConfigDict, splits: Sequence[str]) -> di
         open_outside = partial(data_settings.open_outside, data.to_dict(), **given)
         return {split: open_outside(split=split, labels=config.eval.labels) for split in splits}
     if not data.mixture:
-        opened = open_dataset(data, config.eval.labels, data.root, splits[0])
-        return {split: opened.of_split(split) for split in splits}
+        return open_splits(data, config.eval.labels, data.root, splits)
     members = data_settings.mixture(data)
     sources: dict[str, dict[str, Source]] = {split: {} for split in splits}
     for name, (root, _) in members.items():
         settings = ml_collections.ConfigDict({**data, **data.members.get(name, {})})
         try:
-            opened = open_dataset(settings, config.eval.labels, root, splits[0])
-            for split in splits:
-                sources[split][name] = opened.of_split(split)
+            for split, source in open_splits(settings, config.eval.labels, root, splits).items():
+                sources[split][name] = source
         except UserError as error:
             raise UserError(f"{error}\nin data.mixture: {name}") from None
     weights = {name: weight for name, (_, weight) in members.items()}
@@ -235,6 +233,15 @@ def make_sources(config: ml_collections.ConfigDict, splits: Sequence[str]) -> di
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
     """Open the source of one split."""
     return make_sources(config, [split])[split]
+
+
+def open_splits(
+    data: ml_collections.ConfigDict, labels: str, root: str | Path, splits: Sequence[str]
+) -> dict[str, Source]:
+    """Open one LeRobot dataset once, for all splits."""
+    first, *others = splits
+    opened = open_dataset(data, labels, root, first)
+    return {first: opened, **{split: opened.of_split(split) for split in others}}
 
 
 def open_dataset(

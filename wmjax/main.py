@@ -8,13 +8,14 @@ python -m wmjax.main --mode=plan --topology=v5e:16x16 ...    compile for a pod, 
 python -m wmjax.main --coordinator=HOST:PORT --processes=N --process=I ...    one of N hosts
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from wmjax import __version__, door
 from wmjax import config as configs
-from wmjax.errors import printable
+from wmjax.errors import UserError, printable
 from wmjax.run import cluster
 from wmjax.run.files import check_workdir, refuse_links
 
@@ -88,10 +89,16 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
             print(f"{name}\n    {configs.describe(name)}")
         print("\nuse one with --config=NAME, or a file of your own with --config=FILE.py")
         return 0
-    config = door.load(parser, flags, overrides)
-    workdir = flags.workdir or Path("runs") / Path(flags.config).stem
-    check_workdir(workdir)
-    refuse_links(workdir)
+    try:
+        config = door.load(parser, flags, overrides)
+        workdir = flags.workdir or Path("runs") / Path(flags.config).stem
+        check_workdir(workdir)
+        refuse_links(workdir)
+    except UserError:
+        if flags.mode != "plan":  # the other processes, if there are any, wait for this one
+            with contextlib.suppress(UserError):
+                start(flags.coordinator, flags.processes, flags.process)
+        raise
 
     door.keep_compiled()  # imports jax, so --help and --list answer without that delay
     if flags.mode == "plan":  # needs no other process, also inside a cluster
@@ -123,7 +130,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
 def cli() -> None:
     """Run the command line and exit with its code; a UserError prints and exits with 2."""
     door.run_and_exit(
-        partial(run, start=cluster.start),
+        cluster.ending_together(partial(run, start=cluster.start)),
         "interrupted; nothing was saved since the newest checkpoint",
     )
 

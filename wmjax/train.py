@@ -8,11 +8,9 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,13 @@ import ml_collections
 from wmjax import assemble, initial
 from wmjax import config as configs
 from wmjax.assemble import Setup
-from wmjax.data.source import Source
 from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms
-from wmjax.run import coordination, summary
+from wmjax.run import agree, peers, summary
 from wmjax.run.checkpoint import Checkpoints, rules_of
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
-from wmjax.run.files import check_workdir, refuse_links, to_json, write_whole
+from wmjax.run.files import check_workdir, refuse_links, write_whole
 from wmjax.run.guard import Guard
 from wmjax.run.late import Late
 from wmjax.run.metrics import fetch, peak_flops, peak_gb
@@ -64,8 +61,9 @@ def train(
     refuse_links(workdir)
     splits = ("train", "validation") if config.train.eval_every else ("train",)
     rules = rules_of(workdir / CHECKPOINTS)
+    agree.on_program(configs.plain(config))
     setup = assemble.prepare(config, splits, mesh, rules=rules)
-    agree_on_dropped(setup)
+    agree.on_data(setup.sources)
     num_steps = config.train.num_steps
     watchdog, stop = Watchdog(config.train.stuck_after), StopSignal()
     text = configs.to_json(config)
@@ -127,6 +125,7 @@ def train(
         what = f"saved step {step} in {workdir}" if step else "nothing was trained yet"
         say(f"{stop.name}: {what}; the same command resumes from there")
         if stop.left_behind:  # Python would wait for these threads
+            peers.leave()
             jax.distributed.shutdown()
             exit_now(ExitCode.SIGNAL + stop.received)
         return ExitCode.SIGNAL + stop.received
@@ -156,7 +155,7 @@ def loop(
         "spec": dataclasses.asdict(setup.steps.blueprint.spec),
         "dropped": [*setup.sources["train"].dropped],
         "rules": setup.rules,
-        "versions": versions(),
+        "versions": agree.versions(),
     }
     late = Late()
     guard = Guard(settings.max_skipped, reporter.note, checkpoints.kept)
@@ -279,47 +278,8 @@ def restore_or_init(
     setup.steps.blueprint.check_function(meta["config"]["model"], f"{checkpoints.folder}/{newest}")
     for line in configs.differences(meta["config"], configs.plain(config)):
         say(f"  changed since: {line}")
-    check_same(meta, setup.sources["train"], strict=config.checkpoint.strict)
+    agree.check_same(meta, setup.sources["train"], strict=config.checkpoint.strict)
     return state, data["position"]
-
-
-def check_same(meta: dict[str, Any], source: Source, *, strict: bool) -> None:
-    """Warn where data or libraries are not those of the checkpoint; strict: raise UserError.
-
-    The first checkpoints of wmjax say nothing of either.
-    """
-    for what, now, follows in (
-        ("data", source.fingerprint(), "the clips are no longer those that an unbroken run gets"),
-        ("versions", versions(), "the last bits may differ from those of an unbroken run"),
-    ):
-        was = meta.get(what, now)
-        names = dict.fromkeys([*was, *now])
-        changed = [n for n in names if was.get(n) != now.get(n)]
-        if not changed:
-            continue
-        text = "; ".join(f"{n} is {now.get(n)}, was {was.get(n)}" for n in changed)
-        if strict:
-            raise UserError(f"checkpoint.strict=True: {what}: {text}: wanted the same")
-        say(f"warning: {what}: {text}: {follows}")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes the numbers, by name."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "av")
-    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
-
-
-def agree_on_dropped(setup: Setup) -> None:
-    """Raise UserError unless all processes have dropped the same episodes."""
-    if coordination.alone():
-        return
-    dropped = {split: [*source.dropped] for split, source in setup.sources.items()}
-    answers = coordination.gather_values("dropped", to_json(dropped), seconds=600)
-    if len(set(answers)) > 1:
-        shown = "; ".join(f"process {i}: {text}" for i, text in enumerate(answers))
-        raise UserError(
-            f"data.on_error: the processes dropped other episodes: {shown[:1000]}: wanted the same"
-        )
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

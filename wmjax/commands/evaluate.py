@@ -7,13 +7,16 @@ import jax
 import ml_collections
 
 from wmjax import assemble
+from wmjax import config as configs
 from wmjax.data.pipeline import Pipeline
 from wmjax.errors import UserError
 from wmjax.evals import names
 from wmjax.evals.alarms import Alarms
+from wmjax.run import agree
 from wmjax.run.checkpoint import rules_of
 from wmjax.run.console import say
 from wmjax.run.reporter import EVALUATIONS, append_evaluation
+from wmjax.step import TrainState
 from wmjax.train import CHECKPOINTS, open_checkpoints, restore_or_init
 
 
@@ -26,12 +29,12 @@ def evaluate(
     """
     if not names(config.eval.to_dict()):
         raise UserError("eval.evaluators is empty: wanted one or more, as in validation,probe")
+    agree.on_workdir(workdir)
     rules = rules_of(workdir / CHECKPOINTS)
+    agree.on_program(configs.plain(config))
     setup = assemble.prepare(config, ("train", "validation"), mesh, rules=rules)
-    with open_checkpoints(config, workdir) as checkpoints:
-        step = checkpoints.latest() or 0
-        say(f"{workdir}: {f'step {step}' if step else 'no checkpoint: a fresh model'}")
-        state, _ = restore_or_init(config, checkpoints, setup)
+    agree.on_data(setup.sources)
+    step, state = load_newest(config, workdir, setup)
     for split, source in setup.sources.items():
         say(f"{split}: {source.describe()}")
 
@@ -51,3 +54,33 @@ def evaluate(
     append_evaluation(workdir, entry)
     say(f"added to {workdir / EVALUATIONS}; what each figure means: wmjax/evals/README.md")
     return 0
+
+
+def load_newest(
+    config: ml_collections.ConfigDict, workdir: Path, setup: assemble.Setup
+) -> tuple[int, TrainState]:
+    """Return the newest step and its state; without a checkpoint 0 and a fresh state.
+
+    A run that goes on in the workdir may delete the checkpoint meanwhile: then the next one is
+    loaded.
+    """
+    while True:
+        before = steps_in(workdir)
+        try:
+            with open_checkpoints(config, workdir) as checkpoints:
+                step = checkpoints.latest() or 0
+                say(f"{workdir}: {f'step {step}' if step else 'no checkpoint: a fresh model'}")
+                return step, restore_or_init(config, checkpoints, setup)[0]
+        except Exception as error:  # the type depends on the file that is gone
+            gone = before - steps_in(workdir)
+            if not gone:
+                raise
+            text = f"{workdir}: a run deleted step {max(gone)} while it was read"
+            if jax.process_count() > 1:  # only some of the processes may have failed
+                raise UserError(f"{text}: run the same command again") from error
+            say(f"{text}; reading the newest")
+
+
+def steps_in(workdir: Path) -> set[int]:
+    """Return the steps of the checkpoints in a workdir."""
+    return {int(path.name) for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdigit()}

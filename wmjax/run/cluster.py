@@ -8,14 +8,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from wmjax.errors import UserError
+from wmjax.errors import ExitCode, UserError
 from wmjax.run import private
 
 PATIENCE_S = 20  # wait for the coordinator: its program may still be starting
 IMAGES_S = 300  # the same in containers, which first pull images; also process 0 for the others
+_joined: list[Any] = []  # run.peers, once this process has joined others; it imports jax
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +58,29 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     with _notice_of_a_long_wait(f"--coordinator={coordinator}", patience):
         _find_coordinator("--coordinator=", coordinator, processes, process, patience)
     _initialize(
+        coordinator,
         coordinator_address=coordinator,
         num_processes=processes,
         process_id=process,
         cluster_detection_method="deactivate",
     )
+
+
+def ending_together(run: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Return `run` such that an error in one process ends all processes of the run."""
+
+    def run_together(arguments: list[str]) -> int:
+        try:
+            code = run(arguments)
+        except BaseException as error:
+            if _joined:
+                _joined[0].fail(error)
+            raise
+        if _joined:
+            _joined[0].leave()
+        return code
+
+    return run_together
 
 
 def speaks() -> bool:
@@ -91,18 +110,30 @@ def _join_detected_cluster() -> None:
             )
     except Exception as error:  # the kinds depend on the cluster
         raise UserError(f"{error}\nto run this process alone: --processes=1") from error
-    _initialize()
+    _initialize(coordinator)
 
 
-def _initialize(**flags: Any) -> None:
+def _initialize(coordinator: str, **flags: Any) -> None:
+    """Join jax's coordination service, then connect to process 0, which ends all together."""
     import jax
+
+    from wmjax.run import peers
+    from wmjax.run.signals import exit_now
 
     # jax waits in C++. Python would handle Ctrl-C only after all processes have arrived.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    text = f"error: not all processes of the run have come to {coordinator} within {IMAGES_S} s"
+    late = threading.Timer(IMAGES_S, exit_now, [ExitCode.PEER_DIED, text])
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(initialization_timeout=IMAGES_S, **flags)
+        # Later than `late`: jax would abort the process.
+        jax.distributed.initialize(initialization_timeout=IMAGES_S + 60, **flags)
     finally:
+        late.cancel()
         signal.signal(signal.SIGINT, handler)
+    peers.join(coordinator.rpartition(":")[0].strip("[]"))
+    _joined.append(peers)
 
 
 @contextlib.contextmanager

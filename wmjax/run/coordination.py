@@ -13,7 +13,17 @@ from wmjax.run import private
 
 def alone() -> bool:
     """Return whether the run is a single process."""
-    return not jax.distributed.is_initialized() or jax.process_count() == 1
+    return count() == 1
+
+
+def index() -> int:
+    """Return the index of this process, without starting the devices."""
+    return private.process_of_run()[0]
+
+
+def count() -> int:
+    """Return the number of processes, without starting the devices."""
+    return private.process_of_run()[1]
 
 
 def tell(key: str, value: str) -> None:
@@ -40,10 +50,10 @@ def meet(name: str, seconds: float) -> None:
 
 def gather_values(name: str, value: str, seconds: float) -> list[str | None]:
     """Return one value of each process, in order; None for a process that does not answer."""
-    tell(f"{name}/{jax.process_index()}", value)
+    tell(f"{name}/{index()}", value)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the next line finds who is missing
         meet(name, seconds)
-    return [told(f"{name}/{process}") for process in range(jax.process_count())]
+    return [told(f"{name}/{process}") for process in range(count())]
 
 
 def _client() -> Any:

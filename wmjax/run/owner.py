@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from wmjax.errors import UserError
-from wmjax.run import coordination
+from wmjax.run import agree, coordination
 from wmjax.run.console import say
 from wmjax.run.files import from_json, to_json
 
@@ -61,6 +61,7 @@ class Owner:
                 refusal = told
         if refusal:
             raise UserError(refusal)
+        agree.on_workdir(self._workdir)
         return self
 
     def _take(self) -> None:

@@ -18,6 +18,18 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
+def process_of_run() -> tuple[int, int]:
+    """Return the index of this process and the number of processes; (0, 1) for a single process.
+
+    jax.process_index() and jax.process_count() start the devices, which waits for the other
+    processes.
+    """
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return (0, 1) if state.client is None else (state.process_id, state.num_processes)
+
+
 def detected_cluster() -> Any:
     """Return the cluster class that jax.distributed.initialize will choose; None where none fits.
 

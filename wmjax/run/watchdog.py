@@ -9,7 +9,7 @@ import time
 import jax
 
 from wmjax.errors import ExitCode
-from wmjax.run import coordination
+from wmjax.run import coordination, peers
 from wmjax.run.signals import exit_now
 
 ANSWER_S = 10.0  # time for the other processes to publish where they stand
@@ -53,6 +53,8 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        # The others are stuck as well and print their own stacks.
+        peers.leave(others_s=4 * ANSWER_S)
         at = f"{self._phase}, after {self._batches} batches"
         index, count = jax.process_index(), jax.process_count()
         print(
