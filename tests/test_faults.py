@@ -30,7 +30,7 @@ import pytest
 from clu import metrics as clu_metrics
 from says import holds, lines_with, refused, says
 
-from wmjax import assemble, train
+from wmjax import assemble
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.evals.probe import Probe
 from wmjax.evals.validation import Validation
@@ -146,13 +146,10 @@ class Stuck(SyntheticSource):
         return super().__getitem__(index)
 
 
-def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path, monkeypatch):
-    left = []
-    monkeypatch.setattr(train, "exit_now", left.append)  # which ends the process
+def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path):
     config = micro.config("data.workers=0", f"data.source={__name__}:Stuck")
     asking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start
     assert micro.train(config, tmp_path, on_step=at_steps({3: asking})) == 128 + signal.SIGTERM
-    assert left == [128 + signal.SIGTERM]  # for Python would wait for the threads
     Stuck.released.set()
     assert saved_steps(tmp_path) == [3]
 
@@ -178,13 +175,13 @@ def test_a_read_that_nothing_wakes_keeps_no_process_from_its_end():
         batches.close()
     [reader] = set(threading.enumerate()) - set(before)
     released.set()
-    assert not asked.left_behind
     assert reader.daemon  # Python waits for the others
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_nothing_else_does(monkeypatch):
     left, clock = [], [100.0]
     monkeypatch.setattr(stop, "exit_now", lambda *how: left.append(how))
+    monkeypatch.setattr(stop, "is_command", lambda: True)
     monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
     for numbers, apart, leaves in (
         ((signal.SIGINT, signal.SIGTERM), 1.0, False),
@@ -202,6 +199,14 @@ def test_a_second_ctrl_c_leaves_at_once_and_nothing_else_does(monkeypatch):
         for _, text in left:
             says(text, "checkpoint", lines=1)
         left.clear()
+
+
+def test_a_second_ctrl_c_outside_a_command_ends_the_run_and_not_python(monkeypatch):
+    monkeypatch.setattr(stop, "TWICE_S", -1.0)
+    with stop.StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 STUCK_SAVE = """

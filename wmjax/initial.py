@@ -4,6 +4,7 @@ Takes plain arguments and knows no configuration object.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def make_state(
     """
     if not (where := init_from or pretrained):
         return steps.init(), ""
-    if not (Path(where).expanduser() / "checkpoints").is_dir():
+    if not (Path(os.path.expanduser(where)) / "checkpoints").is_dir():
         return _from_weights(steps, where, init_encoder)
-    saved = Saved(Path(where).expanduser() / "checkpoints")
+    saved = Saved(Path(os.path.expanduser(where)) / "checkpoints")
     config = saved.meta["config"]
     frozen = freeze_patterns(config["optim"].get("freeze", ""))
     if init_encoder or frozen != steps.blueprint.freeze:

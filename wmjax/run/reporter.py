@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from wmjax.errors import UserError, how_to_install, reason
+from wmjax.run import exits
 from wmjax.run.console import clock, say
 from wmjax.run.files import append_json_line, read_json_lines, to_json, write_whole
 from wmjax.run.metrics import Mean, Metrics
@@ -111,7 +112,7 @@ class Reporter:
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        if self._active:
+        if self._active and not exits.output.late:  # a line that waits has the lock of the bar
             with contextlib.suppress(OSError):  # the terminal may be gone
                 self._bar.update()
 
@@ -162,8 +163,9 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         if not self._active:
             return
-        with contextlib.suppress(OSError):
-            self._bar.close()
+        if not exits.output.late:
+            with contextlib.suppress(OSError):
+                self._bar.close()
         for name, sink in list(self._sinks.items()):
             with self._dropping_on_error(name):
                 sink.close()
