@@ -109,6 +109,7 @@ def train(
             start=start,
             config=configs.plain(config),
             alarms=alarms.Alarms(alarms.warmup_steps(configs.plain(config))),
+            before_write=owner.check,
             **config.log,
         )
         evaluators: list[Evaluator] = []

@@ -36,6 +36,7 @@ class Reporter:
         start: int,
         config: dict[str, Any],
         alarms: Callable[[int, Row], list[str]],
+        before_write: Callable[[], None] = lambda: None,
         tensorboard: bool,
         wandb: bool,
         wandb_project: str,
@@ -46,13 +47,14 @@ class Reporter:
         A killed run leaves such rows, and this run writes them again. TensorBoard is told to hide
         its events of these steps. alarms: is called with a step and its row, in order, also with
         the rows that stay; returns a text for each problem, which the console shows as a warning.
+        before_write: is called before a row is written; may raise UserError.
         figures: draw pictures at validation where TensorBoard or W&B is on; `draws` then is True in
         every process.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
         self._mean = Mean()
-        self._num_steps, self._alarms = num_steps, alarms
+        self._num_steps, self._alarms, self._before_write = num_steps, alarms, before_write
         self.last: Row = {}  # the newest value of each name
         self._path = workdir / "metrics.jsonl"
         self._sinks: dict[str, Sink] = {}
@@ -120,6 +122,7 @@ class Reporter:
         """Write one row to every sink and to the console, with its alarms."""
         if not self._active:
             return
+        self._before_write()
         warnings = self._alarms(step, row)
         prefix = "validation/" if "validation/loss" in row else ""
         row = row | {f"{prefix}health/alarms": len(warnings)}
