@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str] | None] = {
     "arrays": set(),
     "errors": set(),
     "hub": set(),
-    "initial": {"weights", "run.checkpoint", "step", "models"},
+    "initial": {"weights", "run.checkpoint", "run.files", "step", "models"},
     "inference": {"arrays", "weights", "models", "nn", "sharding", "data.media"},
     "run": set(),
     "run.checkpoint": {"step", "run.manifest", "run.console", "run.coordination", "run.files"},

@@ -316,3 +316,36 @@ def test_flags_that_xla_aborts_for_are_named(tmp_path, flags, named, door):
     assert done.returncode == 2
     says(done.stderr, f"XLA_FLAGS={flags!r}", *named, lines=1)
     assert not holds(done.stdout, "Traceback")
+
+
+NOBODY = """
+import os, pwd, runpy, sys
+def nobody(uid):
+    raise KeyError(uid)
+pwd.getpwuid = nobody
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("wmjax.data", "check", "~/d"), "~/d"),
+        (("wmjax.weights", "show", b"run\xff"), "run\\udcff"),
+        (("wmjax.data", "stats", b"run\xff"), "run\\udcff"),
+    ],
+)
+def test_a_user_without_a_home_and_names_that_are_not_utf8_are_one_line(tmp_path, argv, named):
+    (tmp_path / "run\udcff" / "checkpoints" / "1").mkdir(parents=True)
+    environment = micro.environment(1)
+    environment.pop("HOME", None)
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY, *argv],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    says(done.stderr, named, lines=1)

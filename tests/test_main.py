@@ -359,6 +359,7 @@ def test_a_full_disk_behind_the_output_is_one_error():
         ("exp*", "*"),
         ("a?/run", "?"),
         ("back\\slash", "\\"),
+        ("no\udcffname", "UTF-8"),
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "eval", "demo"])

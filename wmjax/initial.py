@@ -15,6 +15,7 @@ from wmjax import weights
 from wmjax.errors import UserError
 from wmjax.models.base import combine, freeze_patterns, function_of
 from wmjax.run.checkpoint import Saved
+from wmjax.run.files import check_utf8
 from wmjax.step import Steps, TrainState
 
 
@@ -47,6 +48,7 @@ def make_state(
         return steps.init(), ""
     if not (Path(os.path.expanduser(where)) / "checkpoints").is_dir():
         return _from_weights(steps, where, init_encoder)
+    check_utf8(f"init_from={where}")
     saved = Saved(Path(os.path.expanduser(where)) / "checkpoints")
     config = saved.meta["config"]
     frozen = freeze_patterns(config["optim"].get("freeze", ""))

@@ -118,3 +118,15 @@ def check_workdir(folder: Path) -> None:
             f"--workdir={whole}: has {' '.join(found)}, from which checkpoints cannot be read "
             "again: wanted a path without them"
         )
+    check_utf8(f"--workdir={whole}")
+
+
+def check_utf8(path: str) -> None:
+    """Raise UserError for a run's path that is not UTF-8: Orbax fails there."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: is not UTF-8: wanted a path in UTF-8, for checkpoints are neither written "
+            "nor read there"
+        ) from None
