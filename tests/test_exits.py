@@ -154,6 +154,8 @@ def run(argv):
         threading.Thread(target=print, args=("x" * 10000,)).start()
         time.sleep(0.2)
         exits.exit_now(130, "interrupted")
+    if argv[0] == "fault":
+        raise ValueError
     exits.output.put(lambda: print("done", flush=True))
     return int(argv[0])
 
@@ -162,7 +164,7 @@ door.run_and_exit(run, "interrupted")
 
 
 @pytest.mark.parametrize(
-    ("how", "code"), [("0", 0), ("143", 143), ("second", 130), ("watchdog", 75)]
+    ("how", "code"), [("0", 0), ("143", 143), ("fault", 2), ("second", 130), ("watchdog", 75)]
 )
 def test_a_process_ends_whose_output_nobody_reads(how, code):
     """Both pipes are full from the start; in two cases another thread has the stream's lock."""

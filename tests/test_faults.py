@@ -495,6 +495,25 @@ def test_a_save_whose_files_grow_is_no_standstill(monkeypatch, capfd, tmp_path):
     assert lines_with(capfd.readouterr().err, "train.stuck_after", "0.4", "checkpoint")
 
 
+def test_a_main_thread_that_cannot_save_is_waited_for_once(monkeypatch, capfd):
+    asked, codes = [], []
+
+    def end(code, *_):
+        codes.append((code, len(asked)))
+        raise SystemExit  # ends the thread
+
+    monkeypatch.setattr(watch, "exit_now", end)
+    monkeypatch.setattr(watch, "COMPILE_S", 0.0)
+    monkeypatch.setattr(watch, "REACT_S", 0.3)
+    with watch.Watchdog(0.2, give_up=lambda: asked.append(time.monotonic())):
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert time.monotonic() - asked[0] >= 0.3
+    assert codes[0] == (75, 1)
+    assert len(lines_with(capfd.readouterr().err, "train.stuck_after")) == 1
+
+
 def test_stuck_data_end_the_run_with_what_was_trained(tmp_path, monkeypatch, capfd):
     """In a thread, where Python allows no signal handlers."""
     monkeypatch.setattr(Stuck, "reads", itertools.count())

@@ -20,7 +20,7 @@ from typing import NoReturn
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import ExitCode, UserError, printable, reason, suggest
+from wmjax.errors import ExitCode, UserError, reason, suggest
 from wmjax.run import exits
 
 _PREFIX = "--config."
@@ -146,7 +146,8 @@ def keep_compiled() -> None:
     check_xla_flags()
     import jax
 
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser("~/.cache/wmjax")
+    home = os.path.expanduser("~/.cache/wmjax")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", home)
     if cache.startswith("~"):
         return
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -182,7 +183,7 @@ def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     try:
         code = _code_of(_run(run, interrupted))
     except Exception:  # a fault of ours, or of the user's own model or evaluator
-        traceback.print_exc()
+        exits.write_error(traceback.format_exc().rstrip())
         code = ExitCode.MEND
     code = _flush(code)
     exits.leave(code, _patience(code))
@@ -252,10 +253,10 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except SystemExit as done:  # raised by --help, for example
         return done.code
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        exits.write_error(f"error: {error}")
         return ExitCode.MEND
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        exits.write_error(interrupted)
         return ExitCode.SIGNAL + signal.SIGINT
     except BrokenPipeError:
         try:
@@ -266,12 +267,12 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except OSError as error:
         if _can_print():
             raise
-        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        exits.write_error(f"error: standard output: {error.strerror}")
         return ExitCode.MEND
     except (RuntimeError, AssertionError):
         if not (fault := _no_platform()):
             raise
-        print(f"error: {printable(fault)}", file=sys.stderr)
+        exits.write_error(f"error: {fault}")
         return ExitCode.MEND
 
 

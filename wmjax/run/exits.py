@@ -118,8 +118,9 @@ class Output:
             if not self._busy:
                 self._busy = True
                 threading.Thread(target=self._run, name="output", daemon=True).start()
-        if not self.late:
-            self.late = not done.wait(WRITE_S)
+        if not self.late and not done.wait(WRITE_S):
+            with self._lock:
+                self.late = self._busy
 
     def _run(self) -> None:
         while True:

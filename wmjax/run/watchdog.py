@@ -17,13 +17,12 @@ COMPILE_S = 3600.0  # added to the limit the first time that a phase compiles
 REACT_S = 10.0  # time for the main thread to begin the last save
 SIZES_S = 60.0  # time for a disk to tell the sizes of files
 _COMPILES = ("start", "compile", "validation")
-_SAVES = "checkpoint"
 
 
 class Watchdog:
     """Ends the process after `limit` seconds without progress (0: never); a context manager.
 
-    Progress is a batch, a new phase, and in a save a file in `saves` that grows. give_up: asks the
+    Progress is a batch, a new phase, and a file in `saves` that grows. give_up: asks the
     main thread to save and to return, as it can while it waits for a batch. A process that is
     alone gets REACT_S for it, and `limit` for the save. Several processes are ended at once: a save
     needs all of them, and one that is stuck may hold the others in different steps.
@@ -39,6 +38,7 @@ class Watchdog:
         self._phase, self._batches = "start", 0
         self._seen: set[str] = set()
         self._sizes: dict[str, int] = {}
+        self._given_up = False
         self._closed = threading.Event()
         self.enter("start")
 
@@ -64,7 +64,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(self._limit / 10, 60.0)):
-            if self._phase == _SAVES and self._grows():
+            if self._grows():
                 self._due = time.monotonic() + self._patience
             if time.monotonic() > self._due:
                 self._end()
@@ -79,6 +79,8 @@ class Watchdog:
         return before != self._sizes
 
     def _end(self) -> None:
+        if self._given_up:
+            exit_now(ExitCode.STUCK, f"error: stuck in {self._phase}: the last save has not ended")
         at = f"{self._phase}, after {self._batches} batches"
         index, count = jax.process_index(), jax.process_count()
         write_error(
@@ -89,7 +91,7 @@ class Watchdog:
         if coordination.alone():
             if self._give_up:
                 self._give_up()
-                self._give_up = None
+                self._given_up = True
                 self._due = time.monotonic() + REACT_S
                 return
         else:  # in a thread, because the service itself may be stuck
