@@ -495,6 +495,7 @@ def test_a_save_whose_files_grow_is_no_standstill(monkeypatch, capfd, tmp_path):
     assert lines_with(capfd.readouterr().err, "train.stuck_after", "0.4", "checkpoint")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_main_thread_that_cannot_save_is_waited_for_once(monkeypatch, capfd):
     asked, codes = [], []
 
