@@ -143,7 +143,7 @@ os.register_at_fork(after_in_child=output.__init__)  # type: ignore[misc]
 
 _text = "interrupted"
 _process = 0  # that catches signals
-_thread_reads = False
+_ending = threading.Lock()
 
 
 def catch_signals(text: str, *, ctrl_c: bool) -> None:
@@ -168,13 +168,18 @@ def is_command() -> bool:
 
 def catch_in_thread() -> None:
     """Leave at a signal also while the main thread is in C code, such as a compilation."""
-    global _thread_reads
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
-    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+    def use(end: int) -> None:
+        with contextlib.suppress(ValueError):  # a fork in another thread than the main one
+            signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+
+    use(writes)
+    # A signal to a forked child must not reach this pipe, which is the parent's too.
+    os.register_at_fork(before=lambda: use(-1), after_in_parent=lambda: use(writes))
+    os.register_at_fork(after_in_child=lambda: use(-1))
     threading.Thread(target=_read, args=(reads,), name="signals", daemon=True).start()
-    _thread_reads = True
 
 
 def _read(pipe: int) -> None:
@@ -184,12 +189,14 @@ def _read(pipe: int) -> None:
 
 
 def _leave(number: int, _: FrameType | None) -> None:
-    if os.getpid() != _process:  # a forked child: as if there were no handler
+    if os.getpid() == _process:
+        _end(number)
+    else:  # a forked child: as if there were no handler
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    elif not _thread_reads:
-        _end(number)
 
 
-def _end(number: int) -> NoReturn:
-    exit_now(ExitCode.SIGNAL + number, f"{signal.Signals(number).name}: {_text}")
+def _end(number: int) -> None:
+    """End the process; return if another thread, or an earlier signal, is about to."""
+    if _ending.acquire(blocking=False):
+        exit_now(ExitCode.SIGNAL + number, f"{signal.Signals(number).name}: {_text}")
