@@ -267,9 +267,11 @@ def run(argv):
     child = os.fork()
     if not child:
         time.sleep(60)
-    os.kill(child, signal.SIGTERM)
-    status = os.waitpid(child, 0)[1]
-    time.sleep(0.5)
+    ended = 0
+    while not ended:  # Python forgets a signal that comes at once after the fork
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.1)
+        ended, status = os.waitpid(child, os.WNOHANG)
     return 3 if os.WTERMSIG(status) == signal.SIGTERM else 4
 
 door.run_and_exit(run, "interrupted")
