@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import gc
 import hashlib
 import itertools
@@ -31,7 +30,7 @@ from clu import metrics as clu_metrics
 from disks import full_disk
 from says import holds, lines_with, refused, says
 
-from wmjax import assemble, train
+from wmjax import assemble
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.evals.probe import Probe
 from wmjax.evals.validation import Validation
@@ -147,13 +146,10 @@ class Stuck(SyntheticSource):
         return super().__getitem__(index)
 
 
-def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path, monkeypatch):
-    left = []
-    monkeypatch.setattr(train, "exit_now", left.append)  # which ends the process
+def test_a_signal_while_clips_do_not_come_saves_at_once(tmp_path):
     config = micro.config("data.workers=0", f"data.source={__name__}:Stuck")
     asking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start
     assert micro.train(config, tmp_path, on_step=at_steps({3: asking})) == 128 + signal.SIGTERM
-    assert left == [128 + signal.SIGTERM]  # for Python would wait for the threads
     Stuck.released.set()
     assert saved_steps(tmp_path) == [3]
 
@@ -179,13 +175,13 @@ def test_a_read_that_nothing_wakes_keeps_no_process_from_its_end():
         batches.close()
     [reader] = set(threading.enumerate()) - set(before)
     released.set()
-    assert not asked.left_behind
     assert reader.daemon  # Python waits for the others
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_nothing_else_does(monkeypatch):
     left, clock = [], [100.0]
     monkeypatch.setattr(stop, "exit_now", lambda *how: left.append(how))
+    monkeypatch.setattr(stop, "is_command", lambda: True)
     monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
     for numbers, apart, leaves in (
         ((signal.SIGINT, signal.SIGTERM), 1.0, False),
@@ -203,6 +199,14 @@ def test_a_second_ctrl_c_leaves_at_once_and_nothing_else_does(monkeypatch):
         for _, text in left:
             says(text, "checkpoint", lines=1)
         left.clear()
+
+
+def test_a_second_ctrl_c_outside_a_command_ends_the_run_and_not_python(monkeypatch):
+    monkeypatch.setattr(stop, "TWICE_S", -1.0)
+    with stop.StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 STUCK_SAVE = """
@@ -482,6 +486,69 @@ def test_the_watchdog_says_where_the_process_stands_and_ends_it(monkeypatch, cap
     assert "test_the_watchdog_says_where" in said  # in the stack of the main thread
 
 
+def test_a_save_whose_files_grow_is_no_standstill(monkeypatch, capfd, tmp_path):
+    codes, file = [], tmp_path / "4.tmp" / "data"
+    file.parent.mkdir()
+    monkeypatch.setattr(watch, "exit_now", codes.append)
+    with watch.Watchdog(0.4, tmp_path) as watchdog:
+        watchdog.enter("checkpoint")
+        for _ in range(12):  # three times the limit
+            with file.open("ab") as growing:
+                growing.write(bytes(1000))
+            time.sleep(0.1)
+        assert not codes
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert codes[0] == 75
+    assert lines_with(capfd.readouterr().err, "train.stuck_after", "0.4", "checkpoint")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_main_thread_that_cannot_save_is_waited_for_once(monkeypatch, capfd):
+    asked, codes = [], []
+
+    def end(code, *_):
+        codes.append((code, len(asked)))
+        raise SystemExit  # ends the thread
+
+    monkeypatch.setattr(watch, "exit_now", end)
+    monkeypatch.setattr(watch, "COMPILE_S", 0.0)
+    monkeypatch.setattr(watch, "REACT_S", 0.3)
+    with watch.Watchdog(0.2, give_up=lambda: asked.append(time.monotonic())):
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert time.monotonic() - asked[0] >= 0.3
+    assert codes[0] == (75, 1)
+    assert len(lines_with(capfd.readouterr().err, "train.stuck_after")) == 1
+
+
+def test_stuck_data_end_the_run_with_what_was_trained(tmp_path, monkeypatch, capfd):
+    """In a thread, where Python allows no signal handlers."""
+    monkeypatch.setattr(Stuck, "reads", itertools.count())
+    monkeypatch.setattr(Stuck, "released", threading.Event())
+    monkeypatch.setattr(stop, "CLOSE_S", 0.5)
+    codes = []
+    monkeypatch.setattr(watch, "exit_now", codes.append)  # not expected
+    overrides = ("data.workers=0", "train.stuck_after=6.0", f"data.source={__name__}:Stuck")
+
+    def run():
+        codes.append(micro.train(micro.config(*overrides), tmp_path))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(120)
+    Stuck.released.set()
+    assert codes == [75]
+    assert saved_steps(tmp_path) == [3]
+    row = json.loads((tmp_path / "goodput.jsonl").read_text().splitlines()[-1])
+    assert not row["ended"]
+    out, err = capfd.readouterr()
+    assert lines_with(err, "train.stuck_after", 6, "data")
+    assert lines_with(out, "warning", "train()")
+
+
 # Disks and loggers
 
 
@@ -530,24 +597,6 @@ def test_a_last_save_that_fails_is_an_error_that_names_the_newest(tmp_path):
             micro.train(config, tmp_path, on_step=at_steps({3: fill}))
     assert micro.train(micro.config(), tmp_path) == 0
     assert saved_steps(tmp_path) == [2, 4]
-
-
-@pytest.mark.campaign
-def test_a_workdir_that_vanishes_is_made_again(tmp_path, capsys, unbroken):
-    workdir = tmp_path / "run"
-
-    def vanish():
-        wait_for_checkpoint(workdir, 2)
-        shutil.rmtree(workdir)
-
-    config = micro.config("train.num_steps=8", "checkpoint.every=2")
-    assert micro.train(config, workdir, on_step=at_steps({3: vanish})) == 0
-    said = capsys.readouterr().out
-    assert len(lines_with(said, workdir / "metrics.jsonl", os.strerror(errno.ENOENT))) == 1
-    assert max(saved_steps(workdir)) == 8
-    assert state_hash(workdir, 8) == state_hash(unbroken, 8)
-    *_, last = (workdir / "metrics.jsonl").read_text().splitlines()  # the first is half a line
-    assert json.loads(last)["step"] == 8
 
 
 @pytest.mark.campaign
@@ -645,6 +694,7 @@ def test_goodput_begins_with_the_account_of_its_checkpoint(tmp_path, monkeypatch
     clock, phases = [1000.0], []
     for name in ("time", "perf_counter"):
         monkeypatch.setattr(run_clock.time, name, lambda: clock[0])
+    monkeypatch.setattr(run_clock.time, "clock_gettime", lambda _: clock[0])
     monkeypatch.setattr(run_clock, "process_began", lambda: clock[0])
 
     def run(start, seconds, saves_at):
@@ -675,6 +725,32 @@ def test_goodput_begins_with_the_account_of_its_checkpoint(tmp_path, monkeypatch
     assert sum(row["seconds"].values()) == clock[0] - 1000
     assert phases[:3] == ["step", "checkpoint", "step"]
     says(account.summary(), "goodput", "10%", "1:42")
+
+
+@pytest.mark.parametrize("jump", [-7240.0, 1e9])
+def test_a_system_clock_that_jumps_changes_no_account(tmp_path, monkeypatch, jump):
+    boot, wrong = [5000.0], [0.0]
+    monkeypatch.setattr(run_clock.time, "perf_counter", lambda: boot[0])
+    monkeypatch.setattr(run_clock.time, "clock_gettime", lambda _: boot[0])
+    monkeypatch.setattr(run_clock.time, "time", lambda: 1e9 + boot[0] + wrong[0])
+    monkeypatch.setattr(run_clock, "process_began", run_clock.time.time)
+    monkeypatch.setattr(run_clock, "_boot", lambda: "this boot")
+    path, sizes = tmp_path / "goodput.jsonl", {"batch_size": 8, "num_steps": 100}
+    account = run_clock.Clock(path, 0, **sizes)
+    wrong[0] = jump
+    boot[0] += 10
+    account.save(1)
+    boot[0] += 30  # killed, and begun again
+    account = run_clock.Clock(path, 1, **sizes)
+    wrong[0] = 0.0
+    boot[0] += 5
+    account.save(2)
+    row = json.loads(path.read_text().splitlines()[-1])
+    assert row["seconds"]["start"] == 10 + 5
+    assert row["seconds"]["lost"] == 30
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows).replace('"start": 15.0', '"start": -7240.0'))
+    assert "-" not in run_clock.Clock(path, 2, **sizes).summary()
 
 
 def test_new_keys_are_checked():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -109,15 +110,49 @@ def test_of_many_that_find_a_dead_owner_one_gets_it(tmp_path):
     assert len(holders) == 1
 
 
-def test_a_run_that_lost_its_workdir_does_not_save(tmp_path):
-    def take(step, *_):
-        if step == 2:
-            write(tmp_path, token="another", pid=1)
+def replace(workdir):
+    """Leave a copy, whose owner.json says the same, in the place of the folder."""
+    workdir.rename(workdir.with_name("moved"))
+    shutil.copytree(workdir.with_name("moved"), workdir)
 
-    with refused(str(tmp_path), 1):
-        micro.train(micro.config("checkpoint.every=3"), tmp_path, on_step=take)
-    assert not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
-    assert json.loads((tmp_path / NAME).read_text())["token"] == "another"
+
+def empty(workdir):
+    """Leave the folder that is there when a disk is unmounted."""
+    workdir.rename(workdir.with_name("moved"))
+    workdir.mkdir()
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, replace, empty])
+def test_a_workdir_that_is_another_folder_is_left_alone(tmp_path, lose):
+    workdir = tmp_path / "run"
+    with Owner(workdir, "abc") as mine:
+        mine.check()
+        lose(workdir)
+        left = sorted(tmp_path.rglob("*"))
+        with refused(f"--workdir={workdir}", lines=1):
+            mine.check()
+    assert sorted(tmp_path.rglob("*")) == left
+
+
+def take(workdir):
+    write(workdir, token="another", pid=1)
+
+
+@pytest.mark.parametrize(("lose", "named"), [(take, 1), (empty, "--workdir")])
+def test_a_run_that_lost_its_workdir_writes_nothing_more(tmp_path, lose, named):
+    workdir = tmp_path / "run"
+
+    def after(step, *_):
+        if step == 2:
+            lose(workdir)
+
+    with refused(workdir, named):
+        micro.train(micro.config("checkpoint.every=3"), workdir, on_step=after)
+    assert not any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+    if lose is take:
+        assert json.loads((workdir / NAME).read_text())["token"] == "another"
+    else:
+        assert not any(workdir.iterdir())
 
 
 def test_a_second_run_ends_with_code_2_and_leaves_the_first_alone(tmp_path):

@@ -12,7 +12,8 @@ from wmjax.run import cluster, private
 
 ROOT = Path(__file__).parent.parent
 FENCE = "wmjax/run/private.py"
-PUBLISHED = {"_exit", "_fields", "_replace", "_asdict"}  # of os and of named tuples
+# Of os and of named tuples; a module of Python.
+PUBLISHED = {"_exit", "_fields", "_replace", "_asdict", "_thread"}
 
 
 def private_names(source):
@@ -30,7 +31,7 @@ def private_names(source):
                 names = [attr]
         for name in names:
             parts = [p for p in name.split(".") if not (p.startswith("__") and p.endswith("__"))]
-            if any(part.startswith("_") for part in parts):
+            if any(part.startswith("_") and part not in PUBLISHED for part in parts):
                 yield node.lineno, name
 
 

@@ -12,7 +12,16 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     sys.path.append(sys.path.pop(0))
 
 import importlib
+import re
 from typing import Any
+
+# A command hears signals from here on, while its imports still run. sys.argv[0] is "-m" until
+# Python has found the module, in any program that imports wmjax.
+_module = sys.orig_argv[-len(sys.argv) :][:1] if sys.argv[:1] == ["-m"] else sys.argv[:1]
+if _module and re.fullmatch(r"(-m)?wmjax(\..*)?|.*/wmjax", _module[0]):
+    from wmjax.run import exits
+
+    exits.catch_signals("interrupted", ctrl_c=True)
 
 __version__ = "0.1.0"
 

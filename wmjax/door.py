@@ -6,23 +6,29 @@ Importing this room does not import jax.
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 import ml_collections
 
 from wmjax import config as configs
-from wmjax.errors import ExitCode, UserError, printable, reason, suggest
+from wmjax.errors import ExitCode, UserError, reason, suggest
+from wmjax.run import exits
 
 _PREFIX = "--config."
 _M_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
+_READ_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
+READ_S = 600.0  # for a reader of the last lines, such as a pager
+HANDLERS_S = 10.0  # for exit handlers
+OTHERS_S = 330.0  # the same with other processes: jax waits 300 s for them
 
 _KEYS = """\
 keys of the configuration:
@@ -109,15 +115,42 @@ def make_deterministic() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 
 
-def keep_compiled() -> None:
-    """Turn on jax's persistent compilation cache; imports jax.
+def check_xla_flags() -> None:
+    """Raise UserError for XLA_FLAGS that XLA cannot read; call it before any use of a device.
 
-    Folder: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/wmjax. Compilations under 0.5 s are not kept.
+    XLA would abort the process at the first compilation, so another process reads them first.
     """
+    flags = os.environ.get("XLA_FLAGS")
+    if not flags:
+        return
+    done = subprocess.run(
+        [sys.executable, "-c", _READ_FLAGS],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+    )
+    # XLA logs as "E1129 13:24:07.590772   26628 file.cc:63] text", and F for what is fatal.
+    said = re.findall(r"^([EF])\d{4} [^\]]*\] (.*)", done.stderr, re.MULTILINE)
+    if done.returncode and any(level == "F" for level, _ in said):
+        raise UserError(f"XLA_FLAGS={flags!r}: {said[0][1]}: wanted flags of this release, or none")
+
+
+def keep_compiled() -> None:
+    """Turn on jax's persistent compilation cache; imports jax. Checks XLA_FLAGS.
+
+    Folder: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/wmjax; a user without a home has none.
+    Compilations under 0.5 s are not kept.
+    """
+    check_xla_flags()
     import jax
 
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "wmjax")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    home = os.path.expanduser("~/.cache/wmjax")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", home)
+    if cache.startswith("~"):
+        return
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -136,30 +169,82 @@ def share_heaps() -> None:
 
 
 def run_and_exit(run: Callable[[list[str]], int], interrupted: str) -> NoReturn:
-    """Run a command with the process's arguments and exit with its code.
+    """Run a command with the process's arguments and exit with its code, in bounded time.
 
-    A UserError is printed and exits with code 2. interrupted: printed after a Ctrl-C.
+    A UserError is printed and exits with code 2. interrupted: printed after a Ctrl-C. Threads are
+    not waited for: after an error, those of a library may wait for hours.
     """
     share_heaps()
+    _open_streams()
     os.environ["PYTHONSAFEPATH"] = "1"  # child processes run no code of the current folder
     sys.unraisablehook = _interrupt_again
+    exits.catch_signals(interrupted, ctrl_c=False)
+    exits.catch_in_thread()
     try:
-        code = _run(run, interrupted)
+        code = _code_of(_run(run, interrupted))
     except Exception:  # a fault of ours, or of the user's own model or evaluator
-        traceback.print_exc()
+        exits.write_error(traceback.format_exc().rstrip())
         code = ExitCode.MEND
-    try:
-        if sys.stdout:  # None when it is closed
+    code = _flush(code)
+    exits.leave(code, _patience(code))
+
+
+def _code_of(returned: int | str | None) -> int:
+    """Return the code of what a command returned, or sys.exit was given: a text is an error."""
+    if isinstance(returned, str):
+        exits.write_error(returned)
+        return ExitCode.MEND
+    return returned or ExitCode.DONE
+
+
+def _open_streams() -> None:
+    """Make standard streams that are closed go nowhere, and let each print any text.
+
+    Else the next files that are opened get the numbers of closed streams, and libraries print into
+    them. Names of files may hold bytes that are not UTF-8.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush(code: int) -> int:
+    """Write what is left of standard output; return the code, or 2 if that fails."""
+    failed: list[OSError] = []
+
+    def flush() -> None:
+        try:
             sys.stdout.flush()
-    except OSError as error:
-        # The interpreter flushes again as it ends, and would print this error a second time.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if (
-            not isinstance(error, BrokenPipeError) and code != ExitCode.MEND
-        ):  # else something is said already
-            print(f"error: standard output: {error.strerror}", file=sys.stderr)
-            code = code or ExitCode.MEND
-    sys.exit(code)
+        except OSError as error:
+            failed.append(error)
+
+    exits.in_time(flush, exits.WRITE_S if exits.output.late else READ_S)
+    # The reader may have seen enough. After an error, something is said already.
+    if failed and not isinstance(failed[0], BrokenPipeError) and code != ExitCode.MEND:
+        exits.write_error(f"error: standard output: {failed[0].strerror}")
+        return code or ExitCode.MEND
+    return code
+
+
+def _patience(code: int) -> float:
+    """Return the seconds that exit handlers get.
+
+    At the orderly end of several processes, jax waits for all of them. After an error, the others
+    may wait for this one.
+    """
+    jax = sys.modules.get("jax")
+    orderly = code == ExitCode.DONE or code > ExitCode.SIGNAL
+    with contextlib.suppress(AttributeError):  # jax is imported in part
+        if jax and orderly and jax.distributed.is_initialized():
+            return OTHERS_S
+    return HANDLERS_S
 
 
 def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
@@ -168,10 +253,10 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except SystemExit as done:  # raised by --help, for example
         return done.code
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        exits.write_error(f"error: {error}")
         return ExitCode.MEND
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        exits.write_error(interrupted)
         return ExitCode.SIGNAL + signal.SIGINT
     except BrokenPipeError:
         try:
@@ -182,12 +267,12 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
     except OSError as error:
         if _can_print():
             raise
-        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        exits.write_error(f"error: standard output: {error.strerror}")
         return ExitCode.MEND
     except (RuntimeError, AssertionError):
         if not (fault := _no_platform()):
             raise
-        print(f"error: {printable(fault)}", file=sys.stderr)
+        exits.write_error(f"error: {fault}")
         return ExitCode.MEND
 
 

@@ -3,6 +3,7 @@
 import difflib
 import enum
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,13 @@ class ExitCode(enum.IntEnum):
     SIGNAL = 128  # and the signal's number: the last step is saved
 
 
+# A terminal or a scheduler sends these to the whole process group before it kills a job: SIGUSR1
+# and SIGUSR2 by Slurm's --signal, SIGXCPU at a limit of CPU time, SIGHUP when the terminal is lost.
+# Only the parent handles them (run/signals.py).
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 RUN_AGAIN = (ExitCode.STUCK, ExitCode.PEER_DIED)  # and signals that a scheduler sends
 
 

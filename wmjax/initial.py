@@ -4,6 +4,7 @@ Takes plain arguments and knows no configuration object.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from wmjax import weights
 from wmjax.errors import UserError
 from wmjax.models.base import combine, freeze_patterns, function_of
 from wmjax.run.checkpoint import Saved
+from wmjax.run.files import check_utf8
 from wmjax.step import Steps, TrainState
 
 
@@ -44,9 +46,10 @@ def make_state(
     """
     if not (where := init_from or pretrained):
         return steps.init(), ""
-    if not (Path(where).expanduser() / "checkpoints").is_dir():
+    if not (Path(os.path.expanduser(where)) / "checkpoints").is_dir():
         return _from_weights(steps, where, init_encoder)
-    saved = Saved(Path(where).expanduser() / "checkpoints")
+    check_utf8(f"init_from={where}")
+    saved = Saved(Path(os.path.expanduser(where)) / "checkpoints")
     config = saved.meta["config"]
     frozen = freeze_patterns(config["optim"].get("freeze", ""))
     if init_encoder or frozen != steps.blueprint.freeze:

@@ -22,7 +22,7 @@ from wmjax import config as configs
 from wmjax.assemble import Setup
 from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms
-from wmjax.run import agree, peers, summary
+from wmjax.run import agree, summary
 from wmjax.run.checkpoint import Checkpoints, rules_of
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
@@ -33,7 +33,7 @@ from wmjax.run.metrics import fetch, peak_flops, peak_gb
 from wmjax.run.owner import Owner
 from wmjax.run.profile import Profile, parse_span
 from wmjax.run.reporter import Reporter
-from wmjax.run.signals import Batches, Stopped, StopSignal, exit_now
+from wmjax.run.signals import Batches, Stopped, StopSignal
 from wmjax.run.watchdog import Watchdog
 from wmjax.step import TrainState
 from wmjax.types import Row
@@ -53,8 +53,10 @@ def train(
 ) -> int:
     """Train until config.train.num_steps, resuming from the newest checkpoint in workdir.
 
-    Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save. The
-    watchdog ends the process itself. Raises UserError for whatever the user can fix.
+    Returns the exit code: 0 when done, 128 + N when signal N stopped the run after a save, 75 when
+    the data are stuck. Where the watchdog cannot have the state saved, it ends the process itself.
+    Raises UserError for whatever the user can fix. Reader threads may be left behind; only a
+    command ends the process whatever its threads wait for.
     """
     begun = time.perf_counter()
     check_workdir(workdir)
@@ -65,7 +67,8 @@ def train(
     setup = assemble.prepare(config, splits, mesh, rules=rules)
     agree.on_data(setup.sources)
     num_steps = config.train.num_steps
-    watchdog, stop = Watchdog(config.train.stuck_after), StopSignal()
+    stop = StopSignal()
+    watchdog = Watchdog(config.train.stuck_after, workdir / CHECKPOINTS, stop.give_up)
     text = configs.to_json(config)
     owner = Owner(workdir, hashlib.sha256(text.encode()).hexdigest()[:12])
     with watchdog, owner, open_checkpoints(config, workdir, owner.check) as checkpoints:
@@ -105,6 +108,7 @@ def train(
             start=start,
             config=configs.plain(config),
             alarms=alarms.Alarms(alarms.warmup_steps(configs.plain(config))),
+            before_write=owner.check,
             **config.log,
         )
         evaluators: list[Evaluator] = []
@@ -119,16 +123,13 @@ def train(
             )
             with clock.phase("checkpoint"):
                 checkpoints.wait(last=True)
-            clock.save(step, ended=not stop.received)
+            clock.save(step, ended=not (stop.received or stop.stuck))
         say(clock.summary())
-    if stop.received:
+    if stop.received or stop.stuck:
+        code = ExitCode.SIGNAL + stop.received if stop.received else ExitCode.STUCK
         what = f"saved step {step} in {workdir}" if step else "nothing was trained yet"
         say(f"{stop.name}: {what}; the same command resumes from there")
-        if stop.left_behind:  # Python would wait for these threads
-            peers.leave()
-            jax.distributed.shutdown()
-            exit_now(ExitCode.SIGNAL + stop.received)
-        return ExitCode.SIGNAL + stop.received
+        return code
     seconds, exported = time.perf_counter() - begun, config.model.name == "vjepa2"
     say(summary.of_result(workdir, step, reporter.last, seconds, exported))
     return 0

@@ -16,7 +16,7 @@ from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.stats import summarize
 from wmjax.data.tools.check import Finding, check, table_of
 from wmjax.data.tools.transcode import transcode
-from wmjax.errors import printable
+from wmjax.errors import ExitCode, printable
 from wmjax.run.files import to_json
 
 
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)"
     )
     checks = commands.add_parser(
-        "check", help="print everything that is wrong with it; exit code 1 if anything is"
+        "check", help="print everything that is wrong with it; exit code 2 if anything is"
     )
     checks.add_argument("root", metavar="ROOT", type=Path, help="the dataset's folder")
     checks.add_argument(
@@ -99,7 +99,7 @@ def report(findings: list[Finding], looked_at: str) -> int:
     if findings:
         print(table_of(findings))
     print(f"{printable(looked_at)}: {f'{len(findings)} wrong' if findings else 'fine'}")
-    return 1 if findings else 0
+    return ExitCode.MEND if findings else ExitCode.DONE
 
 
 def run(argv: list[str]) -> int:

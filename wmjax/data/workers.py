@@ -22,17 +22,10 @@ import numpy as np
 
 import wmjax
 from wmjax.data.reader import Clip, Reader
-from wmjax.errors import ClipError, UserError
+from wmjax.errors import SIGNALS, ClipError, UserError
 
 _SLOTS = 2  # clips in flight per process: it reads one while the parent copies the other
 _ALIGN = 64  # bytes, of arrays in shared memory
-# A terminal or a scheduler sends these to the whole process group before it kills a job: SIGUSR1
-# and SIGUSR2 by Slurm's --signal, SIGXCPU at a limit of CPU time, SIGHUP when the terminal is lost.
-# Only the parent handles them (run/signals.py).
-SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
-)
 
 
 class _Slot(NamedTuple):

@@ -21,8 +21,8 @@ from wmjax.data.source import Source
 from wmjax.errors import ExitCode, UserError
 from wmjax.run import coordination
 from wmjax.run.console import say
+from wmjax.run.exits import exit_now
 from wmjax.run.files import from_json, to_json
-from wmjax.run.signals import exit_now
 
 ANSWER_S = 3600.0  # time for all processes to come here; one may still download a dataset
 SEEN_S = 10.0  # time for a file to appear on another host

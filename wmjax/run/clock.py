@@ -6,6 +6,7 @@ then was lost: steps that are done again, and time without a process.
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class Clock:
         if (row := _row_of(path, step)) is not None:
             self._seconds |= row["seconds"]
             if not row["ended"]:
-                self._seconds["lost"] += max(began - row["until"], 0.0)
+                self._seconds["lost"] += _lost_since(row, began)
         self._phase, self._since = "start", began
         self._append(step, began, ended=False)
         self.restart(step)
@@ -108,7 +109,7 @@ class Clock:
 
     def _switch(self, name: str) -> None:
         now = self._now()
-        self._seconds[self._phase] += now - self._since
+        self._seconds[self._phase] += max(now - self._since, 0.0)
         if name != self._phase:
             self._changed(name)
         self._phase, self._since = name, now
@@ -122,6 +123,9 @@ class Clock:
             return
         seconds = {phase: round(spent, 3) for phase, spent in self._seconds.items()}
         row = {"step": step, "until": round(until, 3), "ended": ended, "seconds": seconds}
+        if boot := _boot():
+            uptime = time.clock_gettime(time.CLOCK_BOOTTIME) - (self._now() - until)
+            row["boot"], row["uptime"] = boot, round(uptime, 3)
         try:
             append_json_line(self._path, row)
         except OSError as error:
@@ -139,12 +143,37 @@ def process_began() -> float:
     return now - max(uptime - int(stat[19]) / os.sysconf("SC_CLK_TCK"), 0.0)
 
 
+def _lost_since(row: dict[str, Any], began: float) -> float:
+    """Return the seconds between a row and the start of this process, `began` in Unix time.
+
+    By the clock since boot where the machine has not booted since: nobody sets it.
+    """
+    lost = began - row["until"]
+    if row.get("boot") and row["boot"] == _boot():
+        age = max(time.time() - began, 0.0)
+        lost = time.clock_gettime(time.CLOCK_BOOTTIME) - age - row["uptime"]
+    return max(lost, 0.0)
+
+
+def _boot() -> str:
+    """Return the identity of this boot of the machine; '' where Linux does not tell it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
 def _row_of(path: Path, step: int) -> dict[str, Any] | None:
     """Return the last row of `step` or before; later rows are of steps that are done again."""
     found = None
     with contextlib.suppress(OSError):
         for row in read_json_lines(path):
             with contextlib.suppress(KeyError, TypeError, AttributeError):
-                if row["step"] <= step and row["seconds"].keys() == set(PHASES):
+                spent = row["seconds"].values()
+                if (
+                    row["step"] <= step
+                    and row["seconds"].keys() == set(PHASES)
+                    and min(spent) >= 0
+                    and sum(spent) < math.inf
+                ):
                     found = row
     return found

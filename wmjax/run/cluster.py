@@ -118,7 +118,7 @@ def _initialize(coordinator: str, **flags: Any) -> None:
     import jax
 
     from wmjax.run import peers
-    from wmjax.run.signals import exit_now
+    from wmjax.run.exits import exit_now
 
     # jax waits in C++. Python would handle Ctrl-C only after all processes have arrived.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)

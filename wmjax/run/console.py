@@ -1,23 +1,26 @@
 """Console output of a run, printed by process 0 only."""
 
-import contextlib
 import sys
 
 import jax
 from tqdm import tqdm
 
 from wmjax.errors import printable
+from wmjax.run import exits
 
 
 def say(text: str) -> None:
     """Print a line from process 0, above the progress bar if there is one.
 
-    A closed console or a full disk behind it does not stop the run.
+    A console that is closed or that nobody reads, or a full disk behind it, does not stop the run.
     """
+
+    def write() -> None:
+        tqdm.write(printable(text), file=sys.stdout)
+        sys.stdout.flush()
+
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError):
-            tqdm.write(printable(text), file=sys.stdout)
-            sys.stdout.flush()
+        exits.output.put(write)
 
 
 def clock(seconds: float) -> str:

@@ -136,3 +136,15 @@ def check_workdir(folder: Path, what: str = "--workdir=") -> None:
             f"{what}{whole}: has {' and '.join(found)}, which the checkpoint library takes for "
             "another place: wanted a path without"
         )
+    check_utf8(f"--workdir={whole}")
+
+
+def check_utf8(path: str) -> None:
+    """Raise UserError for a run's path that is not UTF-8: Orbax fails there."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: is not UTF-8: wanted a path in UTF-8, for checkpoints are neither written "
+            "nor read there"
+        ) from None

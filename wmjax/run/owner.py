@@ -45,6 +45,7 @@ class Owner:
             "token": uuid.uuid4().hex,
         }
         self._ended, self._holds = threading.Event(), False
+        self._folder: int | None = None  # descriptor of the workdir
 
     def __enter__(self) -> "Owner":
         """Take the workdir; of several processes, the first does it for all."""
@@ -62,6 +63,9 @@ class Owner:
         if refusal:
             raise UserError(refusal)
         agree.on_workdir(self._workdir)
+        # Held open: then a network disk or FUSE gives the folder no other inode.
+        with contextlib.suppress(OSError):
+            self._folder = os.open(self._workdir, os.O_RDONLY)
         return self
 
     def _take(self) -> None:
@@ -76,14 +80,36 @@ class Owner:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._holds and self._read().get("token") == self._me["token"]:
+        if self._holds and self._is_there() and self._read().get("token") == self._me["token"]:
             self._path.unlink(missing_ok=True)
+        if self._folder is not None:
+            os.close(self._folder)
 
     def check(self) -> None:
-        """Raise UserError if another run has taken the workdir, as after a long suspension."""
+        """Raise UserError if the run has lost its workdir; call it before anything is written.
+
+        Another run may have taken it, as after a long suspension. Or its name leads to another
+        folder: it was removed or replaced, or its disk was unmounted.
+        """
+        if not self._is_there():
+            raise UserError(
+                f"--workdir={self._workdir}: is not the folder in which this run began (removed, "
+                "replaced or unmounted): nothing more is written; wanted that folder"
+            )
         other = self._read()
         if self._holds and other.get("token") != self._me["token"]:
             raise UserError(f"{self._workdir}: is now of {_name(other)}: this run has lost it")
+
+    def _is_there(self) -> bool:
+        """Return whether the workdir is the folder that it was at the start."""
+        if self._folder is None:
+            return True
+        try:
+            return os.path.samestat(os.fstat(self._folder), os.stat(self._workdir))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a network disk that fails at the moment: the save itself says so
+            return True
 
     def _create(self) -> bool:
         """Write the file, whole and only where there is none."""

@@ -10,7 +10,6 @@ import ctypes
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -19,10 +18,10 @@ from typing import Any, BinaryIO, NoReturn
 
 import jax
 
-from wmjax.errors import ExitCode, UserError, printable, reason
+from wmjax.errors import ExitCode, UserError, reason
 from wmjax.run import coordination
+from wmjax.run.exits import exit_now, write_error
 from wmjax.run.files import from_json, to_json
-from wmjax.run.signals import exit_now
 
 LOST_S = 30  # a machine that does not answer for so long is lost
 CONNECT_S = 60.0  # time to connect to process 0
@@ -56,10 +55,9 @@ class Peers:
         try:
             line = socket.create_connection((host, int(port)), timeout=CONNECT_S)
         except OSError as error:
-            print(
+            write_error(
                 f"warning: process {self._index}: cannot connect to {host}:{port} "
-                f"({error.strerror or error}): the death of a process is noticed late",
-                file=sys.stderr,
+                f"({error.strerror or error}): the death of a process is noticed late"
             )
             return
         _send(line, {"token": token, "process": self._index})
@@ -81,9 +79,9 @@ class Peers:
         # ends this process meanwhile.
         time.sleep(LOST_S + READ_S if _is_of_jax(error) else CLOSED_S)
         if isinstance(error, UserError):
-            text = printable(str(error))
+            text = str(error)
         else:
-            traceback.print_exception(error)
+            write_error("".join(traceback.format_exception(error)).rstrip())
             text = f"{type(error).__name__}: {reason(error)}; the traceback is in its log"
         self._end(ExitCode.MEND, f"error: process {self._index} of {self._count}: {text}")
 

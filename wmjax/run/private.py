@@ -1,4 +1,4 @@
-"""The only module that uses names that jax does not publish. Each function says why.
+"""The only module that uses names that a library does not publish. Each function says why.
 
 tests/test_private_apis.py fails, and names the place to change, when a release drops one of them.
 jax is imported inside the functions: --help answers without it.
@@ -40,3 +40,13 @@ def detected_cluster() -> Any:
 
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
     return next((kind for kind in kinds if kind.is_env_present()), None)
+
+
+def run_exit_handlers() -> None:
+    """Call the functions that are registered with atexit.
+
+    Python publishes no call of them but its own end, which first joins all threads.
+    """
+    import atexit
+
+    atexit._run_exitfuncs()

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from wmjax.errors import UserError, how_to_install, reason
+from wmjax.run import exits
 from wmjax.run.console import clock, say
 from wmjax.run.files import append_json_line, read_json_lines, to_json, write_whole
 from wmjax.run.metrics import Mean, Metrics
@@ -35,6 +36,7 @@ class Reporter:
         start: int,
         config: dict[str, Any],
         alarms: Callable[[int, Row], list[str]],
+        before_write: Callable[[], None] = lambda: None,
         tensorboard: bool,
         wandb: bool,
         wandb_project: str,
@@ -45,13 +47,14 @@ class Reporter:
         A killed run leaves such rows, and this run writes them again. TensorBoard is told to hide
         its events of these steps. alarms: is called with a step and its row, in order, also with
         the rows that stay; returns a text for each problem, which the console shows as a warning.
+        before_write: is called before a row is written; may raise UserError.
         figures: draw pictures at validation where TensorBoard or W&B is on; `draws` then is True in
         every process.
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
         self._mean = Mean()
-        self._num_steps, self._alarms = num_steps, alarms
+        self._num_steps, self._alarms, self._before_write = num_steps, alarms, before_write
         self.last: Row = {}  # the newest value of each name
         self._path = workdir / "metrics.jsonl"
         self._sinks: dict[str, Sink] = {}
@@ -118,7 +121,7 @@ class Reporter:
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        if self._active:
+        if self._active and not exits.output.late:  # a line that waits has the lock of the bar
             with contextlib.suppress(OSError):  # the terminal may be gone
                 self._bar.update()
 
@@ -126,6 +129,7 @@ class Reporter:
         """Write one row to every sink and to the console, with its alarms."""
         if not self._active:
             return
+        self._before_write()
         warnings = self._alarms(step, row)
         prefix = "validation/" if "validation/loss" in row else ""
         row = row | {f"{prefix}health/alarms": len(warnings)}
@@ -169,8 +173,9 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         if not self._active:
             return
-        with contextlib.suppress(OSError):
-            self._bar.close()
+        if not exits.output.late:
+            with contextlib.suppress(OSError):
+                self._bar.close()
         for name, sink in list(self._sinks.items()):
             with self._dropping_on_error(name):
                 sink.close()

@@ -4,24 +4,22 @@ Processes work in step, batch by batch: training, validation, probes. After a si
 the furthest batch that one of them has begun, finish it, and stop.
 """
 
-import contextlib
 import math
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from wmjax.data.pipeline import Pipeline
-from wmjax.data.workers import SIGNALS
-from wmjax.errors import ExitCode
+from wmjax.errors import SIGNALS, ExitCode
 from wmjax.run import coordination
+from wmjax.run.console import say
+from wmjax.run.exits import exit_now, is_command
 from wmjax.types import WorldModelInput
 
 POLL_S = 0.2
@@ -38,13 +36,14 @@ class StopSignal:
     """Catches signals and stops the run between two batches; a context manager.
 
     received: the signal's number, 0 before there is one. A Ctrl-C that follows more than TWICE_S
-    later ends the process immediately, without a save.
-    left_behind: True when reader threads did not end in time and are still running.
+    later ends the process immediately, without a save; outside a command, in a notebook say, it is
+    a KeyboardInterrupt. stuck: the watchdog stops the run. Outside the main thread Python allows
+    no signal handlers: then no signal is caught.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self.left_behind = False
+        self.stuck = False
         self._begun = 0  # number of batches begun
         self._last: int | None = None  # the last batch to run, once the processes agree
         self._asked, self._lock = False, threading.Lock()
@@ -54,11 +53,14 @@ class StopSignal:
 
     @property
     def name(self) -> str:
-        return signal.Signals(self.received).name
+        return signal.Signals(self.received).name if self.received else "stuck"
 
     def __enter__(self) -> "StopSignal":
         # nohup ignores SIGHUP: then a lost terminal does not stop the run.
         heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        if threading.current_thread() is not threading.main_thread():
+            say("warning: train() is not in the main thread: signals do not stop the run")
+            heard = []
         self._old = {number: signal.signal(number, self._handle) for number in heard}
         if not self._alone:
             threading.Thread(target=self._agree, name="stop", daemon=True).start()
@@ -70,6 +72,11 @@ class StopSignal:
             coordination.tell(f"stop/{jax.process_index()}", str(self._begun))
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+    def give_up(self) -> None:
+        """Stop this process, the only one of the run, before the next batch; from any thread."""
+        with self._lock:
+            self.stuck, self._asked, self._last = True, True, self._begun
 
     def begin(self) -> None:
         """Count a batch as begun; raise Stopped instead if it is after the last one."""
@@ -91,10 +98,10 @@ class StopSignal:
         now = time.monotonic()
         # Only this process's own first signal counts, not one that another process received.
         if number == signal.SIGINT and now > self._first_at + TWICE_S:
-            exit_now(
-                ExitCode.SIGNAL + number,
-                "interrupted: nothing was saved since the newest checkpoint",
-            )
+            text = "interrupted: nothing was saved since the newest checkpoint"
+            if not is_command():
+                raise KeyboardInterrupt(text)
+            exit_now(ExitCode.SIGNAL + number, text)
         self._first_at = min(self._first_at, now)
         self.received = self.received or number
         if self._alone:
@@ -154,11 +161,10 @@ class Batches:
         return batch
 
     def close(self) -> None:
-        """Close the pipeline; sets stop.left_behind when that takes longer than CLOSE_S."""
+        """Close the pipeline; after CLOSE_S its reader threads are left behind."""
         closing = threading.Thread(target=self._pipeline.close, daemon=True)
         closing.start()
         closing.join(CLOSE_S)
-        self._stop.left_behind |= closing.is_alive()
 
 
 def _in_thread(function: Callable[[], Any]) -> Future:
@@ -173,14 +179,3 @@ def _in_thread(function: Callable[[], Any]) -> Future:
 
     threading.Thread(target=run, name="batches", daemon=True).start()
     return future
-
-
-def exit_now(code: int, text: str = "") -> NoReturn:
-    """End the process immediately; other threads are not waited for."""
-    if text:
-        print(text, file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        # The stream may be closed, or the signal interrupted a print to it.
-        with contextlib.suppress(OSError, RuntimeError):
-            stream.flush()
-    os._exit(code)

@@ -186,6 +186,7 @@ def describe(source: Pretrained) -> str:
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; UserError passes through."""
     flags = parse(argv)
+    door.check_xla_flags()
     if flags.command == "export":
         if not flags.folder.is_dir():
             raise UserError(f"{flags.folder}: no such folder")

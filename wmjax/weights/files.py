@@ -4,6 +4,7 @@ Knows no format: names are plain text. Does not use jax.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ class Tensors(NamedTuple):
 
 def find(source: str) -> Path:
     """Return a path that exists, or else download the model OWNER/NAME from the Hub."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):

@@ -15,6 +15,7 @@ from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD, SIZES
 from wmjax.nn.compute import Compute
 from wmjax.nn.norm import EPS
 from wmjax.run.checkpoint import Saved
+from wmjax.run.files import check_utf8
 from wmjax.weights import meta, tables
 from wmjax.weights.files import (
     Tensors,
@@ -148,6 +149,7 @@ def _own(folder: Path) -> Pretrained:
 
 
 def _run(workdir: Path, encoder: str, trust: tuple[str, ...]) -> Pretrained:
+    check_utf8(str(workdir))
     saved = Saved(workdir / "checkpoints")
     config = saved.meta["config"]
     data, model = config["data"], {k: v for k, v in config["model"].items() if k != "pretrained"}

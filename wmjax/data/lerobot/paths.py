@@ -263,7 +263,7 @@ class Folder:
 
     def __init__(self, root: str | Path, follow_links: bool = False) -> None:
         self.given = str(root)  # for errors
-        self.root = Path(root).expanduser().resolve()
+        self.root = Path(os.path.expanduser(root)).resolve()
         self._follow_links = follow_links
         # In the Hub's cache, the files of a snapshot are links into ../../blobs.
         cached = [self.root.parents[1] / "blobs"] if in_hub_cache(self.root) else []

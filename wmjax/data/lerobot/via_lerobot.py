@@ -5,6 +5,7 @@ not all decoders of lerobot are thread-safe. lerobot is an extra, imported when 
 """
 
 import inspect
+import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ class LeRobotReader(Recording):
             self.root = Path(repo_id)
             where: dict[str, Any] = {"repo_id": repo_id, "revision": revision or "main"}
         else:
-            self.root = Path(root).expanduser().resolve()
+            self.root = Path(os.path.expanduser(root)).resolve()
             if not (self.root / "meta").is_dir():  # lerobot would look for it on the Hub
                 raise UserError(f"data.root={str(root)!r}: not a LeRobot dataset: no folder meta")
             where = {"repo_id": self.root.name, "root": self.root}

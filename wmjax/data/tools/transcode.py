@@ -80,7 +80,7 @@ def transcode(
             raise UserError(f"--{name}={value}: wanted from {low} to {high}")
     folder = Folder(root, follow_links)
     info = read_info(folder)
-    root, out = folder.root, out.expanduser().resolve()
+    root, out = folder.root, Path(os.path.expanduser(out)).resolve()
     features = info["features"]
     chosen = choose_cameras(root, features, cameras, "--cameras")
     if images := [name for name in chosen if features[name]["dtype"] == "image"]:
