@@ -88,7 +88,7 @@ def test_the_survivor_of_a_killed_process_ends_with_76(tmp_path, where, killed):
     text = said(tmp_path, 1 - killed)
     assert code == ExitCode.PEER_DIED, text
     assert seconds < SECONDS
-    says(text.splitlines()[-1], f"process {killed} of 2")
+    assert len(lines_with(text, f"process {killed} of 2")) == 1, text  # jax's log may follow
 
 
 def test_process_0_ends_with_76_when_another_never_comes(tmp_path):
