@@ -9,9 +9,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wmjax.errors import UserError
+from wmjax.models import acting as acting_model
 from wmjax.models import base
 from wmjax.models.acting import Observation
 from wmjax.nn import sigreg
+from wmjax.planning import plan as planning
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
 SETTINGS = {
@@ -212,81 +214,92 @@ def test_the_running_statistics_equal_the_reference(record, step):
             np.testing.assert_allclose(updates[part]["norm"][name], wanted, atol=1e-6)
 
 
-def acting(record, params):
-    """The model with the running statistics that the reference had after its training step."""
+def acting(record, params, run):
+    """Return run(model), jitted, of the model after the reference's training step.
+
+    The step left its running statistics.
+    """
     flat = flatten_dict(params, sep="/")
     for part, theirs in (("projector", "projector"), ("output", "pred_proj")):
         for name in ("mean", "var"):
-            flat[f"{part}/norm/{name}"] = record[f"running/{theirs}.net.1.running_{name}"]
-    return base.merge(BLUEPRINT.graph, unflatten_dict(flat, sep="/"))
+            running = record[f"running/{theirs}.net.1.running_{name}"]
+            flat[f"{part}/norm/{name}"] = jnp.asarray(running)
+    tree = unflatten_dict(flat, sep="/")
+    return jax.jit(lambda params: run(base.merge(BLUEPRINT.graph, params)))(tree)
 
 
-def first_frame(record):
+def first_frames(record, count=1):
     B = len(record["video"])
     return Observation(
-        record["video"][:, None, :1],
-        np.zeros((B, 1, 0), np.float32),
-        np.zeros((B, 0, 2, 2), np.float32),
+        record["video"][:, None, :count],
+        np.zeros((B, count, 0), np.float32),
+        record["action"][:, : count - 1].reshape(B, count - 1, 2, 2),
         np.zeros(B, np.int32),
     )
 
 
 def test_what_it_imagines_equals_the_reference(record, params):
-    model = acting(record, params)
-    for sample in range(2):
-        latent = model.observe({}, first_frame(record))
-        ahead = [model.embedding(latent)[:, 0]]
-        for t in range(5):
-            latent = model.imagine(latent, record["candidates"][:, sample, t])
-            ahead.append(model.embedding(latent)[:, 0])
-        wanted = record["out/rollout"][:, sample]
-        np.testing.assert_allclose(np.stack(ahead, 1), wanted, atol=2e-5)
+    def run(model):
+        start = acting_model.repeat(model.observe({}, first_frames(record)), 2)
+        candidates = record["candidates"].reshape(10, 5, 4)
+        ahead = planning.rollout(model, start, jnp.asarray(candidates))
+        return jnp.concatenate([model.embedding(start)[:, None], ahead], axis=1)
+
+    found = acting(record, params, run).reshape(record["out/rollout"].shape)
+    np.testing.assert_allclose(found, record["out/rollout"], atol=2e-5)
 
 
 def test_several_observed_frames_are_used_as_in_training(record, params):
     """Observing 3 frames and imagining the next is what the loss predicts from 3 frames."""
-    model = acting(record, params)
-    batch = batch_of(record)
-    wanted = model.evaluate({}, batch).terms["next"].prediction_RMD[:, 2]
-    seen = Observation(
-        record["video"][:, None, :3],
-        np.zeros((5, 3, 0), np.float32),
-        batch.action_BTPA[:, :2],
-        batch.dataset_ids_B,
-    )
-    latent = model.imagine(model.observe({}, seen), record["action"][:, 2])
-    np.testing.assert_allclose(model.embedding(latent)[:, 0], wanted, atol=1e-5)
+
+    def run(model):
+        wanted = model.evaluate({}, batch_of(record)).terms["next"].prediction_RMD[:, 2]
+        seen = model.observe({}, first_frames(record, 3))
+        latent = model.imagine(seen, jnp.asarray(record["action"][:, 2]))
+        return model.embedding(latent)[:, 0], wanted
+
+    found, wanted = acting(record, params, run)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_the_head_proposes_a_plan(record, params):
-    model = acting(record, params)
-    latent = model.observe({}, first_frame(record))
-    goal = model.embedding(latent) + 1
-    plan = model.propose(latent, goal, 3)
+    def run(model):
+        latent = model.observe({}, first_frames(record))
+        z = model.embedding(latent)
+        mean, _ = model.head(z, jnp.ones_like(z), latent.previous_BD[:, None])
+        return model.propose(latent, z + 1, 3), mean
+
+    plan, mean = acting(record, params, run)
     assert plan.shape == (5, 3, 4)
-    mean, _ = model.head(goal - 1, jnp.ones_like(goal), latent.previous_BD[:, None])
     np.testing.assert_allclose(plan[:, 0], mean[:, 0], atol=1e-6)
 
 
 def test_a_longer_clip_predicts_each_frame_once(record, params):
-    model = acting(record, params)
     z = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16), np.float32))
     action = jnp.flip(z, axis=1)
-    found, _ = model._predict_all(z, action, None, training=False)
-    for t in range(6):
-        start = max(0, t - 2)
-        wanted, _ = model._predict(z[:, start : t + 1], action[:, start : t + 1], None, False)
-        np.testing.assert_allclose(found[:, t], wanted[:, -1], atol=1e-5)
+
+    def run(model):
+        spans = [slice(max(0, t - 2), t + 1) for t in range(6)]
+        one = [model._predict(z[:, span], action[:, span], None, False) for span in spans]
+        whole, _ = model._predict_all(z, action, None, training=False)
+        return whole, jnp.stack([next_[:, -1] for next_, _ in one], axis=1)
+
+    found, wanted = acting(record, params, run)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_dropout_is_only_in_training(record, params):
-    model = base.merge(base.Blueprint.of(SETTINGS | {"dropout": 0.5}, SPEC).graph, params)
-    batch = batch_of(record)
-    in_training = {
-        float(model.loss({}, batch, jax.random.key(k)).terms["next"].loss) for k in (0, 1)
-    }
-    in_validation = {float(model.evaluate({}, batch).terms["next"].loss) for _ in range(2)}
-    assert (len(in_training), len(in_validation)) == (2, 1)
+    graph, batch = base.Blueprint.of(SETTINGS | {"dropout": 0.5}, SPEC).graph, batch_of(record)
+
+    @jax.jit
+    def run(params, seed):
+        model = base.merge(graph, params)
+        outputs = model.loss({}, batch, jax.random.key(seed)), model.evaluate({}, batch)
+        return [output.terms["next"].loss for output in outputs]
+
+    pairs = zip(*(run(params, seed) for seed in (0, 1)), strict=True)
+    training, validation = ({float(x) for x in pair} for pair in pairs)
+    assert (len(training), len(validation)) == (2, 1)
 
 
 def test_sigreg_is_of_the_global_batch():

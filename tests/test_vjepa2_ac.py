@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import optax
 import pytest
@@ -11,12 +12,15 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.spatial.transform import Rotation
 
+import wmjax
 from wmjax import optim
+from wmjax import weights as weights_room
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.acting import Observation
 from wmjax.nn import pose
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+from wmjax.weights import __main__ as weights
 
 SETTINGS = {
     "name": "vjepa2_ac",
@@ -325,3 +329,58 @@ def test_data_that_lacks_what_actions_need_is_refused(settings, spec, wanted):
     sizes = {"state_size": 7, "action_size": 7} | spec
     with pytest.raises(UserError, match=wanted.replace(".", r"\.")):
         assert base.Blueprint.of(SETTINGS | settings, base.InputSpec(4, 12, 12, **sizes)).abstract
+
+
+def test_metas_file_comes_in_and_goes_out(record, params, tmp_path):
+    """Meta's .pt is read, kept in a folder, and written again as Meta's code reads it."""
+    torch = pytest.importorskip("torch")
+    saved = {"encoder": {}, "predictor": {}, "epoch": 3}
+    for name, value in record.items():
+        if name.startswith("weights/"):
+            part, _, rest = name.removeprefix("weights/").partition(".")
+            saved[part][f"module.{rest}"] = torch.from_numpy(value.astype(np.float32))
+    saved["target_encoder"] = saved["encoder"]
+    torch.save(saved, tmp_path / "droid.pt")
+    arguments = ("--heads=2", "--predictor-heads=2")
+    weights.run(["import", str(tmp_path / "droid.pt"), str(tmp_path / "kept"), *arguments])
+    for where in ("droid.pt", "kept"):
+        heads = {"heads": 2, "predictor_heads": 2} if where == "droid.pt" else {}
+        model = wmjax.load(tmp_path / where, **heads)
+        found, wanted = flatten_dict(model.params, sep="/"), flatten_dict(params, sep="/")
+        assert found.keys() == wanted.keys()
+        for path, value in wanted.items():
+            np.testing.assert_allclose(found[path].reshape(-1)[:3], value.reshape(-1)[:3])
+        assert model._blueprint.settings.action == "pose"
+        assert model._blueprint.spec.state_size == 7
+    weights.run(["export", str(tmp_path / "kept"), str(tmp_path / "again.pt")])
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert again.keys() == {"encoder", "target_encoder", "predictor"}
+    for part in ("encoder", "predictor"):
+        assert {f"module.{name}" for name in again[part]} == set(saved[part])
+        for name, value in again[part].items():
+            if "extrinsics" not in name:
+                torch.testing.assert_close(value, saved[part][f"module.{name}"])
+
+
+def test_a_frozen_encoder_comes_from_a_run_of_vjepa2(tmp_path):
+    of_encoder = ("width", "depth", "heads", "mlp_ratio", "patch")
+    group = [f"model.{key}={SETTINGS[key]}" for key in of_encoder]
+    config = micro.config(*group, "data.image_size=16")
+    assert micro.train(config, tmp_path / "vjepa2") == 0
+    model = wmjax.load(tmp_path / "vjepa2")
+    spec = base.InputSpec(4, 16, 16, stride=1, state_size=7, action_size=7)
+    blueprint = base.Blueprint.of(SETTINGS, spec)
+    loaded = weights_room.load(
+        weights_room.open_pretrained(tmp_path / "vjepa2"),
+        {"encoder": blueprint.shapes["encoder"]},
+        blueprint.settings,
+    )
+    for path, value in flatten_dict(loaded["encoder"], sep="/").items():
+        np.testing.assert_array_equal(value, flatten_dict(model.params["encoder"], sep="/")[path])
+    other = base.Blueprint.of(SETTINGS | {"rope": "interleaved"}, spec)
+    with pytest.raises(UserError, match="found 'tiled'"):
+        weights_room.load(
+            weights_room.open_pretrained(tmp_path / "vjepa2"),
+            {"encoder": other.shapes["encoder"]},
+            other.settings,
+        )

@@ -81,12 +81,16 @@ class VJEPA2Settings:
         return resolve_size(self.size, self.width, self.depth, self.heads, self.mlp_ratio)
 
     @property
+    def encoder_function(self) -> dict[str, Any]:
+        """What decides what the encoder's parameters compute, as other families have it too."""
+        keys = {key: getattr(self, key) for key in ("patch", "tubelet", "rope")}
+        return {**self.encoder, "position_grid": self.position_grid or 0, **keys}
+
+    @property
     def function(self) -> dict[str, Any]:
         """What decides what the parameters compute; size as numbers, the loss left out."""
-        keys = ["patch", "tubelet", "rope", "mask_index"]
-        keys += ["predictor_width", "predictor_depth", "predictor_heads"]
-        values = {key: getattr(self, key) for key in keys}
-        return {**self.encoder, "position_grid": self.position_grid or 0, **values}
+        keys = ("mask_index", "predictor_width", "predictor_depth", "predictor_heads")
+        return {**self.encoder_function, **{key: getattr(self, key) for key in keys}}
 
 
 class VJEPA2(WorldModel):

@@ -88,12 +88,16 @@ class VJEPA2ACSettings:
         return resolve_size(self.size, self.width, self.depth, self.heads, self.mlp_ratio)
 
     @property
+    def encoder_function(self) -> dict[str, Any]:
+        """What decides what the encoder's parameters compute, as V-JEPA 2 has it."""
+        keys = {key: getattr(self, key) for key in ("patch", "tubelet", "rope")}
+        return {**self.encoder, "position_grid": self.position_grid or 0, **keys}
+
+    @property
     def function(self) -> dict[str, Any]:
         """What decides what the parameters compute; the losses left out."""
-        keys = ["patch", "tubelet", "rope", "predictor_width", "predictor_depth"]
-        keys += ["predictor_heads", "action", "normalize"]
-        values = {key: getattr(self, key) for key in keys}
-        return {**self.encoder, "position_grid": self.position_grid or 0, **values}
+        keys = ("predictor_width", "predictor_depth", "predictor_heads", "action", "normalize")
+        return {**self.encoder_function, **{key: getattr(self, key) for key in keys}}
 
 
 @struct.dataclass

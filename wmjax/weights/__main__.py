@@ -1,6 +1,7 @@
 """The command line: `python -m wmjax.weights import SRC DIR`, `export DIR OUT`, `show SRC`."""
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from flax import traverse_util
 from wmjax import door
 from wmjax.errors import UserError, printable
 from wmjax.run.files import read_json_lines, to_json
-from wmjax.weights.export import export, square_clip
+from wmjax.weights.export import export, export_meta, square_clip
 from wmjax.weights.files import MODEL, write_safetensors
 from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
 from wmjax.weights.pretrained import CONFIG, Pretrained, open_pretrained
@@ -98,10 +99,11 @@ def import_folder(source: Pretrained, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
     text = {
-        "model": {"name": "vjepa2", **source.model} if source.model else {},
+        "model": {"name": "vjepa2"} | source.model if source.model else {},
         "classifier": source.classifier,
         "labels": source.labels,
         "clip": source.clip,
+        "spec": dataclasses.asdict(source.spec),
         "source": source.where,
         "notes": source.notes,
     }
@@ -113,6 +115,11 @@ def export_folder(
 ) -> str:
     """Write an imported folder, or a run's newest checkpoint, for transformers; return a line."""
     source = open_pretrained(folder, trust=trust)
+    if source.model.get("name") == "vjepa2_ac":
+        export_meta(source, out)
+        return "\n".join(
+            [f"wrote the weights of {folder} to {out}, for Meta's code", *source.notes]
+        )
     frames, size = square_clip(str(folder), source.clip, frames, size)
     if source.model.get("name", "vjepa2") != "vjepa2":
         raise UserError(
@@ -200,10 +207,11 @@ def run(argv: list[str]) -> int:
         probe=flags.probe,
         trust=tuple(flags.trust),
     )
-    if flags.command == "import" and source.model.get("name", "vjepa2") != "vjepa2":
+    name = source.model.get("name", "vjepa2")
+    if flags.command == "import" and (name not in ("vjepa2", "vjepa2_ac") or source.statistics):
         raise UserError(
-            f"{flags.source}: model.name={source.model['name']!r}: only vjepa2 is imported; "
-            "wmjax.load opens the workdir itself"
+            f"{flags.source}: a run of model.name={name!r} with statistics of its data: wmjax.load "
+            "opens the workdir itself; wanted weights to import"
         )
     if flags.command == "show":
         print(printable(show(source)))

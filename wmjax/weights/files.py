@@ -121,6 +121,30 @@ def open_torch(path: Path) -> dict[str, Any]:
     return found
 
 
+def write_torch(path: Path, tensors: Mapping[str, np.ndarray], copies: Mapping[str, str]) -> None:
+    """Write a torch.save file of state dicts: the first part of a name says which one.
+
+    copies: further names of a state dict.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: writing it needs torch, which is not installed: {how_to_install('torch')}"
+        ) from None
+    saved: dict[str, dict[str, Any]] = {}
+    for name, array in tensors.items():
+        part, _, rest = name.partition(".")
+        contents = np.ascontiguousarray(array, np.float32)
+        saved.setdefault(part, {})[rest] = torch.from_numpy(contents)
+    saved |= {copy: saved[part] for copy, part in copies.items()}
+    try:
+        with part_file(path) as part_of:
+            torch.save(saved, part_of)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def torch_tensors(tensors: Mapping[str, Any]) -> Tensors:
     """Wrap torch tensors as Tensors."""
 

@@ -64,6 +64,12 @@ def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
     if not source.model:  # a probe alone
         return
     found = settings_of({"name": "vjepa2", **source.model}, source.trust)
+    both = (found, settings)
+    if type(found) is not type(settings) and parts == ("encoder",):
+        theirs, ours = (getattr(each, "encoder_function", {}) for each in both)
+        if theirs and ours:  # families that share an encoder
+            _same(source, {k: v for k, v in ours.items() if k not in source.assumed}, theirs)
+            return
     if type(found) is not type(settings):
         raise UserError(
             f"{source.where}: weights of another model: {type(found).__qualname__} of "
@@ -80,7 +86,11 @@ def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
             skipped |= ours.keys() - of_predictor - {"rope"}
         if source.format.of_images:  # kernels of image models are resized
             skipped |= {"patch", "tubelet"}
-    compared = {key: value for key, value in ours.items() if key not in skipped}
+    _same(source, {key: value for key, value in ours.items() if key not in skipped}, theirs)
+
+
+def _same(source: Pretrained, compared: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise UserError unless settings are those of the source."""
     if different := differences(compared, theirs):
         text = f"{source.where}: weights of another model:\n{'; '.join(different)}"
         if source.choices and not source.step and "heads=" in text:
@@ -107,7 +117,7 @@ def assemble(source: Pretrained, leaves: Mapping[str, Any]) -> Iterator[tuple[st
     _match(source, in_file)
     rows = {row.path: row for row in source.format.rows}
     for path, leaf in in_file.items():
-        host = np.zeros(leaf.shape, leaf.dtype)
+        host = np.full(leaf.shape, path in source.format.ones, leaf.dtype)
         if path in rows:
             _fill(host, rows[path], source)
         if leaf.shape != leaves[path].shape:
@@ -142,7 +152,7 @@ def _match(source: Pretrained, leaves: Mapping[str, Any]) -> None:
     rows = {row.path: row for row in form.rows}
     faults, used = [], set()
     for path, leaf in leaves.items():
-        if path in form.zeros:
+        if path in form.zeros or path in form.ones:
             continue
         if path not in rows:
             faults.append(f"not in this format: {path}")

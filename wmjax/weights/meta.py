@@ -33,7 +33,6 @@ _OTHERS = {
     **dict.fromkeys(  # keys of config.json
         ("use_rope_interleave", "use_modality_embeddings", "interpolate_rope"), "V-JEPA 2.1"
     ),
-    **dict.fromkeys(("action_encoder", "state_encoder", "extrinsics_encoder"), "V-JEPA 2-AC"),
     **dict.fromkeys(
         ("verb_classifier", "noun_classifier", "action_classifier"),
         "the action anticipation head of EPIC-KITCHENS-100",
@@ -85,7 +84,7 @@ def refuse_other_models(where: str, names: Iterable[str]) -> None:
             if part in _OTHERS:
                 raise UserError(
                     f"{where}: {_OTHERS[part]}, as it has {name}: wmjax does not load this model; "
-                    "wanted V-JEPA 2, V-JEPA 1 or a video classification probe"
+                    "wanted V-JEPA 2, V-JEPA 2-AC, V-JEPA 1 or a video classification probe"
                 )
 
 

@@ -31,6 +31,7 @@ from wmjax.weights.tables import Format
 CONFIG = "model.json"  # beside the weights in an imported folder
 PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")  # of transformers
 _SPEC = InputSpec(16, 256, 256)  # for weights that take clips of any size
+_DROID = InputSpec(8, 256, 256, state_size=7, action_size=7)  # of the released V-JEPA 2-AC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +74,10 @@ class Pretrained:
     @property
     def parts(self) -> tuple[str, ...]:
         """Top-level parts of our tree that the weights contain, such as encoder and predictor."""
-        return tuple(
-            dict.fromkeys(
-                row.path.partition(".")[0]
-                for row in self.format.rows
-                if row.layer_names(1)[0][0] in self.tensors.shapes
-            )
-        )
+        form, there = self.format, self.tensors.shapes
+        paths = [row.path for row in form.rows if row.layer_names(1)[0][0] in there]
+        paths += [*form.zeros, *form.ones]
+        return tuple(dict.fromkeys(path.partition(".")[0] for path in paths))
 
 
 def open_pretrained(
@@ -145,6 +143,7 @@ def _own(folder: Path) -> Pretrained:
         saved.get("classifier", {}),
         tuple(saved.get("labels", ())),
         saved.get("clip", {}),
+        spec=InputSpec(**saved["spec"]) if "spec" in saved else _SPEC,
     )
 
 
@@ -379,7 +378,8 @@ def _meta(
     meta.refuse_other_models(where, named)
     parts = meta.choose_parts(where, saved, named, encoder)
     tensors = torch_tensors(parts.tensors)
-    model = _meta_sizes(where, tensors, parts.encoder)
+    acts = "predictor.action_encoder.weight" in tensors.shapes
+    model = _meta_sizes(where, tensors, parts.encoder, acts)
     released = {size[:2]: size[2] for size in SIZES.values()}.get((model["width"], model["depth"]))
     notes, clip, assumed = [f"the encoder is {parts.encoder}"], {}, []
     if positions := meta.fixed_positions(where, tensors, parts.encoder):
@@ -407,25 +407,29 @@ def _meta(
             assumed.append(key)
 
     choose("heads", heads, released, model["width"] // 64)
-    if (narrow := model.get("predictor_width")) and model["rope"] == "tiled":
+    if acts:
+        choose("predictor_heads", predictor_heads, None, model["predictor_width"] // 64)
+        notes.append("V-JEPA 2-AC: model.action='pose', actions and states as recorded")
+    elif (narrow := model.get("predictor_width")) and model["rope"] == "tiled":
         choose("predictor_heads", predictor_heads, 12 if narrow == 384 else None, narrow // 32)
     elif narrow:  # V-JEPA 1 takes the encoder's
         known = None if assumed else model["heads"]
         choose("predictor_heads", predictor_heads, known, model["heads"])
     return Pretrained(
         where,
-        tables.meta(parts.encoder),
+        (tables.meta_ac if acts else tables.meta)(parts.encoder),
         tensors,
         model,
         clip=clip,
+        spec=_DROID if acts else _SPEC,
         assumed=tuple(assumed),
         notes=tuple(notes),
         choices=parts.choices,
     )
 
 
-def _meta_sizes(where: str, tensors: Tensors, encoder: str) -> dict[str, Any]:
-    """Return the keys of `model` that the shapes of a checkpoint say."""
+def _meta_sizes(where: str, tensors: Tensors, encoder: str, acts: bool) -> dict[str, Any]:
+    """Return the keys of `model` that the shapes of a checkpoint say; acts: V-JEPA 2-AC."""
     shapes = tensors.shapes
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -447,12 +451,15 @@ def _meta_sizes(where: str, tensors: Tensors, encoder: str) -> dict[str, Any]:
         "rope": "tiled",
     }
     if any(name.startswith("predictor.") for name in shapes):
-        shape("predictor.mask_tokens.0", 3)
         model |= {
             "predictor_width": shape("predictor.predictor_embed.weight", 2)[0],
             "predictor_depth": _count(shapes, "predictor.predictor_blocks.*.norm1.weight"),
-            **_mask_tokens(_count(shapes, "predictor.mask_tokens.*")),
         }
+        if acts:
+            own = {"action": "pose", "normalize": False, "state_loss": 0.0}
+            return {"name": "vjepa2_ac", **model, **own}
+        shape("predictor.mask_tokens.0", 3)
+        model |= _mask_tokens(_count(shapes, "predictor.mask_tokens.*"))
     return model
 
 

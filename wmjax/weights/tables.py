@@ -45,6 +45,13 @@ CONV3D = _permuted(4, 3, 0, 1, 2)
 # The other tensor is the gain of LayerScale; reading multiplies it in.
 SCALED = Layout(SAME.file_shape, images.scaled, other_shape=lambda ours: ours[-1:])
 SCALED_LINEAR = Layout(LINEAR.file_shape, images.scaled_linear, other_shape=lambda ours: ours[-1:])
+# Our maps have an axis for the datasets of a mixture; the file has one.
+OF_ONE = Layout(lambda ours, _: ours[1:], lambda tensor, *_: tensor[None], lambda ours: ours[0])
+LINEAR_OF_ONE = Layout(
+    lambda ours, _: (ours[2], ours[1]),
+    lambda tensor, *_: tensor.T[None],
+    lambda ours: ours[0].T,
+)
 POSITIONS = Layout(images.position_shape, images.positions)
 
 
@@ -82,15 +89,16 @@ class TensorMap(NamedTuple):
 class Format(NamedTuple):
     """A table and its name.
 
-    ignored: patterns of names that are dropped. zeros: our paths that the format does not have;
-    they are loaded as zeros. of_images: True for an image model, which gives an encoder only and
-    may have another patch size.
+    ignored: patterns of names that are dropped. zeros, ones: our paths that the format does not
+    have; they are loaded as zeros and ones. of_images: True for an image model, which gives an
+    encoder only and may have another patch size.
     """
 
     name: str
     rows: tuple[TensorMap, ...]
     ignored: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
     of_images: bool = False
 
     def part(self, name: str) -> str | None:
@@ -228,6 +236,26 @@ def meta(encoder: str) -> Format:
             *_linear("predictor.proj", "predictor.predictor_proj"),
         ),
         ignored=(f"{encoder}.pos_embed", "predictor.predictor_pos_embed"),
+    )
+
+
+def meta_ac(encoder: str) -> Format:
+    """Return the table of Meta's V-JEPA 2-AC; its statistics are mean 0 and std 1."""
+    rows = meta(encoder).rows
+    own = [row for row in rows if row.path != "predictor.mask_tokens"]
+    for name in ("action", "state"):
+        own += [
+            TensorMap(
+                f"predictor.{name}.kernel", (f"predictor.{name}_encoder.weight",), LINEAR_OF_ONE
+            ),
+            TensorMap(f"predictor.{name}.bias", (f"predictor.{name}_encoder.bias",), OF_ONE),
+        ]
+    return Format(
+        f"V-JEPA 2-AC checkpoint of Meta, {encoder}",
+        tuple(own),
+        ignored=(*meta(encoder).ignored, "predictor.extrinsics_encoder."),
+        zeros=("of_action.mean_ZS", "of_state.mean_ZS"),
+        ones=("of_action.std_ZS", "of_state.std_ZS"),
     )
 
 
