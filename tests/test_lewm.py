@@ -324,3 +324,11 @@ def test_frames_of_another_size_are_refused(params):
     model = base.merge(BLUEPRINT.graph, params)
     with pytest.raises(UserError, match="wanted 12x12"):
         model.features({}, np.zeros((1, 2, 16, 12, 3), np.uint8))
+
+
+def test_its_size_is_the_published_one():
+    """LeWM has 18.04 million parameters: 224 px, patches of 14, 5 x 2 numbers of action."""
+    spec = base.InputSpec(4, 224, 224, views=1, stride=5, action_size=2)
+    blueprint = base.Blueprint.of({"name": "lewm"}, spec)
+    trained = blueprint.divide(blueprint.shapes, {})[0]
+    assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 18_034_478
