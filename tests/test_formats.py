@@ -756,7 +756,7 @@ def test_the_tools_follow_links_where_they_are_allowed(pusht, tmp_path, expected
         assert tools.run([*arguments, "--follow-links"]) == 0
     assert (tmp_path / "out" / VIDEO).is_file()
     assert open_pusht(tmp_path / "out").notes == []
-    assert tools.run(["check", str(pusht)]) == 1
+    assert tools.run(["check", str(pusht)]) == 2
     with refused("data.follow_links=True", str(tmp_path / "elsewhere")):
         tools.run(["transcode", str(pusht), str(tmp_path / "other")])
 

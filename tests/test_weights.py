@@ -594,7 +594,7 @@ def test_a_run_is_exported_with_its_target(tmp_path, params, capsys):
     }
     target = jax.tree.map(lambda leaf: leaf + 1, params["encoder"])
     for step in (1, 2):
-        state = TrainState(jnp.int32(step), params, {}, target, ({"mu": params},))
+        state = TrainState(jnp.int32(step), params, {}, target, {"mu": params})
         with Checkpoints(tmp_path / "run/checkpoints", keep=2) as checkpoints:
             checkpoints.save(step, state, {"position": step}, {"config": config})
     rows = [{"step": 1, "validation/loss": 0.5}, {"step": 2, "loss": 0.25, "data_wait": 0.1}]
