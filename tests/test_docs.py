@@ -12,7 +12,7 @@ from says import refused
 from shared_data import PUSHT
 
 import wmjax
-from wmjax import assemble, main, train
+from wmjax import assemble, main, serve, train
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo, evaluate, plan
@@ -44,6 +44,7 @@ DOORS = {
     "wmjax.main": main,
     "wmjax.bench": bench,
     "wmjax.data": data,
+    "wmjax.serve": serve,
     "wmjax.viz": viz,
     "wmjax.weights": weights,
 }
@@ -143,9 +144,7 @@ def test_keys_named_in_the_text_are_there():
 
 def test_commands_are_found():
     assert len(COMMANDS) > 15
-    assert {words[0] for words in COMMANDS} == {
-        *("wmjax.main", "wmjax.bench", "wmjax.data", "wmjax.viz", "wmjax.weights")
-    }
+    assert {words[0] for words in COMMANDS} == DOORS.keys()
 
 
 def test_links_between_pages_lead_somewhere():

@@ -151,7 +151,8 @@ def test_openpis_client_talks_to_it(serving, tmp_path):
     port, _ = serving
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", "openpi-client==0.1.2"], check=True)
+    needs = ["openpi-client==0.1.2", "typing_extensions"]  # which it does not name itself
+    subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
     code = (
         "import numpy as np\n"
         "from openpi_client.websocket_client_policy import WebsocketClientPolicy\n"

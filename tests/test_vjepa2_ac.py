@@ -331,7 +331,7 @@ def test_data_that_lacks_what_actions_need_is_refused(settings, spec, wanted):
         assert base.Blueprint.of(SETTINGS | settings, base.InputSpec(4, 12, 12, **sizes)).abstract
 
 
-def test_metas_file_comes_in_and_goes_out(record, params, tmp_path):
+def test_metas_torch_file_comes_in_and_goes_out(record, params, tmp_path):
     """Meta's .pt is read, kept in a folder, and written again as Meta's code reads it."""
     torch = pytest.importorskip("torch")
     saved = {"encoder": {}, "predictor": {}, "epoch": 3}
