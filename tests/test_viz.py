@@ -213,7 +213,7 @@ def test_a_page_holds_its_pictures_and_escapes_its_texts(tmp_path):
 def test_weights_without_a_predictor_are_drawn_without_predictions(seen, tmp_path):
     hidden = {name: h._replace(prediction_MD=None) for name, h in seen.hidden.items()}
     seen.hidden = hidden
-    files = [section.file.name for section in door.write_pictures(seen, tmp_path)]
+    files = [section.file.name for section in door.write_pictures(seen, None, tmp_path)]
     assert files == [
         *("masks.png", "features.png", "similarity.png", "retrieval.png"),
         *("clip_few.mp4", "clip_most.mp4"),

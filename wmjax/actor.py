@@ -13,7 +13,7 @@ import numpy as np
 
 from wmjax.arrays import as_array
 from wmjax.errors import UserError, suggest
-from wmjax.models.acting import ActingModel, Observation
+from wmjax.models.acting import ActingModel, Observation, repeat
 from wmjax.models.base import Blueprint, Params
 from wmjax.planning import plan as planning
 from wmjax.planning.policy import Policy
@@ -78,7 +78,22 @@ class Actor:
             )
             return blocks_BHA, model.to_robot(blocks_BHA, ids_B), cost_B
 
-        self._rollout = jax.jit(rollout)
+        def energy(
+            params: Params, seen: Observation, goal: Observation, action_NHPA: jax.Array
+        ) -> jax.Array:
+            model, target = built(params)
+            latent, wanted = model.observe(target, seen), model.observe(target, goal)
+            N, ids_B = len(action_NHPA), seen.dataset_ids_B
+            blocks_NHA = model.to_model(action_NHPA, jnp.repeat(ids_B, N))
+            goal_NND = repeat(model.embedding(wanted), N)
+            return planning.distances(model, repeat(latent, N), goal_NND, blocks_NHA)
+
+        def embed(params: Params, seen: Observation) -> jax.Array:
+            model, target = built(params)
+            return model.embedding(model.observe(target, seen))
+
+        self._rollout, self._energy = jax.jit(rollout), jax.jit(energy)
+        self._embed = jax.jit(embed)
         self._plan = jax.jit(plan, static_argnames="settings")
 
     def observation(self, shown: Any, recording: str = "") -> tuple[Observation, bool]:
@@ -180,12 +195,39 @@ class Actor:
     def rollout(self, params: Params, shown: Any, actions: Any, recording: str = "") -> np.ndarray:
         """Return what the model imagines after each block; see `inference.Model.rollout`."""
         seen, single = self.observation(shown, recording)
+        blocks = self._blocks(actions, recording, single, len(seen.state_BTS))
+        ahead = np.asarray(self._rollout(params, seen, blocks))
+        return ahead[0] if single else ahead
+
+    def energy(
+        self, params: Params, shown: Any, goal: Any, actions: Any, recording: str = ""
+    ) -> np.ndarray:
+        """Return distances to a goal after each block; see `inference.Model.energy`."""
+        seen, single = self.observation(shown, recording)
+        wanted, one_goal = self._goal(goal, recording)
+        if not (single and one_goal):
+            raise UserError("energy: wanted one observation and one goal, with many actions")
+        several = np.ndim(actions) == 3
+        found = np.asarray(as_array("actions", actions), np.float32)
+        found = found if several else found[None]
+        blocks = self._blocks(found, recording, False, len(found))
+        distance_NH = np.asarray(self._energy(params, seen, wanted, blocks))
+        return distance_NH if several else distance_NH[0]
+
+    def embed(self, params: Params, shown: Any, recording: str = "") -> np.ndarray:
+        """Return what is compared with a goal; see `inference.Model.embed`."""
+        seen, single = self.observation(shown, recording)
+        z_BND = np.asarray(self._embed(params, seen))
+        return z_BND[0] if single else z_BND
+
+    def _blocks(self, actions: Any, recording: str, single: bool, batch: int) -> np.ndarray:
+        """Return actions as blocks, BHPA, padded to the widest robot's."""
         P, A = self._model.block
         action = np.asarray(as_array("actions", actions), np.float32)
         own = self._action_size(recording)
         if single and action.ndim == 2:
             action = action[None]
-        if action.ndim != 3 or action.shape[0] != len(seen.state_BTS) or action.shape[2] != own:
+        if action.ndim != 3 or action.shape[0] != batch or action.shape[2] != own:
             raise UserError(f"actions of shape {np.shape(actions)}: wanted (steps, {own})")
         if not action.shape[1] or action.shape[1] % P:
             raise UserError(
@@ -195,8 +237,7 @@ class Actor:
         action = np.pad(action, ((0, 0), (0, 0), (0, A - own)))
         blocks = action.reshape(len(action), -1, P, A)
         self._check_horizon("actions: blocks", blocks.shape[1])
-        ahead = np.asarray(self._rollout(params, seen, blocks))
-        return ahead[0] if single else ahead
+        return blocks
 
     def _action_size(self, recording: str) -> int:
         about, A = self._recording(recording)[1], self._model.block[1]

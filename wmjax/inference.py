@@ -23,6 +23,7 @@ from wmjax.arrays import as_array
 from wmjax.data.media.transforms import FULL_BOX, centre_box, crop_and_scale
 from wmjax.errors import UserError
 from wmjax.models import base
+from wmjax.models.acting import ActingModel
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from wmjax.models.vjepa2 import VJEPA2Settings
@@ -247,6 +248,30 @@ class Model:
         frames one after another. recording: which dataset of a mixture the robot is.
         """
         return self._actor.rollout(self.params, observation, actions, recording)
+
+    @property
+    def recordings(self) -> list[dict[str, Any]]:
+        """The datasets that a model was trained on: names, cameras, state, action and rate."""
+        return [dict(each) for each in self._recordings]
+
+    @property
+    def acts(self) -> bool:
+        """Whether the model imagines what actions lead to, and plans."""
+        return issubclass(self._blueprint.family, ActingModel)
+
+    def embed(self, observation: Any, *, recording: str = "") -> np.ndarray:
+        """Return the embedding of an observation, (N, D), that plans compare with the goal's."""
+        return self._actor.embed(self.params, observation, recording)
+
+    def energy(
+        self, observation: Any, goal: Any, actions: Any, *, recording: str = ""
+    ) -> np.ndarray:
+        """Return the distance to a goal after each block of actions, (H,).
+
+        Arguments as for rollout and plan. actions: (H x P, A); or (N, H x P, A), of which each is
+        imagined from the same observation; then the result is (N, H).
+        """
+        return self._actor.energy(self.params, observation, goal, actions, recording)
 
     def plan(
         self,

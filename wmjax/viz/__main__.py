@@ -20,6 +20,7 @@ from wmjax.viz.page import Section
 
 if TYPE_CHECKING:  # jax is imported after the flags are parsed
     from wmjax.inference import Model
+    from wmjax.viz.acting import Acted
     from wmjax.viz.look import Look
 
 _FPS = 4.0  # of the videos: slow enough to compare six tiles
@@ -100,11 +101,12 @@ def configuration(
 
 def see(
     name: str, dataset: str | None, overrides: list[str], clips: int, trust: tuple[str, ...]
-) -> tuple["Look", list[tuple[str, str]]]:
-    """Load a model and encode clips; return the result and (name, value) facts for the page."""
+) -> tuple["Look", "Acted | None", list[tuple[str, str]]]:
+    """Load a model and encode clips; return the results and (name, value) facts for the page."""
     from wmjax import assemble
     from wmjax.data.settings import size
     from wmjax.inference import load
+    from wmjax.viz.acting import act
     from wmjax.viz.look import look, read_clips
 
     model = load(name, trust=trust)
@@ -127,6 +129,7 @@ def see(
     seen = look(model, read, masks)
     if not seen.finite:
         raise UserError(f"{name}: features are not finite: the model has diverged")
+    acted = act(model, read) if model.acts and len(model.recordings) == 1 else None
     facts = [
         ("model", name),
         ("held-out data", source.describe()),
@@ -138,10 +141,10 @@ def see(
         ),
         *(("note", note) for note in model.notes),
     ]
-    return seen, facts
+    return seen, acted, facts
 
 
-def write_pictures(seen: "Look", out: Path) -> list[Section]:
+def write_pictures(seen: "Look", acted: "Acted | None", out: Path) -> list[Section]:
     """Write all pictures and videos of the clips into `out`; return them for the page."""
     from wmjax.viz import draw, features, frames
     from wmjax.viz.video import write_mp4
@@ -158,6 +161,8 @@ def write_pictures(seen: "Look", out: Path) -> list[Section]:
     }
     if predicts:
         figures["error"] = draw.errors(seen)
+    if acted:
+        figures |= {"rollouts": draw.rollouts(acted), "energies": draw.energies(acted)}
     for name, figure in figures.items():
         draw.save(figure, out / f"{name}.png")
     sections = [
@@ -203,6 +208,18 @@ TEXTS = {
         "Mean absolute difference between predicted and target features at the predicted tokens. "
         "Grey tokens are not predicted.",
     ),
+    "rollouts": (
+        "Roll-outs",
+        "From the first frame and the recorded actions, the model imagines the frames that follow. "
+        "Shown are the recorded frames whose embeddings are nearest to what it imagines, out of "
+        "all encoded clips. The numbers count blocks of actions.",
+    ),
+    "energies": (
+        "Energy of actions",
+        "Distance from the imagined next frame to the recorded one, for a block that repeats one "
+        "action. A model that is ready to plan has its lowest energy near the recorded action. "
+        "Other numbers of the action are as recorded.",
+    ),
 }
 
 
@@ -218,13 +235,13 @@ def run(argv: list[str]) -> int:
     runs = {name: curves.read(Path(name)) for name in ([first] if is_run else []) + others}
     print(f"loading {first}; pictures go to {out}", flush=True)
     door.keep_compiled()
-    seen, facts = see(first, flags.dataset, overrides, flags.clips, tuple(flags.trust))
+    seen, acted, facts = see(first, flags.dataset, overrides, flags.clips, tuple(flags.trust))
     try:
         out.mkdir(parents=True, exist_ok=True)
         refuse_links(out)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
-    sections = write_pictures(seen, out)
+    sections = write_pictures(seen, acted, out)
     if all(hidden.prediction_MD is None for hidden in seen.hidden.values()):
         print("these weights do not predict: predictions and errors are not drawn")
     if any(runs.values()):

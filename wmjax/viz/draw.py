@@ -8,6 +8,7 @@ import numpy as np
 
 from wmjax.errors import UserError, how_to_install
 from wmjax.viz import curves, features, frames
+from wmjax.viz.acting import Acted
 from wmjax.viz.features import Basis
 from wmjax.viz.look import Hidden, Look
 
@@ -130,6 +131,31 @@ def retrieval(look: Look, queries: int = 4, found: int = 5) -> "Figure":
             _picture(axes[y, x], picture)
             axes[y, x].set_title(label, fontsize=8)
     return figure
+
+
+def energies(acted: Acted) -> "Figure":
+    """Draw the energy landscape of one block, with the recorded action."""
+    figure = _figure(5.2, 4.2)
+    axis = figure.subplots()
+    image = axis.pcolormesh(acted.x_X, acted.y_Y, acted.energy_YX, cmap=_HEAT, shading="nearest")
+    axis.plot(*acted.taken, "o", color="white", markeredgecolor="black", label="recorded")
+    row, column = np.unravel_index(acted.energy_YX.argmin(), acted.energy_YX.shape)
+    best = acted.x_X[column], acted.y_Y[row]
+    axis.plot(*best, "s", color="white", markeredgecolor="black", label="lowest")
+    axis.set(xlabel=f"action[{acted.numbers[0]}]", ylabel=f"action[{acted.numbers[1]}]")
+    axis.legend(fontsize=8)
+    figure.colorbar(image, ax=axis, label="distance to the next frame")
+    return figure
+
+
+def rollouts(acted: Acted) -> "Figure":
+    """Draw recorded frames, and below them the frames that are nearest to what is imagined."""
+    rows: list[Row] = []
+    for number, (true, nearest) in enumerate(zip(acted.true_CT, acted.nearest_CT, strict=True)):
+        shown = np.linspace(0, len(true) - 1, min(len(true), _COLUMNS)).round().astype(int)
+        rows.append((f"clip {number}\nrecorded", [true[t] for t in shown]))
+        rows.append(("imagined", [nearest[t] for t in shown]))
+    return _table(rows, [f"{t}" for t in shown])
 
 
 def reports(runs: Mapping[str, curves.Run]) -> "Figure":
