@@ -120,6 +120,17 @@ def test_a_roll_out_is_what_the_plan_imagines():
     assert float(np.sum(np.square(ahead[-1] - z[0]))) == pytest.approx(float(found.cost), rel=1e-4)
 
 
+def test_energies_are_distances_of_roll_outs():
+    made, params = actor()
+    actions = np.random.default_rng(3).standard_normal((4, 6, 2)).astype(np.float32)
+    found = made.energy(params, SHOWN, picture(1), actions)
+    goal = made.embed(params, {**SHOWN, "top": picture(1)})
+    ahead = np.stack([made.rollout(params, SHOWN, each) for each in actions])
+    assert found.shape == (4, 2)
+    np.testing.assert_allclose(found, np.square(ahead - goal).sum((2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(made.energy(params, SHOWN, picture(1), actions[2]), found[2])
+
+
 def test_a_policy_replans_when_its_blocks_are_done():
     made, params = actor()
     policy = made.policy(params, picture(1), SHORT, "", "recorded", 0)
