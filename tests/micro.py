@@ -27,6 +27,16 @@ OVERRIDES = (
     "eval.probe_every=0",
     "checkpoint.every=1000",
 )
+# Runs a command with SIGHUP and SIGINT as in a terminal: nohup, and jobs of a shell in the
+# background, ignore them. A preexec_fn would fork, of which jax warns.
+AS_IN_A_TERMINAL = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys\n"
+    "for number in (signal.SIGHUP, signal.SIGINT):\n"
+    "    signal.signal(number, signal.SIG_DFL)\n"
+    "os.execvp(sys.argv[1], sys.argv[1:])",
+)
 FLOP = 107_139_072  # of one step on 8 clips; test_bench counts it by hand
 
 

@@ -195,10 +195,8 @@ def run_shim(tmp_path, number, *command):
     environment = micro.environment(1)
     environment["PYTHONPATH"] = f"{tmp_path}:{micro.ROOT}"
     return subprocess.run(
-        [*command, sys.executable, "-m", "wmjax.main", "--list"],
+        [*micro.AS_IN_A_TERMINAL, *command, sys.executable, "-m", "wmjax.main", "--list"],
         env=environment,
-        # A shell starts its jobs in the background without SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         capture_output=True,
         text=True,
         timeout=60,

@@ -774,17 +774,21 @@ def test_a_lost_terminal_saves_and_ends_with_129(tmp_path):
     """The terminal closes, as when ssh drops: writing to it fails from then on."""
     own, terminal = os.openpty()
     # The leader of a session gets the first terminal that it opens.
-    command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(terminal)]
+    shell = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(terminal)]
+    command = [*micro.AS_IN_A_TERMINAL, *shell]
     steps = ("train.num_steps=100000", "optim.schedule_steps=100000")
     child = subprocess.Popen(
         [*command, *micro.command(tmp_path, *steps)],
         env=micro.environment(1),
         start_new_session=True,
     )
-    shown = b""
-    while b"step" not in shown.split(b"first step done")[-1] or b"first step done" not in shown:
-        shown += os.read(own, 4096)
-    os.close(terminal)
-    os.close(own)
-    assert child.wait(timeout=60) == 129
+    try:
+        shown = b""
+        while b"step" not in shown.split(b"first step done")[-1] or b"first step done" not in shown:
+            shown += os.read(own, 4096)
+        os.close(terminal)
+        os.close(own)
+        assert child.wait(timeout=60) == 129
+    finally:
+        child.kill()
     assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
