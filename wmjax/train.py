@@ -107,7 +107,7 @@ def train(
             num_steps=num_steps,
             start=start,
             config=configs.plain(config),
-            alarms=alarms.Alarms(alarms.warmup_steps(configs.plain(config))),
+            alarms=alarms.Alarms(alarms.warmup_steps(configs.plain(config)), bool(state.target)),
             before_write=owner.check,
             **config.log,
         )

@@ -42,7 +42,7 @@ def evaluate(
         return assemble.make_pipeline(config, setup, split, held_out=True)
 
     entry: dict[str, Any] = {"step": step}
-    judge = Alarms()
+    judge = Alarms(ema=bool(state.target))
     say("compiling and reading clips ...")
     for evaluator in assemble.open_evaluators(config, setup, workdir, open_batches):
         found = evaluator(step, state)

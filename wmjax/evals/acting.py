@@ -211,9 +211,13 @@ def inverse_r2(pairs: Mapping[str, list[Any]]) -> float:
 
 
 def row(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return figures for a report: acting/NAME, and acting/NAME/random of untrained weights."""
+    """Return figures for a report: acting/NAME, and acting/NAME/random of untrained weights.
+
+    What cannot be measured, such as R2 of an action that never varies, is left out.
+    """
     trained = {f"acting/{name}": value for name, value in found["trained"].items()}
-    return trained | {f"acting/{name}/random": value for name, value in found["random"].items()}
+    random = {f"acting/{name}/random": value for name, value in found["random"].items()}
+    return {name: value for name, value in (trained | random).items() if np.isfinite(value)}
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:

@@ -115,10 +115,12 @@ def _of_video(row: Row) -> list[str]:
 class Alarms:
     """Judges the reports of a run, in order; `alarms(step, row)` returns the texts for one.
 
-    warmup: steps of the warm-up. History is kept, so that falls and jumps are seen.
+    warmup: steps of the warm-up. ema: whether the model has an EMA target. History is kept, so that
+    falls and jumps are seen.
     """
 
-    def __init__(self, warmup: float = 0.0) -> None:
+    def __init__(self, warmup: float = 0.0, ema: bool = True) -> None:
+        self._ema = ema
         self._settled = max(SETTLED, 2 * warmup)
         self._highest: dict[str, float] = {}  # of figures that should not fall
         self._best_relative = math.inf
@@ -147,7 +149,7 @@ class Alarms:
         ]
 
     def _collapse(self, row: Row) -> list[str]:
-        remedy = "lower optim.learning_rate, or raise optim.ema"
+        remedy = "lower optim.learning_rate" + (", or raise optim.ema" if self._ema else "")
         cosine, rank, share, distance = (
             row.get(f"health/target_{name}")
             for name in ("cosine", "rank", "clip_share", "distance")
@@ -230,8 +232,8 @@ class Alarms:
                 if level - FALL > 0 and trained < level - FALL and was_above:
                     texts.append(
                         f"features get worse: the probe of {label} has R2 {trained:.2f}, {kind} "
-                        f"{level:.2f}; lower optim.learning_rate, or raise optim.ema or "
-                        "data.batch_size"
+                        f"{level:.2f}; lower optim.learning_rate, or raise "
+                        f"{'optim.ema or ' if self._ema else ''}data.batch_size"
                     )
                     break
         return texts
