@@ -16,6 +16,8 @@ from wmjax import config as configs
 from wmjax.run.checkpoint import Saved
 from wmjax.train import train
 
+pytestmark = pytest.mark.processes  # two runs on eight devices each
+
 DATA = Path(__file__).parent / "data"
 ROBOTS = f"{DATA}/pusht_sim_v3:1,{DATA}/recordings/v3_place_float:1"
 SMALL = (

@@ -43,7 +43,7 @@ def test_it_builds_at_full_size_without_a_number_in_memory(name):
 
 # What every micro run varies; and those that, shrunk, differ from others in values alone.
 EVERYWHERE = {"debug_world_model", "vjepa2_cooldown", "vjepa2_small"} | {
-    *("lewm_pusht", "lewm_tworoom", "vjepa2_ac_droid"),
+    *("lewm_lerobot", "lewm_tworoom", "vjepa2_ac_droid"),
 }
 
 

@@ -14,6 +14,8 @@ from says import holds, lines_with, says
 
 from wmjax.run import exits
 
+pytestmark = pytest.mark.processes  # a command each
+
 TERM, INT = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 
