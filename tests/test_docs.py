@@ -167,7 +167,7 @@ HUB = "facebook/vjepa2-vitl-fpc64-256"
 def runnable():
     """Yield the commands in an order in which each finds what it needs, trainings first."""
     whole = [words for words in COMMANDS if len(words) > 2 or words[1].startswith(("--", "run"))]
-    others = ("--coordinator", "mypackage")  # have tests of their own
+    others = ("--coordinator", "mypackage", "wmjax.serve")  # have tests of their own
     alone = [words for words in whole if not any(o in word for word in words for o in others)]
 
     def place(words):
@@ -176,6 +176,18 @@ def runnable():
         return words[0] != "wmjax.main" or doing or needs_weights, needs_weights, words
 
     return sorted(alone, key=place)
+
+
+def known(argv, overrides):
+    """Return the overrides whose key the model of the command's configuration has."""
+    (name,) = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    model = configs.load(name.replace("my_robot.py", "vjepa2_aloha"), ()).model
+    prefix = "--config.model."
+    return [
+        word
+        for word in overrides
+        if not word.startswith(prefix) or word.removeprefix(prefix).partition("=")[0] in model
+    ]
 
 
 @pytest.mark.processes
@@ -197,9 +209,11 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         if "transcode" in argv:
             argv[2] = "transcoded"
         if module in ("wmjax.main", "wmjax.bench"):
-            argv += [] if "--list" in argv else small
+            argv += [] if "--list" in argv else known(argv, small)
         if module == "wmjax.bench":
-            argv += ["--steps=2"] if argv[0] == "step" else ["--batches=2"]
+            plans = ["--plans=1", "--plan=fast,samples=8,iterations=1,elites=2"]
+            few = {"step": ["--steps=2"], "data": ["--batches=2"], "plan": plans}
+            argv += few[argv[0]]
         if "--mode=plan" not in argv:
             argv = [word for word in argv if "fsdp" not in word]
         assert DOORS[module].run(argv) == 0, (words, capsys.readouterr())
