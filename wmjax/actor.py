@@ -17,7 +17,7 @@ from wmjax.models.acting import ActingModel, Observation, repeat
 from wmjax.models.base import Blueprint, Params
 from wmjax.planning import plan as planning
 from wmjax.planning.policy import Policy
-from wmjax.planning.search import Settings, parse
+from wmjax.planning.search import Settings, of_keys, parse
 
 Built = Callable[[Params], tuple[ActingModel, Params]]
 Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
@@ -176,11 +176,7 @@ class Actor:
         elif isinstance(plan, str):
             found = parse(plan)
         else:
-            known = [field.name for field in dataclasses.fields(Settings)]
-            for key in plan:
-                if key not in known:
-                    raise UserError(f"plan.{key}: no such key{suggest(key, known)}")
-            found = Settings(**plan)
+            found = of_keys(plan)
         self._check_horizon("plan.horizon", found.horizon)
         return found
 

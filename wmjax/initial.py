@@ -3,7 +3,6 @@
 Takes plain arguments and knows no configuration object.
 """
 
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 from wmjax import weights
 from wmjax.errors import UserError
-from wmjax.models.base import combine, family_named, freeze_patterns, function_of
+from wmjax.models.base import combine, freeze_patterns, function_of
 from wmjax.run.checkpoint import Saved
 from wmjax.run.files import check_utf8
 from wmjax.step import Steps, TrainState
@@ -53,7 +52,7 @@ def make_state(
     saved = Saved(Path(os.path.expanduser(where)) / "checkpoints")
     config = saved.meta["config"]
     frozen = freeze_patterns(config["optim"].get("freeze", ""))
-    if not _same_family(steps, config["model"]["name"]):
+    if not steps.blueprint.is_of(config["model"]["name"]):
         return _from_weights(steps, where, init_encoder)
     if init_encoder or frozen != steps.blueprint.freeze:
         state, origin = _from_weights(steps, where, init_encoder)
@@ -66,14 +65,6 @@ def make_state(
         )
     notes = steps.blueprint.check_function(config["model"], f"init_from={where}")
     return state, "\n".join([origin, *(f"  unlike that run: {note}" for note in notes)])
-
-
-def _same_family(steps: Steps, name: str) -> bool:
-    """Say whether a name is that of the model's own family; an unknown one is not."""
-    family = steps.blueprint.family
-    with contextlib.suppress(UserError):
-        return family_named(name, (family.__module__.partition(".")[0],)) is family
-    return False
 
 
 def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, str]:
@@ -94,7 +85,7 @@ def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, s
         source = open_encoder("encoder")
     shapes = combine(abstract.params, abstract.frozen)
     shapes = {part: tree for part, tree in shapes.items() if part in source.parts}
-    if not _same_family(steps, source.model.get("name", "vjepa2")):
+    if not blueprint.is_of(source.model.get("name", "vjepa2")):
         shapes = {part: tree for part, tree in shapes.items() if part == "encoder"}
     if not shapes or ("encoder" not in shapes and not source.step):
         raise UserError(f"{where}: has {', '.join(source.parts)}; wanted an encoder")

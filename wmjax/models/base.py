@@ -274,6 +274,17 @@ class Blueprint:
     def create(self, rngs: nnx.Rngs) -> WorldModel:
         return self.family.create(self.settings, self.compute, self.spec, self.statistics, rngs)
 
+    @property
+    def _package(self) -> tuple[str]:
+        """The package of the family, which the user has named and so trusts."""
+        return (self.family.__module__.partition(".")[0],)
+
+    def is_of(self, name: str) -> bool:
+        """Return whether a name is that of this family; one of an unknown package is not."""
+        with contextlib.suppress(UserError):
+            return family_named(name, self._package) is self.family
+        return False
+
     def check_function(self, group: Mapping[str, Any], where: str) -> list[str]:
         """Compare with the `model` group of saved parameters; list differences of no consequence.
 
@@ -281,14 +292,10 @@ class Blueprint:
         UserError for another family, or a setting with which the same parameters compute something
         else.
         """
-        trust = (self.family.__module__.partition(".")[0],)  # the user has named it already
-        family: Any = group["name"]
-        with contextlib.suppress(UserError):  # of a package that this run does not use
-            family = family_named(group["name"], trust)
-        if family is not self.family:
+        if not self.is_of(group["name"]):
             wanted = f"{self.family.__module__}:{self.family.__qualname__}"
             raise UserError(f"{where}: model.name={group['name']!r}; wanted {wanted}")
-        saved = settings_of(group, trust)
+        saved = settings_of(group, self._package)
         if different := differences(function_of(self.settings), function_of(saved)):
             raise UserError(
                 f"{where}: its parameters were trained with other settings:\n{'; '.join(different)}"

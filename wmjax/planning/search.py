@@ -6,7 +6,7 @@ does not depend on its neighbours in the batch. Actions are the model's: normali
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -101,14 +101,24 @@ def parse(text: str) -> Settings:
     if name not in PRESETS:
         near = suggest(name, list(PRESETS))
         raise UserError(f"plan={name!r}: unknown{near}; there are: {', '.join(PRESETS)}")
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    changed = dict(PRESETS[name])
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        if key not in defaults:
-            raise UserError(f"plan.{key}: no such key{suggest(key, list(defaults))}")
-        changed[key] = _value(key, value, type(defaults[key]))
-    return Settings(**changed)
+    texts = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+    _check_keys(texts)
+    defaults = vars(Settings())
+    changed = {key: _value(key, text, type(defaults[key])) for key, text in texts.items()}
+    return Settings(**PRESETS[name] | changed)
+
+
+def of_keys(keys: Mapping[str, Any]) -> Settings:
+    """Return settings from keys that differ from the defaults."""
+    _check_keys(keys)
+    return Settings(**keys)
+
+
+def _check_keys(keys: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for key in keys:
+        if key not in known:
+            raise UserError(f"plan.{key}: no such key{suggest(key, known)}")
 
 
 def _value(key: str, text: str, kind: type) -> Any:
