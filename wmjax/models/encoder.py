@@ -1,5 +1,6 @@
 """The video encoder: patches of the tokens that are seen -> features of these tokens."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, check_choice, check_range
 from wmjax.nn import rope
 from wmjax.nn.compute import Compute
 from wmjax.nn.kernels.devices import Lengths
@@ -28,6 +29,57 @@ SIZES = {  # width, depth, heads, mlp_ratio; from large on as released with V-JE
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in 0..1, as every released model has it
 PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+LARGEST = {  # of settings that somebody else may have written
+    "width": 2**15,
+    "depth": 512,
+    "heads": 2**10,
+    "mlp_ratio": 64,
+    "patch": 2**10,
+    "tubelet": 2**10,
+    "position_grid": 2**10,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSettings:
+    """Keys of the `model` group that families with a video encoder share; VJEPA2Settings has more.
+
+    size: tiny, small, base, large, huge, giant or gigantic. width, depth, heads, mlp_ratio: in
+    place of the size's; 0 or None: as the size says. patch: pixels of a patch, both ways. tubelet:
+    frames of a patch. rope: tiled (V-JEPA 2), interleaved (2.1), or in its place fixed embeddings,
+    sincos and sincos_uniform (V-JEPA 1 with uniform_power). position_grid: side of the learned
+    table of positions, which weights of an image model bring; rope is then the predictor's alone.
+    """
+
+    size: str = "large"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    patch: int = 16
+    tubelet: int = 2
+    rope: str = "tiled"
+    position_grid: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("model.size", self.size, list(SIZES))
+        check_choice("model.rope", self.rope, rope.KINDS)
+        for key, most in LARGEST.items():
+            least = 1 if key in ("patch", "tubelet") else 0
+            check_range(f"model.{key}", getattr(self, key), least, most)
+
+    @property
+    def encoder(self) -> dict[str, int]:
+        """Width, depth, heads and hidden width of the encoder."""
+        return resolve_size(self.size, self.width, self.depth, self.heads, self.mlp_ratio)
+
+    @property
+    def encoder_function(self) -> dict[str, Any]:
+        """What decides what the encoder's parameters compute."""
+        keys = {key: getattr(self, key) for key in ("patch", "tubelet", "rope")}
+        return {**self.encoder, "position_grid": self.position_grid or 0, **keys}
 
 
 class PatchEmbed(nnx.Module):
@@ -92,6 +144,18 @@ class Encoder(nnx.Module):
         self.norm = LayerNorm((width,), ("embed",))
         self.positions = Positions(rngs, position_grid, width) if position_grid else None
         self.width, self.heads, self.rope_kind = width, heads, rope_kind
+
+    @classmethod
+    def of(cls, settings: EncoderSettings, compute: Compute, rngs: nnx.Rngs) -> "Encoder":
+        return cls(
+            rngs,
+            **settings.encoder,
+            patch=settings.patch,
+            tubelet=settings.tubelet,
+            rope_kind=settings.rope,
+            position_grid=settings.position_grid,
+            compute=compute,
+        )
 
     def token_grid(self, frames: int, height: int, width: int) -> TokenGrid:
         tubelet, patch = self.patch_embed.kernel.shape[:2]

@@ -14,23 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wmjax.errors import check_choice, check_range
+from wmjax.errors import check_range
 from wmjax.models.base import InputSpec, Params, Stage, WorldModel, merge
-from wmjax.models.encoder import SIZES, Encoder, resolve_size, token_grid
+from wmjax.models.encoder import Encoder, EncoderSettings, token_grid
 from wmjax.models.predictor import Predictor
-from wmjax.nn import layers, norm, rope
+from wmjax.nn import layers, norm
 from wmjax.nn.compute import Compute
 from wmjax.types import Term, TokenGrid, WorldModelInput, WorldModelOutput
 
 MaskIds = list[tuple[jax.Array, jax.Array]]  # context and target ids of each mask
 LARGEST = {
-    "width": 2**15,
-    "depth": 512,
-    "heads": 2**10,
-    "mlp_ratio": 64,
-    "patch": 2**10,
-    "tubelet": 2**10,
-    "position_grid": 2**10,
     "predictor_width": 2**15,
     "predictor_depth": 512,
     "predictor_heads": 2**10,
@@ -40,27 +33,13 @@ TARGET_EPS = 1e-5  # of the layer norm on the targets, unlike the model's own
 
 
 @dataclasses.dataclass(frozen=True)
-class VJEPA2Settings:
-    """Keys of the `model` group that belong to V-JEPA 2.
+class VJEPA2Settings(EncoderSettings):
+    """Keys of the `model` group that belong to V-JEPA 2, besides those of its encoder.
 
-    size: tiny, small, base, large, huge, giant or gigantic. width, depth, heads, mlp_ratio: of the
-    encoder, in place of the size's; 0 or None: as the size says. patch: pixels of a patch, both
-    ways. tubelet: frames of a patch. rope: tiled (V-JEPA 2), interleaved (2.1), or in its
-    place fixed embeddings, sincos and sincos_uniform (V-JEPA 1 with uniform_power).
-    position_grid: side of the encoder's learned table of positions, which weights of an image model
-    bring; rope is then the predictor's alone. loss_exp: mean |prediction - target|^loss_exp /
-    loss_exp.
+    predictor_width, predictor_depth, predictor_heads, num_mask_tokens, mask_index: of the
+    predictor. loss_exp: mean |prediction - target|^loss_exp / loss_exp.
     """
 
-    size: str = "large"
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
-    patch: int = 16
-    tubelet: int = 2
-    rope: str = "tiled"
-    position_grid: int = 0
     predictor_width: int = 384
     predictor_depth: int = 12
     predictor_heads: int = 12
@@ -69,22 +48,9 @@ class VJEPA2Settings:
     loss_exp: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("model.size", self.size, list(SIZES))
-        check_choice("model.rope", self.rope, rope.KINDS)
+        super().__post_init__()
         for key, most in LARGEST.items():
-            least = 0 if key in ("width", "depth", "heads", "mlp_ratio", "position_grid") else 1
-            check_range(f"model.{key}", getattr(self, key), least, most)
-
-    @property
-    def encoder(self) -> dict[str, int]:
-        """Width, depth, heads and hidden width of the encoder."""
-        return resolve_size(self.size, self.width, self.depth, self.heads, self.mlp_ratio)
-
-    @property
-    def encoder_function(self) -> dict[str, Any]:
-        """What decides what the encoder's parameters compute, as other families have it too."""
-        keys = {key: getattr(self, key) for key in ("patch", "tubelet", "rope")}
-        return {**self.encoder, "position_grid": self.position_grid or 0, **keys}
+            check_range(f"model.{key}", getattr(self, key), 1, most)
 
     @property
     def function(self) -> dict[str, Any]:
@@ -106,20 +72,11 @@ class VJEPA2(WorldModel):
         rngs: nnx.Rngs,
     ) -> "VJEPA2":
         del spec, statistics  # sizes come from the input; states and actions are not read
-        sizes = settings.encoder
         return cls(
-            encoder=Encoder(
-                rngs,
-                **sizes,
-                patch=settings.patch,
-                tubelet=settings.tubelet,
-                rope_kind=settings.rope,
-                position_grid=settings.position_grid,
-                compute=compute,
-            ),
+            encoder=Encoder.of(settings, compute, rngs),
             predictor=Predictor(
                 rngs,
-                encoder_width=sizes["width"],
+                encoder_width=settings.encoder["width"],
                 width=settings.predictor_width,
                 depth=settings.predictor_depth,
                 heads=settings.predictor_heads,

@@ -24,7 +24,7 @@ from wmjax.models.acting import (
     weighted_mean,
 )
 from wmjax.models.base import InputSpec, Params, merge
-from wmjax.models.encoder import SIZES, Encoder, resolve_size, token_grid
+from wmjax.models.encoder import Encoder, EncoderSettings, token_grid
 from wmjax.nn import layers, norm, pose
 from wmjax.nn.compute import Compute
 from wmjax.nn.layers import Past
@@ -37,11 +37,10 @@ POSE = 7  # numbers of a pose: place 3, rotation 3, gripper 1
 
 
 @dataclasses.dataclass(frozen=True)
-class VJEPA2ACSettings:
-    """Keys of the `model` group that belong to V-JEPA 2-AC.
+class VJEPA2ACSettings(EncoderSettings):
+    """Keys of the `model` group that belong to V-JEPA 2-AC, besides those of its encoder.
 
-    size, width, depth, heads, mlp_ratio, patch, tubelet, rope, position_grid: of the encoder, as
-    for vjepa2. predictor_width, predictor_depth, predictor_heads: of the predictor. joint: True
+    predictor_width, predictor_depth, predictor_heads: of the predictor. joint: True
     trains the encoder too, with an EMA target; False: it is frozen.
     action: recorded: the recorded actions between two frames. difference: of the states of two
     frames. pose: the same for states of place, rotation (Euler x, y, z) and gripper, as in DROID.
@@ -51,15 +50,6 @@ class VJEPA2ACSettings:
     keeps the last state.
     """
 
-    size: str = "large"
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
-    patch: int = 16
-    tubelet: int = 2
-    rope: str = "tiled"
-    position_grid: int = 0
     predictor_width: int = 1024
     predictor_depth: int = 24
     predictor_heads: int = 16
@@ -71,27 +61,14 @@ class VJEPA2ACSettings:
     state_loss: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("model.size", self.size, list(SIZES))
+        super().__post_init__()
         check_choice("model.rope", self.rope, ("tiled", "interleaved"))
         check_choice("model.action", self.action, ACTIONS)
-        for key in ("width", "depth", "heads", "mlp_ratio", "position_grid"):
-            check_range(f"model.{key}", getattr(self, key), 0, 2**15)
-        for key in ("patch", "tubelet", "predictor_depth", "predictor_heads", "rollout"):
+        for key in ("predictor_depth", "predictor_heads", "rollout"):
             check_range(f"model.{key}", getattr(self, key), 1, 2**10)
         check_range("model.predictor_width", self.predictor_width, 1, 2**15)
         check_above("model.loss_exp", self.loss_exp)
         check_least("model.state_loss", self.state_loss)
-
-    @property
-    def encoder(self) -> dict[str, int]:
-        """Width, depth, heads and hidden width of the encoder."""
-        return resolve_size(self.size, self.width, self.depth, self.heads, self.mlp_ratio)
-
-    @property
-    def encoder_function(self) -> dict[str, Any]:
-        """What decides what the encoder's parameters compute, as V-JEPA 2 has it."""
-        keys = {key: getattr(self, key) for key in ("patch", "tubelet", "rope")}
-        return {**self.encoder, "position_grid": self.position_grid or 0, **keys}
 
     @property
     def function(self) -> dict[str, Any]:
@@ -138,20 +115,11 @@ class VJEPA2AC(ActingModel):
         statistics: Sequence[Mapping[str, Any]],
         rngs: nnx.Rngs,
     ):
-        sizes = settings.encoder
         recorded = settings.action == "recorded"
-        self.encoder = Encoder(
-            rngs,
-            **sizes,
-            patch=settings.patch,
-            tubelet=settings.tubelet,
-            rope_kind=settings.rope,
-            position_grid=settings.position_grid,
-            compute=compute,
-        )
+        self.encoder = Encoder.of(settings, compute, rngs)
         self.predictor = ACPredictor(
             rngs,
-            encoder_width=sizes["width"],
+            encoder_width=settings.encoder["width"],
             width=settings.predictor_width,
             depth=settings.predictor_depth,
             heads=settings.predictor_heads,

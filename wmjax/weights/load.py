@@ -12,6 +12,7 @@ from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.base import Params, differences, function_of, settings_of
 from wmjax.models.classifier import AttentiveClassifier
+from wmjax.models.encoder import EncoderSettings
 from wmjax.models.vjepa2 import VJEPA2Settings
 from wmjax.nn.compute import Compute
 from wmjax.weights.pretrained import Pretrained
@@ -64,12 +65,11 @@ def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
     if not source.model:  # a probe alone
         return
     found = settings_of({"name": "vjepa2", **source.model}, source.trust)
-    both = (found, settings)
-    if type(found) is not type(settings) and parts == ("encoder",):
-        theirs, ours = (getattr(each, "encoder_function", {}) for each in both)
-        if theirs and ours:  # families that share an encoder
-            _same(source, {k: v for k, v in ours.items() if k not in source.assumed}, theirs)
-            return
+    share = isinstance(found, EncoderSettings) and isinstance(settings, EncoderSettings)
+    if type(found) is not type(settings) and share and parts == ("encoder",):
+        ours = {k: v for k, v in settings.encoder_function.items() if k not in source.assumed}
+        _same(source, ours, found.encoder_function)
+        return
     if type(found) is not type(settings):
         raise UserError(
             f"{source.where}: weights of another model: {type(found).__qualname__} of "
