@@ -13,7 +13,7 @@ import pytest
 
 import wmjax
 from wmjax import config as configs
-from wmjax.run.checkpoint import Saved
+from wmjax.run.saved import Saved
 from wmjax.train import train
 
 pytestmark = pytest.mark.processes  # two runs on eight devices each

@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str] | None] = {
     "arrays": set(),
     "errors": set(),
     "hub": set(),
-    "initial": {"weights", "run.checkpoint", "run.files", "step", "models"},
+    "initial": {"weights", "run.saved", "run.files", "step", "models"},
     "inference": {
         *("actor", "arrays", "weights", "models", "nn", "sharding", "data.media", "planning"),
     },
@@ -43,8 +43,10 @@ ARROWS: dict[str, set[str] | None] = {
     "envs": set(),
     "run": set(),
     "run.checkpoint": {
-        *("step", "run.manifest", "run.console", "run.coordination", "run.disk", "run.files"),
+        *("step", "run.saved", "run.manifest", "run.console", "run.coordination", "run.disk"),
+        "run.files",
     },
+    "run.saved": {"step", "run.manifest", "run.console", "run.disk", "run.files"},
     "run.disk": set(),
     "run.exits": {"run.private"},
     "run.files": set(),
@@ -93,7 +95,7 @@ ARROWS: dict[str, set[str] | None] = {
         "run.metrics",
         "run.console",
     },
-    "weights": {"models", "nn", "hub", "run.checkpoint", "run.files"},
+    "weights": {"models", "nn", "hub", "run.saved", "run.files"},
     "viz": {"data", "masking", "inference", "sharding", "evals", "step", "run.files"},
 }
 OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"}

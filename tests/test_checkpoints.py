@@ -14,8 +14,9 @@ from clu import metrics as clu_metrics
 from says import refused, says
 
 from wmjax.errors import UserError
-from wmjax.run import checkpoint, guard, manifest, reporter
-from wmjax.run.checkpoint import Checkpoints, Saved
+from wmjax.run import checkpoint, guard, manifest, reporter, saved
+from wmjax.run.checkpoint import Checkpoints
+from wmjax.run.saved import Saved
 from wmjax.step import TrainState
 
 
@@ -159,14 +160,14 @@ def test_a_save_of_other_arrays_than_the_state_is_not_certified(tmp_path, monkey
 
 
 def test_the_first_save_is_read_back_in_parts_and_later_ones_by_their_shapes(tmp_path, monkeypatch):
-    read, seen = checkpoint._read, []
+    read, seen = saved._read, []
 
     def counted(folder, leaves):
         seen.append([leaf.shape for _, leaf in leaves])
         return read(folder, leaves)
 
-    monkeypatch.setattr(checkpoint, "_read", counted)
-    monkeypatch.setattr(checkpoint, "_READ_BYTES", 4000)
+    monkeypatch.setattr(saved, "_read", counted)
+    monkeypatch.setattr(saved, "_READ_BYTES", 4000)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (5, 7):
             checkpoints.save(step, state_of(**{k: jnp.ones((600,)) for k in "abc"}), {}, {})
@@ -369,7 +370,7 @@ def test_odd_names_are_left_alone(tmp_path, capsys):
         checkpoints.save(1, STATE, {}, {})
     (folder / "1").symlink_to(elsewhere / "1")
     before = {path.name for path in folder.iterdir()}
-    assert checkpoint.rules_of(folder) == 1
+    assert saved.rules_of(folder) == 1
     for steps in ((2, 3, 4), (5, 6)):
         with Checkpoints(folder, keep=2) as checkpoints:
             for step in steps:

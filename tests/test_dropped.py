@@ -22,7 +22,7 @@ from shared_data import PUSHT
 from wmjax import assemble
 from wmjax.data.lerobot.episodes import as_ranges
 from wmjax.run import agree
-from wmjax.run.checkpoint import Saved
+from wmjax.run.saved import Saved
 
 
 @pytest.fixture

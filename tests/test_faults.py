@@ -35,7 +35,7 @@ from wmjax.data.synthetic import SyntheticSource
 from wmjax.evals.probe import Probe
 from wmjax.evals.validation import Validation
 from wmjax.models import vjepa2
-from wmjax.run import checkpoint, console, guard, manifest
+from wmjax.run import checkpoint, console, guard, manifest, saved
 from wmjax.run import clock as run_clock
 from wmjax.run import signals as stop
 from wmjax.run import watchdog as watch
@@ -324,7 +324,7 @@ def rot(unbroken, tmp_path, count):
         shutil.copytree(unbroken / "checkpoints", folder)
         kind = damage(rng, folder / "8")
         # Of a manifest that reads the same after a flip, nothing was damaged: letters' case, say.
-        found[kind] += checkpoint.newest(folder) == 7
+        found[kind] += saved.newest(folder) == 7
         shutil.rmtree(folder)
     return found
 
@@ -350,7 +350,7 @@ def test_a_run_falls_back_and_so_does_whoever_reads_it(unbroken, tmp_path, capsy
     data = bytearray(large.read_bytes())
     data[len(data) // 2] ^= 1
     large.write_bytes(data)
-    assert checkpoint.Saved(workdir / "checkpoints").step == 7
+    assert saved.Saved(workdir / "checkpoints").step == 7
     capsys.readouterr()
     assert micro.train(micro.config("train.num_steps=8"), workdir) == 0
     said = capsys.readouterr().out
@@ -416,11 +416,11 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(tmp_path, capsy
     steps = [row for row in rows if "skipped_updates" in row]
     assert [row["skipped_updates"] for row in steps] == [0, 1, 0]
     assert ["loss" in row for row in steps] == [True, False, True]
-    saved = [
-        checkpoint.Saved(tmp_path / "checkpoints"),
+    found = [
+        saved.Saved(tmp_path / "checkpoints"),
         *(_saved_at(tmp_path, step) for step in (1, 2)),
     ]
-    third, first, second = (each.read(each.shapes) for each in saved)
+    third, first, second = (each.read(each.shapes) for each in found)
     assert {name for name in first if not np.array_equal(first[name], second[name])} == {"step"}
     assert {name for name in third if not np.array_equal(second[name], third[name])} > {"step"}
     assert second["step"] == 2
@@ -431,7 +431,7 @@ def _saved_at(workdir, step):
     folder = workdir / f"only_{step}"
     folder.mkdir()
     shutil.copytree(workdir / "checkpoints" / str(step), folder / str(step))
-    return checkpoint.Saved(folder)
+    return saved.Saved(folder)
 
 
 @pytest.mark.campaign  # without training: test_checkpoints
@@ -443,7 +443,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_a_sound_checkpoint(tmp_path, cap
     with refused(*settings, sound, "kept", "4, 5, 6"):
         micro.train(config, tmp_path)
     assert saved_steps(tmp_path) == [1, 4, 5, 6]
-    assert checkpoint.newest(tmp_path / "checkpoints") == 6
+    assert saved.newest(tmp_path / "checkpoints") == 6
     for step in (4, 5, 6):
         (tmp_path / f"checkpoints/{step}").rename(tmp_path / str(step))
     config.train.num_steps = 2
@@ -582,7 +582,7 @@ def test_a_save_that_fails_is_said_and_the_next_one_is_whole(tmp_path, capsys):
     assert said.count("warning") == 1
     assert lines_with(said, "warning", tmp_path / "checkpoints/4")
     assert saved_steps(tmp_path) == [2, 6, 8]
-    assert checkpoint.newest(tmp_path / "checkpoints") == 8
+    assert saved.newest(tmp_path / "checkpoints") == 8
 
 
 @pytest.mark.campaign

@@ -7,7 +7,7 @@ import pytest
 from says import refused
 
 import wmjax
-from wmjax.run.checkpoint import Saved
+from wmjax.run.saved import Saved
 
 FROZEN = ("optim.freeze=encoder/**", "train.num_steps=3")
 

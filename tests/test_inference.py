@@ -19,7 +19,7 @@ from wmjax import weights
 from wmjax.inference import Model
 from wmjax.models import encoder
 from wmjax.nn.norm import layer_norm
-from wmjax.run.checkpoint import Saved
+from wmjax.run.saved import Saved
 from wmjax.weights import __main__ as door
 
 SIZES = weight_files.SIZES

@@ -9,7 +9,7 @@ from says import holds, lines_with, refused, says
 
 import wmjax
 from wmjax import assemble, initial
-from wmjax.run.checkpoint import Saved
+from wmjax.run.saved import Saved
 
 FIRST = "params.encoder.blocks.attention.proj.bias"
 SIZES = weight_files.SIZES

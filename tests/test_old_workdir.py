@@ -9,7 +9,7 @@ import pytest
 
 import wmjax
 from wmjax import config as configs
-from wmjax.run.checkpoint import rules_of
+from wmjax.run.saved import rules_of
 from wmjax.step import RULES
 
 OLD = micro.ROOT / "tests" / "data" / "workdir_420b0df"

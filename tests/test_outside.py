@@ -25,7 +25,7 @@ from wmjax.commands import demo
 from wmjax.masking import Masks
 from wmjax.models.base import Blueprint, InputSpec, WorldModel, family_named
 from wmjax.nn.compute import Compute
-from wmjax.run.checkpoint import Saved
+from wmjax.run.saved import Saved
 from wmjax.viz import __main__ as viz
 
 OUTSIDE = micro.ROOT / "tests" / "outside"

@@ -10,8 +10,8 @@ import pytest
 from says import lines_with, says
 
 from wmjax.errors import ExitCode
-from wmjax.run.checkpoint import Saved
 from wmjax.run.peers import READ_S
+from wmjax.run.saved import Saved
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(280)]
 

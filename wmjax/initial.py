@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from wmjax import weights
 from wmjax.errors import UserError
 from wmjax.models.base import combine, freeze_patterns, function_of
-from wmjax.run.checkpoint import Saved
 from wmjax.run.files import check_utf8
+from wmjax.run.saved import Saved
 from wmjax.step import Steps, TrainState
 
 

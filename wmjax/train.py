@@ -23,7 +23,7 @@ from wmjax.assemble import Setup
 from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms
 from wmjax.run import agree, summary
-from wmjax.run.checkpoint import Checkpoints, rules_of
+from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
 from wmjax.run.files import check_workdir, refuse_links, write_whole
@@ -33,6 +33,7 @@ from wmjax.run.metrics import fetch, peak_flops, peak_gb
 from wmjax.run.owner import Owner
 from wmjax.run.profile import Profile, parse_span
 from wmjax.run.reporter import Reporter
+from wmjax.run.saved import rules_of
 from wmjax.run.signals import Batches, Stopped, StopSignal
 from wmjax.run.watchdog import Watchdog
 from wmjax.step import TrainState

@@ -13,9 +13,9 @@ from wmjax.errors import UserError
 from wmjax.evals import names
 from wmjax.evals.alarms import Alarms
 from wmjax.run import agree
-from wmjax.run.checkpoint import rules_of
 from wmjax.run.console import say
 from wmjax.run.reporter import EVALUATIONS, append_evaluation
+from wmjax.run.saved import rules_of
 from wmjax.step import TrainState
 from wmjax.train import CHECKPOINTS, open_checkpoints, restore_or_init
 

@@ -1,4 +1,4 @@
-"""Checkpoints: train state, position in the data and configuration, saved together.
+"""Writing checkpoints: train state, position in the data and configuration, saved together.
 
 Orbax writes each one asynchronously into a temporary folder in workdir/checkpoints. When all files
 and a manifest of their hashes are written, Orbax renames that folder to STEP. A checkpoint whose
@@ -10,37 +10,31 @@ follow it. The newest one with a mark is always kept, so that diverged weights d
 """
 
 import contextlib
-import dataclasses
-import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from wmjax.errors import UserError
-from wmjax.run import coordination, manifest
+from wmjax.run import coordination, manifest, saved
 from wmjax.run.console import say
 from wmjax.run.disk import LiteralPath, cause, drop_repeated_errors, join_writes
-from wmjax.run.files import check_workdir, numbers, strict
-from wmjax.step import RULES, TrainState
+from wmjax.run.files import strict
+from wmjax.step import TrainState
 
 _PARTIAL = ocp.utils.TMP_DIR_SUFFIX  # part of a folder's name until its save is complete
 _DELETED = ".deleted"  # suffix of a folder while it is deleted
 _DAMAGED = ".damaged"  # suffix of a damaged checkpoint that a later save replaces
 _PROVEN = "proven"  # empty file in a checkpoint that sound steps followed
-_STEP = re.compile("0|[1-9][0-9]*")  # other names in the folder belong to the user
 _LEFTOVER = re.compile(rf"[0-9]+({re.escape(_PARTIAL)}.*|{re.escape(_DELETED)})")
 _ERRORS = 100  # more than one save raises
 _SETTLE_S = 0.5  # without a new file of a failed save, until its folder is gone for good
-_READ_BYTES = 2**28  # of arrays that are read back at once
 _SAVE_TIMEOUT_S = 24 * 3600  # longer than any save; the watchdog ends a process that is stuck
 
 
@@ -50,48 +44,6 @@ class _FailedElsewhere(Exception):
 
 class _Unsound(Exception):
     """What was written cannot be restored."""
-
-
-class Restored(NamedTuple):
-    state: TrainState
-    data: dict[str, Any]
-    meta: dict[str, Any]
-
-
-def rules_of(folder: Path) -> int:
-    """Return the number of the rules that the run in `folder` began with; RULES for a new run."""
-    for step in reversed(_steps(folder) if folder.is_dir() else []):
-        with contextlib.suppress(Exception):  # damaged: `newest` reports it
-            return int(_restore_json(folder / str(step) / "meta").get("rules", 1))
-    return RULES
-
-
-def newest(folder: Path, *, verify: bool = True, advice: str = "") -> int | None:
-    """Return the step of the newest intact checkpoint; None where there is no checkpoint.
-
-    verify: True hashes every file and warns about each newer, damaged checkpoint; False returns the
-    newest without checking it. A collective: all processes call it, process 0 reads the files.
-    Raises UserError, ending in `advice`, when every checkpoint is damaged.
-    """
-    found = -1
-    if jax.process_index() == 0:
-        steps = _steps(folder)
-        faults = []
-        for step in reversed(steps):
-            if not verify or not (fault := manifest.fault(folder / str(step))):
-                found = step
-                break
-            faults.append(f"{folder / str(step)} is damaged: {fault}")
-        if found >= 0:
-            for fault in faults:
-                say(f"warning: {fault}; using step {found} instead")
-        elif faults:
-            found = -2
-            say("\n".join(faults))
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-    if found == -2:
-        raise UserError(f"{folder}: every checkpoint in it is damaged{advice}")
-    return None if found < 0 else found
 
 
 class Checkpoints:
@@ -127,7 +79,7 @@ class Checkpoints:
             "; to start over: another --workdir\n"
             "to load the newest without checking it: --config.checkpoint.verify=False"
         )
-        self._newest = newest(folder, verify=verify, advice=advice)
+        self._newest = saved.newest(folder, verify=verify, advice=advice)
         self._saving: int | None = None
         self._saves = 0  # saves started
         self._barriers = 0  # barriers passed in the current save
@@ -193,7 +145,7 @@ class Checkpoints:
         self._saving, self._barriers = step, 0
         self._saves += 1
         trees = state.saved()
-        self._shapes = _shapes(trees)
+        self._shapes = saved.shapes(trees)
         try:
             self._clear()
             self._orbax.save(
@@ -236,7 +188,7 @@ class Checkpoints:
         """
         self.wait()
         self._prove(proves)
-        steps = _steps(self._folder)
+        steps = saved.steps(self._folder)
         sound = _newest_proven(self._folder, steps)
         if sound is None:
             return (
@@ -250,15 +202,17 @@ class Checkpoints:
             else "the same command resumes from it"
         )
 
-    def restore(self, step: int, abstract: TrainState) -> Restored:
+    def restore(self, step: int, abstract: TrainState) -> saved.Restored:
         """Restore `step`, bit for bit, onto the shardings of `abstract`."""
         folder = self._folder / str(step)
         advice = (
             f"\nuse the configuration in {self._folder.parent / 'config.json'}, "
             "or start over with another --workdir"
         )
-        state = _restore_state(folder, abstract, str(folder), advice)
-        return Restored(state, _restore_json(folder / "data"), _restore_json(folder / "meta"))
+        state = saved.restore_state(folder, abstract, str(folder), advice)
+        return saved.Restored(
+            state, saved.restore_json(folder / "data"), saved.restore_json(folder / "meta")
+        )
 
     def _fail(self, error: Exception, *, goes_on: bool = True) -> None:
         step, self._saving = self._saving, None
@@ -315,10 +269,9 @@ class Checkpoints:
         later saves take the same way to the same disk.
         """
         try:
-            tree = _saved_tree(partial)
-            if not (fault := _difference(_shapes(tree), self._shapes)) and not self._read_back:
-                for leaves in _batched(jax.tree_util.tree_leaves_with_path(tree)):
-                    _read(partial, leaves)
+            fault = saved.difference(saved.written(partial), self._shapes)
+            if not fault and not self._read_back:
+                saved.read_back(partial)
         except (OSError, ValueError, KeyError) as error:  # Orbax, where a part is missing
             fault = cause(error)
         if fault:
@@ -328,7 +281,7 @@ class Checkpoints:
     def _prune(self, keep: int) -> None:
         """Delete checkpoints but the newest `keep`, the newest proven, and those of keep_period."""
         with contextlib.suppress(OSError):
-            steps = _steps(self._folder)
+            steps = saved.steps(self._folder)
             kept = {*steps[-keep:], _newest_proven(self._folder, steps)}
             for step in steps:
                 path = self._folder / str(step)
@@ -347,7 +300,7 @@ class Checkpoints:
         self._remove_leftovers()
         with contextlib.suppress(OSError):  # the save itself reports what is wrong
             self._folder.mkdir(parents=True, exist_ok=True)
-            for step in _steps(self._folder):
+            for step in saved.steps(self._folder):
                 if step > (self._newest or 0):
                     aside = self._folder / f"{step}{_DAMAGED}"
                     shutil.rmtree(aside, ignore_errors=True)
@@ -374,121 +327,7 @@ class Checkpoints:
             time.sleep(settle / 10)
 
 
-def _steps(folder: Path) -> list[int]:
-    """Return the steps with a checkpoint, in order; files and other names are left alone."""
-    named = (path for path in folder.iterdir() if _STEP.fullmatch(path.name))
-    return sorted(int(path.name) for path in named if path.is_dir())
-
-
 def _newest_proven(folder: Path, steps: list[int]) -> int | None:
     """Return the newest of the steps whose checkpoint has the mark; None where none has."""
     marked = (step for step in reversed(steps) if (folder / str(step) / _PROVEN).exists())
     return next(marked, None)
-
-
-class Saved:
-    """The newest intact checkpoint of a run, read without knowing its model.
-
-    step, meta: as saved. shapes, dtypes: of each array, by name ("params.encoder.norm.scale").
-    """
-
-    def __init__(self, folder: Path) -> None:
-        check_workdir(folder.parent, "")
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; wanted a run's checkpoints")
-        step = newest(folder)
-        if step is None:
-            raise UserError(f"{folder}: no checkpoint in it")
-        self.step = step
-        self._folder = folder.absolute() / str(step)
-        self.meta = _restore_json(self._folder / "meta")
-        tree = _saved_tree(self._folder)
-        self._leaves = {
-            _name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        self.shapes = {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()}
-        self.dtypes = {name: str(leaf.dtype) for name, (_, leaf) in self._leaves.items()}
-
-    def restore(self, abstract: TrainState, what: str) -> TrainState:
-        """Restore the whole state onto the shardings of `abstract`; `what` begins errors."""
-        return _restore_state(self._folder, abstract, what)
-
-    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Return the named arrays in host memory."""
-        leaves = _read(self._folder, [self._leaves[name] for name in names])
-        return {_name(path): leaf for path, leaf in leaves}
-
-
-def _read(folder: Path, leaves: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """Read arrays of a checkpoint into host memory; leaves: (path in the tree, metadata).
-
-    Not a collective: any process may call it alone.
-    """
-    wanted: dict[str, Any] = {}
-    for path, leaf in leaves:
-        node = wanted
-        for key in path[:-1]:
-            node = node.setdefault(key.key, {})
-        node[path[-1].key] = leaf
-    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    args = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
-    state = ocp.PyTreeCheckpointHandler().restore(LiteralPath(folder / "state"), args=args)
-    return jax.tree_util.tree_leaves_with_path(state)
-
-
-def _batched(leaves: Iterable[tuple[Any, Any]]) -> Iterator[list[tuple[Any, Any]]]:
-    """Split arrays into lists of at most _READ_BYTES; a larger array is a list by itself."""
-    batch: list[tuple[Any, Any]] = []
-    size = 0
-    for path, leaf in leaves:
-        count = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if batch and size + count > _READ_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append((path, leaf))
-        size += count
-    if batch:
-        yield batch
-
-
-def _restore_state(folder: Path, abstract: TrainState, what: str, advice: str = "") -> TrainState:
-    """Restore a checkpoint's state onto the shardings of `abstract`.
-
-    Raises UserError naming the first array whose shape or dtype differs. Orbax itself would say
-    only that the trees differ, and would cast another dtype silently.
-    """
-    trees = abstract.saved()
-    if difference := _difference(_shapes(_saved_tree(folder)), _shapes(trees)):
-        raise UserError(f"{what}: a checkpoint of another model. {difference}{advice}")
-    args = ocp.args.PyTreeRestore(
-        trees, restore_args=ocp.checkpoint_utils.construct_restore_args(trees)
-    )
-    restored = ocp.PyTreeCheckpointHandler().restore(LiteralPath(folder / "state"), args=args)
-    return dataclasses.replace(abstract, **restored)
-
-
-def _restore_json(folder: Path) -> dict[str, Any]:
-    return numbers(ocp.JsonCheckpointHandler().restore(LiteralPath(folder)))
-
-
-def _saved_tree(folder: Path) -> Any:
-    """Return the saved state as a tree of array metadata: shapes and dtypes."""
-    return ocp.PyTreeCheckpointHandler().metadata(LiteralPath(folder / "state")).tree
-
-
-def _difference(found: dict[str, str], ours: dict[str, str]) -> str:
-    """Describe the first array that is missing or has another shape or dtype; '' where none."""
-    for name in sorted([*ours, *found], key=lambda name: not name.startswith("params")):
-        if found.get(name) != ours.get(name):
-            return f"{name}: found {found.get(name, 'none')}, wanted {ours.get(name, 'none')}"
-    return ""
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    """Map "params.encoder.norm.scale" to "float32(1024,)" for every array of a tree."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_name(path): f"{leaf.dtype}{tuple(leaf.shape)}" for path, leaf in leaves}
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -5,7 +5,7 @@
     export(params, model, "out", frames=16, size=256)
 
 A format is a table from names in a file to paths of our parameters (tables.py). This room imports
-models, nn, run.checkpoint and run.files only: no configuration object and no data.
+models, nn, run.saved and run.files only: no configuration object and no data.
 """
 
 from wmjax.weights.export import export, square_clip

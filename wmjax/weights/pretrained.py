@@ -14,8 +14,8 @@ from wmjax.models.base import Blueprint, InputSpec, freeze_patterns
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD, SIZES
 from wmjax.nn.compute import Compute
 from wmjax.nn.norm import EPS
-from wmjax.run.checkpoint import Saved
 from wmjax.run.files import check_utf8
+from wmjax.run.saved import Saved
 from wmjax.weights import meta, tables
 from wmjax.weights.files import (
     Tensors,
