@@ -94,6 +94,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "batch_size": 24,  # clips a step, over all devices; an instant's views are one clip
                 "crop_scale": (0.3, 1.0),  # area of the random crop, as a share of the frame
                 "crop_aspect": (0.75, 1.35),  # width / height of the crop, drawn log-uniformly
+                # Folder for the features of a frozen encoder: computed once, then read in place of
+                # the video. Empty: each step encodes its clips.
+                "features": "",
                 "episodes": "",  # which to read: numbers and slices, as in 0:50,60,-1; empty: all
                 "follow_links": False,  # True: links in a dataset may lead outside its folder
                 "val_share": 0.05,  # share of the episodes held out (at least one); 0: none

@@ -46,6 +46,10 @@ ARROWS: dict[str, set[str] | None] = {
         *("step", "run.saved", "run.manifest", "run.console", "run.coordination", "run.disk"),
         "run.files",
     },
+    "features": {
+        *("sharding", "step", "models", "data", "data.media", "run.console"),
+        "run.files",
+    },
     "run.saved": {"step", "run.manifest", "run.console", "run.disk", "run.files"},
     "run.disk": set(),
     "run.exits": {"run.private"},

@@ -14,7 +14,7 @@ from clu import metrics as clu_metrics
 from says import refused, says
 
 from wmjax.errors import UserError
-from wmjax.run import checkpoint, guard, manifest, reporter, saved
+from wmjax.run import guard, manifest, reporter, saved
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.saved import Saved
 from wmjax.step import TrainState

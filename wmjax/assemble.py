@@ -278,15 +278,18 @@ def make_pipeline(
     position: int = 0,
     *,
     held_out: bool,
+    source: Source | None = None,
 ) -> Pipeline:
     """Stream batches of a split from `position`, in clips.
+
+    source: in place of that of the split.
 
     held_out: True crops to the centre, for evaluations; False crops at random, for training.
     """
     data = config.data
     height, width = data_settings.size(data)
     return Pipeline(
-        setup.sources[split],
+        source or setup.sources[split],
         setup.masks,
         height=height,
         width=width,

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from wmjax import assemble, initial
+from wmjax import assemble, features, initial
 from wmjax import config as configs
 from wmjax.assemble import Setup
+from wmjax.data.source import Source
 from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms
 from wmjax.run import agree, summary
@@ -100,8 +101,26 @@ def train(
             say(f"warning: {text}")
 
         def stream(split: str, position: int = 0, held_out: bool = True) -> Batches:
-            pipeline = assemble.make_pipeline(config, setup, split, position, held_out=held_out)
+            source = None if held_out or not config.data.features else stored()
+            pipeline = assemble.make_pipeline(
+                config, setup, split, position, held_out=held_out, source=source
+            )
             return Batches(pipeline, stop, watchdog.beat)
+
+        def stored() -> Source:
+            def begin() -> None:
+                stop.begin()
+                watchdog.beat()
+
+            return features.stored_source(
+                setup.sources["train"],
+                Path(config.data.features),
+                setup.steps,
+                state,
+                pictures=config.data.batch_size * config.data.frames,
+                threads=min(config.data.threads, assemble.count_cores()),
+                begin=begin,
+            )
 
         reporter = Reporter(
             workdir,
@@ -118,10 +137,12 @@ def train(
         profile = Profile(parse_span(config.train.profile), workdir / "profile")
         with reporter, stop:
             say("reading the first clips and compiling the train step ...")
-            step = loop(
-                *(config, setup, state, stream, position, checkpoints, evaluators, reporter),
-                *(start, clock, profile, on_step),
-            )
+            step = start
+            with contextlib.suppress(Stopped):  # while features are computed
+                step = loop(
+                    *(config, setup, state, stream, position, checkpoints, evaluators, reporter),
+                    *(start, clock, profile, on_step),
+                )
             with clock.phase("checkpoint"):
                 checkpoints.wait(last=True)
             clock.save(step, ended=not (stop.received or stop.stuck))

@@ -30,17 +30,20 @@ Row = dict[str, float]  # one report: figures by name
 class VideoObservation:
     """What the cameras and joints showed over one clip.
 
-    video_BVTHWC: uint8 RGB at the training size; normalised on the device.
+    video_BVTHWC: uint8 RGB at the training size; normalised on the device. H = W = 0 where
+    features_BVTND stand in its place.
     view_mask_BV: bool, False where a view is missing and its pixels are filler.
     state_BTS: float32, as recorded, at each sampled frame.
     state_mask_BTS: bool, False where the clip goes on past the end of its episode (the last state
     stands in) and where a dataset of a mixture has fewer numbers than the widest (zeros).
+    features_BVTND: float16, of each frame, as `target_features` gives them (data.features).
     """
 
     video_BVTHWC: Array
     view_mask_BV: Array
     state_BTS: Array
     state_mask_BTS: Array
+    features_BVTND: Array | None = None
 
 
 @struct.dataclass
@@ -91,6 +94,7 @@ class WorldModelInput:
                 view_mask_BV=arrays["view_mask"],
                 state_BTS=arrays["state"],
                 state_mask_BTS=arrays["state_mask"],
+                features_BVTND=arrays.get("features"),
             ),
             VideoTarget(context, target, tuple(masks)),
             action_BTPA=arrays["action"],

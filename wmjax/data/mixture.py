@@ -3,6 +3,7 @@
 NumPy only; knows no file format.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from wmjax.data.source import Dataset, Picture, Source
 from wmjax.data.stats import Later
+from wmjax.data.stored import Stored, Take
 
 
 class Mixture(Source):
@@ -88,6 +90,19 @@ class Mixture(Source):
             "action_TPA": _pad(action_TPA, shape_TPA),
             "action_mask_TPA": _pad(action_mask_TPA, shape_TPA),
         }
+
+    def takes(self) -> list[Take]:
+        return [
+            take._replace(dataset=name)
+            for name, source in zip(self._names, self._sources, strict=True)
+            for take in source.takes()
+        ]
+
+    def from_stored(self, stored: Stored) -> "Mixture":
+        other = copy.copy(self)
+        other._sources = [source.from_stored(stored) for source in self._sources]
+        other.stored = stored
+        return other
 
     def fingerprint(self) -> dict[str, Any]:
         members = zip(self._names, self._sources, strict=True)

@@ -53,9 +53,12 @@ class Reader:
         source, sizes = self._source, self._masks.sizes.values()
         state_TS = (source.frames, source.state_size)
         action_TPA = (source.frames, source.stride, source.action_size)
+        clip, stored = (source.views, source.frames), source.stored
+        size = (0, 0) if stored else (self._height, self._width)
         return np.dtype(
             [
-                ("video", np.uint8, (source.views, source.frames, self._height, self._width, 3)),
+                ("video", np.uint8, (*clip, *size, 3)),
+                *([("features", stored.dtype, (*clip, *stored.shape))] if stored else []),
                 ("view_mask", bool, source.views),
                 ("state", np.float32, state_TS),
                 ("state_mask", bool, state_TS),
@@ -79,15 +82,8 @@ class Reader:
         part, index_in_part = self._source.locate(index)
         context, target = self._masks.draw(np.random.default_rng((self._seed, _MASK, position)))
         state_TS, action_TPA = sample["state_TS"], sample["action_TPA"]
-        shape = len(sample["frames_VT"]), len(state_TS), self._height, self._width, 3
-        video_VTHWC = np.empty(shape, np.uint8)
-        for view_THWC, frames in zip(video_VTHWC, sample["frames_VT"], strict=True):
-            if frames:
-                np.stack(frames, out=view_THWC)
-            else:
-                view_THWC[:] = 0
         clip = {
-            "video": video_VTHWC,
+            **self._pictures(sample["frames_VT"], len(state_TS)),
             "view_mask": np.array([bool(frames) for frames in sample["frames_VT"]]),
             "state": state_TS,
             "state_mask": sample.get("state_mask_TS", np.ones_like(state_TS, bool)),
@@ -100,6 +96,20 @@ class Reader:
             "skipped": bool(errors),
         }
         return clip, errors
+
+    def _pictures(self, frames_VT: list[list[np.ndarray]], frames: int) -> Clip:
+        """Return the frames of all views, or the features that stand in their place."""
+        clip, stored = (len(frames_VT), frames), self._source.stored
+        shape = stored.shape if stored else (self._height, self._width, 3)
+        views = np.empty((*clip, *shape), stored.dtype if stored else np.uint8)
+        for view, found in zip(views, frames_VT, strict=True):
+            if found:
+                np.stack(found, out=view)
+            else:
+                view[:] = 0
+        if stored:
+            return {"video": np.empty((*clip, 0, 0, 3), np.uint8), "features": views}
+        return {"video": views}
 
     def _box(self, position: int, height: int, width: int) -> Box:
         """Draw the crop of a clip whose frames have this size."""

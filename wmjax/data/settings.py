@@ -66,6 +66,17 @@ def check(data: Data) -> None:
     check_range("data.workers", data["workers"], -1, 2**12)
     for key in ("val_share", "max_skip_share"):
         check_share(f"data.{key}", data[key])
+    if data["features"]:
+        crop = tuple(map(tuple, (data["crop_scale"], data["crop_aspect"])))
+        for key, found, wanted in (
+            ("data.source", data["source"], "lerobot"),
+            ("data.reader", data["reader"], "native"),
+            ("(data.crop_scale, data.crop_aspect)", crop, ((1.0, 1.0), (1.0, 1.0))),
+        ):
+            if found != wanted:
+                raise UserError(
+                    f"data.features={data['features']!r} with {key}={found!r}: wanted {wanted!r}"
+                )
     _check_origin(data)
     _check_members(data)
 

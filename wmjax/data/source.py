@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wmjax.data.stored import Stored, Take
+from wmjax.errors import UserError
+
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: "1 view", "2 views"."""
@@ -40,6 +43,7 @@ class Source:
     action_size: int
     label_sizes: Mapping[str, int] = {}  # labels of the probe: name -> count of numbers
     dropped: Sequence = ()  # episodes left out because they cannot be read, in order
+    stored: Stored | None = None  # holds the features that stand in place of pictures
     notes: Sequence[str] = ()  # warnings and assumptions about the data, a line each
 
     def __len__(self) -> int:
@@ -56,6 +60,17 @@ class Source:
         clip = self[index]
         frames_VT = [[picture(frame) for frame in frames] for frames in clip["frames_VT"]]
         return clip | {"frames_VT": frames_VT}
+
+    def takes(self) -> list[Take]:
+        """Return what each camera recorded of each episode of the split."""
+        raise UserError(
+            f"data.features: {type(self).__name__} does not list its takes; wanted a LeRobot "
+            "dataset, read by data.reader='native'"
+        )
+
+    def from_stored(self, stored: Stored) -> "Source":
+        """Return the same clips with stored features (frames, N, D) as frames of a view."""
+        raise UserError(f"data.features: {type(self).__name__} does not define from_stored")
 
     def recordings(self) -> list[dict[str, Any]]:
         """Return what a policy must know of each dataset; []: nothing is known.

@@ -93,6 +93,8 @@ def warmup_steps(config: Mapping[str, Any]) -> float:
 def of_batch(batch: WorldModelInput) -> list[str]:
     """Return a text if the video of a batch, as this process holds it, cannot teach anything."""
     observation = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), batch.observation)
+    if not observation.video_BVTHWC.size:  # features stand in its place
+        return []
     found = video.figures(observation.video_BVTHWC, observation.view_mask_BV, np)
     return _of_video({name: float(value) for name, value in found.items()})
 

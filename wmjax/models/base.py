@@ -155,6 +155,14 @@ class WorldModel(nnx.Module):
         """Return the features in the space of the loss, which probes and pictures show."""
         return self.features(target, video_BTHWC)
 
+    def frozen_features(self) -> tuple[str, Mapping[str, Any]]:
+        """Say what `target_features` of single frames depend on, where training never changes it.
+
+        The prefix of the parameters, as in "encoder/", and the settings by name; ("", {}): training
+        changes them. With a prefix, `loss` takes observation.features_BVTND in place of video.
+        """
+        return "", {}
+
     def flops(self, batch: WorldModelInput) -> int:
         """Count the floating-point operations of a train step on a batch; 0: not counted, no MFU.
 

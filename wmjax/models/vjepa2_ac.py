@@ -157,6 +157,9 @@ class VJEPA2AC(ActingModel):
     def trained(self, path: str) -> bool:
         return self.settings.joint or not path.startswith("encoder/")
 
+    def frozen_features(self) -> tuple[str, Mapping[str, Any]]:
+        return ("", {}) if self.settings.joint else ("encoder/", self.settings.encoder_function)
+
     def followed(self, params: Params) -> Params:
         return params["encoder"]
 
@@ -185,7 +188,11 @@ class VJEPA2AC(ActingModel):
     def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
         del key  # nothing is drawn
         settings, video = self.settings, batch.observation.video_BVTHWC
-        h_BTVND = self._of_views(lambda clips: self.target_features(target, clips), video)
+        stored_BVTND = batch.observation.features_BVTND
+        if stored_BVTND is None:
+            h_BTVND = self._of_views(lambda clips: self.target_features(target, clips), video)
+        else:
+            h_BTVND = jnp.asarray(stored_BVTND).swapaxes(1, 2).astype(jnp.float32)
         x_BTVND = h_BTVND
         if settings.joint:
             own = self._of_views(lambda clips: self._encode(self.encoder, clips), video)
@@ -315,6 +322,8 @@ class VJEPA2AC(ActingModel):
         frame = layers.flops(self.encoder.blocks, patches)
         frame += 2 * patches * self.encoder.patch_embed.kernel.size
         encoded = frame * V * T * (4 if self.settings.joint else 1)  # target, and 3 x the trained
+        if batch.observation.features_BVTND is not None:
+            encoded = 0
         steps = min(self.settings.rollout, T - 1)
         predicted = self.predictor.flops(T - 1, V, patches) + self.predictor.flops(
             steps, V, patches

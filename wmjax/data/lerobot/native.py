@@ -4,7 +4,9 @@ The format is in info, listing and tables, decoding in data/media. Imports no le
 pandas, models, ConfigDict or jax.
 """
 
-from collections.abc import Iterable
+import copy
+import functools
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from wmjax.data.lerobot.recording import Recording
 from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.media.images import read_images
 from wmjax.data.source import Picture
+from wmjax.data.stored import Stored, Take
 from wmjax.errors import ClipError, UserError
 
 
@@ -133,11 +136,29 @@ class LeRobotSource(Recording):
         steps_T = start + self.stride * np.arange(self.frames)
         return list(dict.fromkeys(np.minimum(steps_T, episode.length - 1).tolist()))
 
+    def takes(self) -> list[Take]:
+        return [
+            Take(
+                *(self.root.name, camera, episode.index, episode.length),
+                functools.partial(self._read_video, episode, camera),
+            )
+            for camera in self.cameras
+            for episode in self.episodes
+            if camera in episode.videos
+        ]
+
+    def from_stored(self, stored: Stored) -> "LeRobotSource":
+        other = copy.copy(self)
+        other.stored = stored
+        return other
+
     def _read_video(
-        self, episode: Episode, camera: str, steps: list[int], picture: Picture
+        self, episode: Episode, camera: str, steps: Sequence[int], picture: Picture
     ) -> list:
         if camera not in episode.videos:
             return []
+        if self.stored:
+            return [*self.stored.read(self.root.name, camera, episode.index, steps)]
         path, first = episode.videos[camera]
         try:
             if camera in self._images:

@@ -1,0 +1,215 @@
+"""Computes what a frozen encoder gives for every training frame, once, into data.features.
+
+A train step then reads features in place of video. The folder's `features.json` says what they were
+computed from; a run with another encoder, size or recording is refused. An episode's file is
+written whole, so a stopped run goes on where it was.
+"""
+
+import collections
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from wmjax import sharding
+from wmjax.data.media.transforms import Scaler, centre_box
+from wmjax.data.source import Source
+from wmjax.data.stored import Stored, Take
+from wmjax.errors import UserError
+from wmjax.models.base import Params
+from wmjax.run.console import say
+from wmjax.run.files import part_file, to_json, write_whole
+from wmjax.step import Steps, TrainState
+
+KEY = "features.json"
+_SPARE = 1.02  # room that is wanted on the disk, relative to the features
+Part = tuple[Take, np.ndarray]  # some frames of a take, in order
+
+
+def stored_source(
+    source: Source,
+    folder: Path,
+    steps: Steps,
+    state: TrainState,
+    *,
+    pictures: int,
+    threads: int,
+    begin: Callable[[], None],
+) -> Source:
+    """Return the clips with features in place of pictures; compute those that `folder` lacks.
+
+    pictures: encoded at once by all processes. threads: that read, in each process. begin: called
+    before all processes encode; may raise to stop, and the next call goes on.
+    Raises UserError for a model whose features change in training, and for a folder of others.
+    """
+    blueprint = steps.blueprint
+    prefix, settings = blueprint.abstract.frozen_features()
+    if not prefix:
+        raise UserError(
+            f"data.features={str(folder)!r}: the features of {blueprint.family.__name__} change in "
+            "training; wanted a frozen encoder: model.name='vjepa2_ac' with model.joint=False"
+        )
+
+    def encode(state: TrainState, video_BTHWC: jax.Array) -> jax.Array:
+        with jax.sharding.use_abstract_mesh(steps.mesh.abstract_mesh):
+            model, target = blueprint.join(state.params, state.frozen, state.target)
+            return model.target_features(target, video_BTHWC).astype(Stored.dtype)
+
+    spec = blueprint.spec
+    params = {k: v for k, v in flatten_dict(state.frozen, sep="/").items() if k.startswith(prefix)}
+    key = {
+        "encoder": _digest(params),
+        **{f"model.{name}": value for name, value in settings.items()},
+        "model.dtype": blueprint.compute.dtype,
+        "size in pixels": [spec.height, spec.width],
+        **source.fingerprint(),
+    }
+    picture = jax.ShapeDtypeStruct((1, 1, spec.height, spec.width, 3), np.uint8)
+    found = jax.eval_shape(encode, steps.abstract, picture)
+    stored = Stored(folder.expanduser().absolute(), found.shape[1:])
+    _check_key(stored.folder, key)
+    takes = [take for take in source.takes() if not stored.path(*take[:3]).exists()]
+    if takes:
+        rows = sharding.batch_sharding(steps.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
+        jitted = jax.jit(encode, in_shardings=(shardings, rows), out_shardings=rows)
+        shape = pictures // jax.process_count(), spec.height, spec.width, 3
+
+        def encoded(some: np.ndarray) -> np.ndarray:
+            video = np.zeros((shape[0], 1, *shape[1:]), np.uint8)
+            video[: len(some), 0] = some
+            placed = jax.make_array_from_process_local_data(rows, video)
+            return _local_rows(jitted(state, placed))[: len(some)]
+
+        _compute(stored, takes, encoded, begin, shape=shape, threads=threads)
+    return source.from_stored(stored)
+
+
+def _check_key(folder: Path, key: dict[str, Any]) -> None:
+    """Write the key of a new folder, or raise UserError where the folder has another one."""
+    where, path = f"data.features={str(folder)!r}", folder / KEY
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and any(folder.iterdir()):
+            raise UserError(f"{where}: found other files and no {KEY}; wanted a new folder")
+        multihost_utils.sync_global_devices("data.features")
+        if not path.exists() and jax.process_index() == 0:
+            write_whole(path, to_json(key, indent=1))
+        multihost_utils.sync_global_devices("data.features")
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
+    wanted = json.loads(to_json(key))
+    for name in {**wanted, **found}:
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{where}: its features are of another {name}: found {found.get(name)}, wanted "
+                f"{wanted.get(name)}\nfor these features: another folder"
+            )
+
+
+def _compute(
+    stored: Stored,
+    takes: Sequence[Take],
+    encode: Callable[[np.ndarray], np.ndarray],
+    begin: Callable[[], None],
+    *,
+    shape: tuple[int, ...],
+    threads: int,
+) -> None:
+    """Encode the frames of takes and store the features; each process has its share of the takes.
+
+    encode: at most `shape[0]` pictures of `shape[1:]`; all processes call it equally often.
+    """
+    frames = sum(take.frames for take in takes)
+    size = frames * math.prod(stored.shape) * stored.dtype.itemsize
+    free = shutil.disk_usage(stored.folder).free
+    if free < _SPARE * size:
+        raise UserError(
+            f"data.features={str(stored.folder)!r}: {frames:,} frames need {size / 1e9:.2f} GB, "
+            f"the disk has {free / 1e9:.2f} GB"
+        )
+    say(f"computing features of {frames:,} frames: {size / 1e9:.2f} GB in {stored.folder}")
+    share = [takes[i :: jax.process_count()] for i in range(jax.process_count())]
+    rounds = max(sum(-(-take.frames // shape[0]) for take in part) for part in share)
+    done: list[np.ndarray] = []
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=frames, unit="frame", disable=None) as bar,
+    ):
+        parts = _read_ahead(pool, 2 * threads, share[jax.process_index()], shape)
+        for _ in range(rounds):
+            begin()
+            take, pictures = next(parts, (None, np.zeros((0, *shape[1:]), np.uint8)))
+            done.append(encode(pictures))
+            bar.update(len(pictures))
+            if take and sum(map(len, done)) == take.frames:
+                _write(stored.path(*take[:3]), np.concatenate(done))
+                done.clear()
+    multihost_utils.sync_global_devices("data.features")
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, ahead: int, takes: Sequence[Take], shape: tuple[int, ...]
+) -> Iterator[Part]:
+    """Yield the scaled frames of takes in order, at most shape[0] at once, read by threads."""
+    most, height, width, _ = shape
+
+    def read(take: Take, numbers: range) -> Part:
+        scale = Scaler(lambda h, w: centre_box(h, w, width / height), height, width)
+        return take, np.stack(take.read(numbers, scale))
+
+    jobs = (
+        (take, range(first, min(first + most, take.frames)))
+        for take in takes
+        for first in range(0, take.frames, most)
+    )
+    waiting: collections.deque[Future[Part]] = collections.deque()
+    for job in jobs:
+        waiting.append(pool.submit(read, *job))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """Return the rows of an array, sharded along its first axis, that this process holds."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def _write(path: Path, features: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with part_file(path) as part, part.open("wb") as file:
+            np.save(file, features)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write features: {error.strerror}") from None
+
+
+def _digest(params: Params) -> str:
+    """Return a hash of arrays by name, the same however they are sharded."""
+
+    def mixed(x: jax.Array, seed: int) -> jax.Array:
+        """Add up hashes (MurmurHash3's finaliser) of each number with its index, modulo 2^32."""
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32).reshape(-1), jnp.uint32)
+        h = bits ^ ((jnp.arange(bits.size, dtype=jnp.uint32) + seed) * jnp.uint32(0x9E3779B1))
+        for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+    hashes = jax.jit(lambda tree: jax.tree.map(lambda x: (mixed(x, 0), mixed(x, 1)), tree))(params)
+    text = {name: [x.shape, *map(int, hashes[name])] for name, x in params.items()}
+    return hashlib.sha256(to_json(text, sort_keys=True).encode()).hexdigest()[:16]
