@@ -1,13 +1,19 @@
 """Figures of acting: a model that knows its world is perfect, and one that does not is seen."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from wmjax.data.lerobot import LeRobotSource
+from wmjax.data.mixture import Mixture
 from wmjax.evals import acting
 from wmjax.models.acting import ActingModel
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
+
+DATA = Path(__file__).parent / "data"
 
 
 class Plane(ActingModel):
@@ -54,8 +60,9 @@ def batch(seed=0, B=32, T=4):
 
 
 def means(believes):
-    run = jax.jit(lambda data: acting.figures(Plane(believes), {}, data, jax.random.key(0)))
-    sums, _ = run(batch())
+    model = Plane(believes)
+    run = jax.jit(lambda data: acting.foresight(model, {}, data) | acting.plans(model, {}, data))
+    sums = run(batch())
     return {name: float(total / count) for name, (total, count) in sums.items()}
 
 
@@ -107,3 +114,22 @@ def test_what_cannot_be_measured_is_left_out():
     assert np.isnan(value)
     kinds = {"trained": {"inverse_r2": value, "rank": 0.1}, "random": {"rank": 0.5}}
     assert acting.row(kinds) == {"acting/rank": 0.1, "acting/rank/random": 0.5}
+
+
+def test_clips_are_as_long_as_half_of_the_episodes_allow():
+    settings = {"frames": 4, "fps": 5.0}
+    place, pusht = (
+        LeRobotSource(DATA / name, **settings)
+        for name in ("recordings/v3_place_float", "pusht_sim_v3")
+    )
+    allowed = (int(np.median(place.episodes.length_E)) - 1) // place.stride + 1
+    assert 4 < allowed < 17
+    assert place.of_frames(17).frames == allowed
+    assert len(place.of_frames(17)[0]["frames_VT"][0]) == allowed
+    assert place.of_frames(2).frames == 4
+    assert pusht.of_frames(17).frames == 17
+    both = Mixture({"place": place, "pusht": pusht}, {"place": 1.0, "pusht": 1.0}).of_frames(17)
+    assert both.frames == allowed
+    assert {len(both[i]["state_TS"]) for i in (0, len(both) - 1)} == {allowed}
+    repeated = LeRobotSource(DATA / "recordings/v3_place_float", ends="repeat", **settings)
+    assert repeated.of_frames(17).frames == 17

@@ -279,17 +279,19 @@ def make_pipeline(
     *,
     held_out: bool,
     source: Source | None = None,
+    frames: int = 0,
 ) -> Pipeline:
     """Stream batches of a split from `position`, in clips.
 
-    source: in place of that of the split.
+    source: in place of that of the split. frames: of longer clips, where episodes allow them.
 
     held_out: True crops to the centre, for evaluations; False crops at random, for training.
     """
     data = config.data
     height, width = data_settings.size(data)
+    source = source or setup.sources[split]
     return Pipeline(
-        source or setup.sources[split],
+        source.of_frames(frames) if frames else source,
         setup.masks,
         height=height,
         width=width,
@@ -312,7 +314,7 @@ def open_evaluators(
     config: ml_collections.ConfigDict,
     setup: Setup,
     workdir: Path,
-    open_batches: Callable[[str], Any],
+    open_batches: Callable[..., Any],
     shows: bool = False,
 ) -> list[evals.Evaluator]:
     """Build the evaluators of the run; those that do not apply are named on the console.

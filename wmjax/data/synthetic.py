@@ -3,6 +3,7 @@
 NumPy only, and only operations that every platform rounds equally. Imports no jax and no models.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,11 @@ class SyntheticSource(Source):
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def of_frames(self, most: int) -> "SyntheticSource":
+        other = copy.copy(self)
+        other.frames = max(self.frames, most)
+        return other
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return clip `index`, with uint8 HWC frames. Raises IndexError beyond the end."""

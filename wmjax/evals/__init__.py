@@ -47,8 +47,9 @@ class Context(NamedTuple):
     """What an evaluator may use: compiled steps, data and configuration of the run.
 
     steps: step.Steps. sources: the splits train and validation, as data.source.Source. masks:
-    masking.Masks. config: the whole configuration as plain dicts. open_batches(split): iterator of
-    the batches of a split, from its first clip, cropped to the centre; the evaluator closes it.
+    masking.Masks. config: the whole configuration as plain dicts. open_batches(split, frames=0):
+    iterator of the batches of a split, from its first clip, cropped to the centre; the evaluator
+    closes it. frames: of longer clips, as far as the episodes allow (see Source.of_frames).
     shows: True if the run has TensorBoard or W&B for pictures.
     """
 
@@ -57,7 +58,7 @@ class Context(NamedTuple):
     masks: Any
     config: Mapping[str, Any]
     workdir: Path
-    open_batches: Callable[[str], Any]
+    open_batches: Callable[..., Any]
     shows: bool = False
 
 

@@ -7,7 +7,7 @@ ranks the recorded block near the top. Plans are open-loop, toward the clip's ow
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,8 +26,10 @@ from wmjax.run.console import say
 from wmjax.step import TrainState
 from wmjax.types import Array, WorldModelInput
 
+HORIZON = 16  # blocks that are looked ahead, at most, also where training clips are shorter
+SHOWN = (1, 2, 3, 4, 6, 8, 12, 16)  # of the horizons, on the console
 CANDIDATES = 64  # recorded blocks that are ranked, at most
-PLANNED = 16  # clips of a batch that are planned for, at most
+PLANNED = 16  # clips that are planned for, at most
 LONGEST = 4  # blocks of a plan
 BEST = 0.1  # share of the ranks that counts as the best
 SEARCH = Settings(horizon=1, samples=128, iterations=5, elites=16, objective="min")
@@ -52,16 +54,17 @@ class Acting:
             seed = jax.random.key(context.config["seed"])
             return blueprint.divide(*blueprint.variables(blueprint.create(nnx.Rngs(seed))))
 
-        def measure(weights: Any, batch: WorldModelInput, key: jax.Array) -> tuple[Sums, Any]:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                model, target = blueprint.join(*weights)
-                return figures(model, target, batch, key)
+        def jitted(measure: Callable[..., Any]) -> Callable[..., Any]:
+            def call(weights: Any, batch: WorldModelInput) -> Any:
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                    return measure(*blueprint.join(*weights), batch)
+
+            inputs = (shardings, sharding.batch_sharding(mesh))
+            return jax.jit(call, in_shardings=inputs, out_shardings=everywhere)
 
         self._random = jax.jit(random, out_shardings=shardings)
-        self._measure = jax.jit(
-            measure,
-            in_shardings=(shardings, sharding.batch_sharding(mesh), everywhere),
-            out_shardings=everywhere,
+        self._transitions, self._foresight, self._plans = map(
+            jitted, (transitions, foresight, plans)
         )
         self._open, self._batches = context.open_batches, context.config["eval"]["batches"]
         self._untrained: dict[str, float] = {}
@@ -79,47 +82,41 @@ class Acting:
         totals: dict[str, np.ndarray] = {}
         pairs: dict[str, list[Any]] = {"train": [], "validation": []}
         for split in pairs:
-            with contextlib.closing(self._open(split)) as batches:
+            with contextlib.closing(self._open(split, frames=HORIZON + 1)) as batches:
                 for number in range(self._batches):
-                    key = jax.random.key(number)
-                    sums, moves = jax.device_get(self._measure(weights, next(batches), key))
-                    pairs[split].append(moves)
-                    if split == "validation":
-                        for name, pair in sums.items():
-                            totals[name] = totals.get(name, 0) + np.array(pair, np.float64)
+                    batch = next(batches)
+                    pairs[split].append(jax.device_get(self._transitions(weights, batch)))
+                    if split == "train":
+                        continue
+                    sums = self._foresight(weights, batch)
+                    sums |= {} if number else self._plans(weights, batch)
+                    for name, pair in jax.device_get(sums).items():
+                        totals[name] = totals.get(name, 0) + np.array(pair, np.float64)
         means = {name: float(sum / max(count, 1)) for name, (sum, count) in totals.items()}
         means["inverse_r2"] = inverse_r2(pairs)
         means["fidelity"] = 1 - means.pop("frechet") / max(means.pop("frechet_still"), 1e-9)
         return means
 
 
-def figures(
-    model: ActingModel, target: Params, batch: WorldModelInput, key: jax.Array
-) -> tuple[Sums, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Return sums and counts over a batch, and (z, next z, block, known) of its transitions."""
+def foresight(model: ActingModel, target: Params, batch: WorldModelInput) -> Sums:
+    """Return sums and counts of errors by horizon, and of the recorded block's rank."""
     z_BTND = _frames(model, target, batch)
     B, T = z_BTND.shape[:2]
-    blocks_BTA, known_BT = model.taken(batch)
-    blocks_BHA, seen_BT = blocks_BTA[:, : T - 1], valid_frames(batch)
-    known_BH = all_known_BH = known_BT[:, : T - 1] & seen_BT[:, 1:]
+    blocks_BHA, known_BH = _blocks(model, batch)
+    seen_BT = valid_frames(batch)
     start = model.observe(target, observed(batch, 1))
-    ahead = planning.rollout(model, start, blocks_BHA)
-    other = planning.rollout(model, start, jnp.roll(blocks_BHA, 1, axis=0))
-
+    twice = jnp.concatenate([blocks_BHA, jnp.roll(blocks_BHA, 1, axis=0)])
+    both = planning.rollout(model, jax.tree.map(lambda x: jnp.concatenate([x, x]), start), twice)
+    ahead, other = both[:B], both[B:]
     sums: Sums = {}
-
-    def add(name: str, value_B: Array, counts_B: Array) -> None:
-        counts_B = counts_B.astype(jnp.float32)
-        sums[name] = jnp.sum(value_B * counts_B), jnp.sum(counts_B)
-
     for h in range(T - 1):
-        counts = seen_BT[:, h + 1]
         for name, found in (
             ("error", ahead[:, h]),
             ("copy", z_BTND[:, 0]),
             ("shuffled", other[:, h]),
         ):
-            add(f"{name}/{h + 1}", model.distance(found, z_BTND[:, h + 1]), counts)
+            apart_B = model.distance(found, z_BTND[:, h + 1])
+            sums[f"{name}/{h + 1}"] = _summed(apart_B, seen_BT[:, h + 1])
 
     goal_BND = z_BTND[:, 1]
     count = min(B, CANDIDATES)
@@ -130,37 +127,63 @@ def figures(
     same_BC = jnp.all(blocks_BHA[:, 0][:, None] == blocks_BHA[None, :count, 0], axis=-1)
     below_BC = (energy_BC < own_B[:, None]) & ~same_BC
     rank_B = jnp.sum(below_BC, axis=1) / jnp.maximum(jnp.sum(~same_BC, axis=1), 1)
-    add("rank", rank_B, known_BH[:, 0])
-    add("in_best_tenth", (rank_B <= BEST).astype(jnp.float32), known_BH[:, 0])
+    return sums | {
+        "rank": _summed(rank_B, known_BH[:, 0]),
+        "in_best_tenth": _summed((rank_B <= BEST).astype(jnp.float32), known_BH[:, 0]),
+    }
 
-    few, steps = min(B, PLANNED), min(T - 1, LONGEST)
-    some = jax.tree.map(lambda x: x[:few], start)
+
+def plans(model: ActingModel, target: Params, batch: WorldModelInput) -> Sums:
+    """Return sums and counts of how far plans are from the recorded blocks; PLANNED clips."""
+    few = jax.tree.map(lambda x: x[:PLANNED], batch)
+    z_BTND, (blocks_BHA, known_BH) = _frames(model, target, few), _blocks(model, few)
+    start = model.observe(target, observed(few, 1))
+    B, steps = len(z_BTND), min(blocks_BHA.shape[1], LONGEST)
 
     def planned(steps: int) -> jax.Array:
         settings = dataclasses.replace(SEARCH, horizon=steps)
-        wanted = z_BTND[:few, steps]
+        wanted = z_BTND[:, steps]
 
         def cost(action_BSHA: jax.Array) -> jax.Array:
-            return planning.score(model, some, wanted, action_BSHA, settings)
+            return planning.score(model, start, wanted, action_BSHA, settings)
 
-        first = model.propose(some, wanted, steps)
+        first = model.propose(start, wanted, steps)
         if first is None:
-            first = jnp.zeros((few, steps, blocks_BHA.shape[-1]))
-        keys_B = jax.random.split(key, few)
+            first = jnp.zeros((B, steps, blocks_BHA.shape[-1]))
+        keys_B = jax.random.split(jax.random.key(0), B)
         return planning.find(settings)(cost, first, keys_B, settings, None)[0]
 
-    true_BHA, known_BH = blocks_BHA[:few, :steps], known_BH[:few, :steps]
-    error_BA = planned(1)[:, 0] - true_BHA[:, 0]
-    add("action_error", jnp.mean(jnp.abs(error_BA), axis=-1), known_BH[:, 0])
-    add("mean_action_error", jnp.mean(jnp.abs(true_BHA[:, 0]), axis=-1), known_BH[:, 0])
-    path, true_path = jnp.cumsum(planned(steps), axis=1), jnp.cumsum(true_BHA, axis=1)
-    add("frechet", frechet(path, true_path), jnp.all(known_BH, axis=1))
-    add("frechet_still", frechet(jnp.zeros_like(true_path), true_path), jnp.all(known_BH, axis=1))
+    error_BA, true_BA = planned(1)[:, 0] - blocks_BHA[:, 0], blocks_BHA[:, 0]
+    path_BHA = jnp.cumsum(planned(steps), axis=1)
+    true_BHA, known_B = jnp.cumsum(blocks_BHA[:, :steps], axis=1), jnp.all(known_BH[:, :steps], 1)
+    return {
+        "action_error": _summed(jnp.mean(jnp.abs(error_BA), axis=-1), known_BH[:, 0]),
+        "mean_action_error": _summed(jnp.mean(jnp.abs(true_BA), axis=-1), known_BH[:, 0]),
+        "frechet": _summed(frechet(path_BHA, true_BHA), known_B),
+        "frechet_still": _summed(frechet(jnp.zeros_like(true_BHA), true_BHA), known_B),
+    }
 
-    pooled = jnp.mean(z_BTND, axis=2)
-    D, A = pooled.shape[-1], blocks_BHA.shape[-1]
-    moves = jnp.concatenate([pooled[:, :-1], pooled[:, 1:]], axis=-1).reshape(-1, 2 * D)
-    return sums, (moves, blocks_BHA.reshape(-1, A), all_known_BH.reshape(-1))
+
+def transitions(
+    model: ActingModel, target: Params, batch: WorldModelInput
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return two neighbouring embeddings, the block between them, and whether it is known."""
+    z_BTD = jnp.mean(_frames(model, target, batch), axis=2)
+    blocks_BHA, known_BH = _blocks(model, batch)
+    moves = jnp.concatenate([z_BTD[:, :-1], z_BTD[:, 1:]], axis=-1)
+    D, A = moves.shape[-1], blocks_BHA.shape[-1]
+    return moves.reshape(-1, D), blocks_BHA.reshape(-1, A), known_BH.reshape(-1)
+
+
+def _blocks(model: ActingModel, batch: WorldModelInput) -> tuple[jax.Array, jax.Array]:
+    """Return the blocks between frames, BHA, and which of them lead to a recorded frame, BH."""
+    blocks_BTA, known_BT = model.taken(batch)
+    return blocks_BTA[:, :-1], known_BT[:, :-1] & valid_frames(batch)[:, 1:]
+
+
+def _summed(value_B: jax.Array, counts_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    counts_B = counts_B.astype(jnp.float32)
+    return jnp.sum(value_B * counts_B), jnp.sum(counts_B)
 
 
 def _frames(model: ActingModel, target: Params, batch: WorldModelInput) -> jax.Array:
@@ -223,7 +246,7 @@ def row(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """Format the figures for the console, untrained weights beside them."""
     trained = found["trained"]
-    horizons = [int(name.partition("/")[2]) for name in trained if name.startswith("error/")]
+    horizons = [h for h in SHOWN if f"error/{h}" in trained]
     lines = ["error by horizon in blocks, relative to the last frame copied (1)"]
     lines.append("  blocks     " + "".join(f"{h:7}" for h in horizons))
     for label, who, name in (

@@ -111,6 +111,14 @@ class Recording(Source):
         other.use_split(split)
         return other
 
+    def of_frames(self, most: int) -> Self:
+        lengths = np.sort(self.episodes.length_E[self._fits_E])
+        fits = (int(lengths[len(lengths) // 2]) - 1) // self.stride + 1
+        other = copy.copy(self)
+        other.frames = max(self.frames, min(most, fits) if self._ends == "drop" else most)
+        other.use_split(self._split)
+        return other
+
     def use_split(self, split: str) -> None:
         """Take the episodes of a split, and cut them into windows."""
         self._split = split
