@@ -770,6 +770,7 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, old)
 
 
+@pytest.mark.processes
 def test_a_lost_terminal_saves_and_ends_with_129(tmp_path):
     """The terminal closes, as when ssh drops: writing to it fails from then on."""
     own, terminal = os.openpty()

@@ -55,6 +55,7 @@ def test_a_mistake_ends_the_process_with_its_line_and_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.processes
 def test_a_configuration_of_the_current_folder_is_said_with_its_full_path(
     tmp_path, monkeypatch, capsys
 ):
@@ -306,6 +307,7 @@ def test_importing_wmjax_is_cheap():
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("flags", "job"),
     [

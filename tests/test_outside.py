@@ -122,6 +122,7 @@ def test_statistics_reach_the_model(workdir):
     assert first["gradient_norm"] < 10
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_it_is_the_same(workdir, tmp_path):
     command = [
         *(sys.executable, "-m", "wmjax.main", "--config=debug_world_model"),

@@ -196,6 +196,7 @@ def test_workers_run_no_code_of_the_current_folder(strange, python):
     assert not (strange / "ran").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", ["train", "transcode"])
 def test_the_doors_run_no_code_of_the_current_folder(strange, command):
     flags = {

@@ -32,7 +32,7 @@ CANDIDATES = 64  # recorded blocks that are ranked, at most
 PLANNED = 16  # clips that are planned for, at most
 LONGEST = 4  # blocks of a plan
 BEST = 0.1  # share of the ranks that counts as the best
-SEARCH = Settings(horizon=1, samples=128, iterations=5, elites=16, objective="min")
+SEARCH = Settings(horizon=1, samples=64, iterations=5, elites=8, objective="min")
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # figure -> sum and count
 
 
