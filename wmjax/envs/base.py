@@ -1,0 +1,74 @@
+"""The contract of a simulator, and the names of those that wmjax brings.
+
+An adapter of another simulator imports it inside a function, so only the one that is named loads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from wmjax.errors import UserError
+from wmjax.plugins import ANY, resolve
+
+ENVIRONMENTS = {"tworoom": "wmjax.envs.tworoom:TwoRoom"}
+
+
+class Environment:
+    """One episode of a simulator at a time; a subclass sets the values and defines the methods.
+
+    fps: actions a second. camera: name of the pictures' feature. robot_names, world_names: of the
+    numbers of a state, which has the robot's first, then all else. lowest, highest: of an action.
+    task: a sentence for the recording.
+    """
+
+    fps: float
+    camera = "observation.image"
+    task: str
+    robot_names: Sequence[str]
+    world_names: Sequence[str] = ()
+    action_names: Sequence[str]
+    lowest: np.ndarray
+    highest: np.ndarray
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Draw a start and a goal."""
+        raise NotImplementedError
+
+    def step(self, action: np.ndarray) -> None:
+        """Apply an action for 1 / fps seconds; it is clipped to lowest and highest."""
+        raise NotImplementedError
+
+    def picture(self) -> np.ndarray:
+        """Return what the camera sees, uint8 HWC."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> np.ndarray:
+        """The numbers of robot_names, then of world_names, float32."""
+        raise NotImplementedError
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Go on from a state, as `state` returned it."""
+        raise NotImplementedError
+
+    def set_goal(self, state: np.ndarray) -> None:
+        """Make a state the goal."""
+        raise NotImplementedError
+
+    def reached(self) -> bool:
+        """Return whether the present state counts as the goal."""
+        raise NotImplementedError
+
+    def apart(self, state: np.ndarray, goal: np.ndarray) -> float:
+        """Return how far a goal is from a state, in the simulator's units: how hard it is."""
+        raise NotImplementedError
+
+    def expert(self, rng: np.random.Generator) -> Callable[[], np.ndarray]:
+        """Return a policy of this episode that knows the state: it gives the next action."""
+        raise UserError(f"--policy=expert: {type(self).__name__} has none; wanted random")
+
+
+def make(name: str, key: str = "--env", **settings: Any) -> Environment:
+    """Make the environment of a name, or package.module:Name; key: begins errors."""
+    return resolve(key, name, ENVIRONMENTS, ANY)(**settings)
