@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str] | None] = {
     },
     "actor": {"arrays", "models", "planning"},
     "serve": {"door", "inference", "envs", "data.media"},
-    "envs": set(),
+    "envs": {"plugins"},
     "run": set(),
     "run.checkpoint": {
         *("step", "run.saved", "run.manifest", "run.console", "run.coordination", "run.disk"),
@@ -86,7 +86,7 @@ ARROWS: dict[str, set[str] | None] = {
     "data": {"masking", "data.media", "plugins"},
     "data.media": set(),
     "data.lerobot": {"data", "data.media", "hub"},
-    "data.tools": {"data", "data.media", "data.lerobot"},
+    "data.tools": {"data", "data.media", "data.lerobot", "envs", "run.files"},
     "evals": {
         "arrays",
         "models",

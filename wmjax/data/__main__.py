@@ -1,4 +1,4 @@
-"""Command line of the data tools: `python -m wmjax.data check`, `transcode` and `stats`."""
+"""Command line of the data tools: `python -m wmjax.data check`, `record`, `stats`, `transcode`."""
 
 import argparse
 import os
@@ -15,7 +15,9 @@ from wmjax.data.lerobot.recording import width_of
 from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.stats import summarize
 from wmjax.data.tools.check import Finding, check, table_of
+from wmjax.data.tools.record import record
 from wmjax.data.tools.transcode import transcode
+from wmjax.envs.base import ENVIRONMENTS
 from wmjax.errors import ExitCode, printable
 from wmjax.run.files import to_json
 
@@ -27,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(
-        dest="command", metavar="{transcode,check,stats}", required=True
+        dest="command", metavar="{transcode,record,check,stats}", required=True
     )
     writes = commands.add_parser(
         "transcode", help="copy it with small videos that decode fast; the same command resumes"
@@ -45,6 +47,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     writes.add_argument("--cameras", default="all", help="names, separated by commas (default all)")
     writes.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)"
+    )
+    records = commands.add_parser(
+        "record", help="play episodes in a simulator and write them; the same command resumes"
+    )
+    records.add_argument("out", metavar="OUT", type=Path, help="a new folder, or one to resume")
+    records.add_argument(
+        "--env", required=True, help=f"{', '.join(ENVIRONMENTS)}, or package.module:Name"
+    )
+    records.add_argument(
+        "--policy", default="expert", help="expert, the environment's own (default), or random"
+    )
+    records.add_argument("--episodes", type=int, default=500, help="how many (default 500)")
+    records.add_argument("--steps", type=int, default=100, help="of an episode (default 100)")
+    records.add_argument("--size", type=int, default=96, help="pixels of a side (default 96)")
+    records.add_argument("--seed", type=int, default=0, help="of starts and policy (default 0)")
+    records.add_argument(
+        "--images", action="store_true", help="PNG in the tables, exact to the bit (default: video)"
+    )
+    records.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)"
     )
     checks = commands.add_parser(
@@ -109,6 +131,11 @@ def run(argv: list[str]) -> int:
         return report(*check(flags.root, decode=flags.decode, follow_links=flags.follow_links))
     if flags.command == "stats":
         print(as_json(statistics(flags.root, flags.state, flags.action, flags.follow_links)))
+        return 0
+    if flags.command == "record":
+        settings = {name: value for name, value in vars(flags).items() if name != "command"}
+        record(**settings)
+        print(f"written to {flags.out}")
         return 0
     for note in transcode(
         flags.root,

@@ -9,21 +9,13 @@ import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from wmjax.data.lerobot.episodes import Dropped
 from wmjax.data.lerobot.frames import RowFrames
@@ -32,15 +24,12 @@ from wmjax.data.lerobot.listing import Wanted, all_of, list_episodes
 from wmjax.data.lerobot.paths import Folder, video_keys
 from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.data.lerobot.tables import read_tables
+from wmjax.data.media.encode import add_h264, describe_h264
 from wmjax.data.media.transforms import frame_size
 from wmjax.data.media.video import open_video
+from wmjax.data.tools.jobs import claim, placed, run
 from wmjax.errors import UserError
 
-# fastdecode: no CABAC, no deblocking; B-frames are off too. Measured on g1_subset_v30 at 256 px and
-# gop 2 with clips of 16 frames at 4 fps: clips/s a core, PSNR to the scaled frames, MB:
-#   H.264 crf 20 fastdecode 71, 40.1 dB, 7.6   crf 18 66, 41.4 dB, 9.2   crf 23 78, 38.1 dB, 5.7
-#   H.264 crf 20 no tune    51, 40.4 dB, 6.8   AV1 crf 30 58, 40.9 dB, 5.9
-PRESET, TUNE = "medium", "fastdecode"
 _INFO = Path("meta/info.json")
 _VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
 _MARK = Path("meta/transcode.json")  # the settings of a copy that was begun
@@ -80,7 +69,7 @@ def transcode(
             raise UserError(f"--{name}={value}: wanted from {low} to {high}")
     folder = Folder(root, follow_links)
     info = read_info(folder)
-    root, out = folder.root, Path(os.path.expanduser(out)).resolve()
+    root, out = folder.root, Path(out).expanduser().resolve()
     features = info["features"]
     chosen = choose_cameras(root, features, cameras, "--cameras")
     if images := [name for name in chosen if features[name]["dtype"] == "image"]:
@@ -110,13 +99,13 @@ def transcode(
                 waiting.append(job)
         except UserError as error:
             errors.append(str(error))
-    _run(waiting, errors, total=len(jobs), workers=workers)
+    run(_try, waiting, total=len(jobs), workers=workers, unit="video", errors=errors)
     for place, path in files.items():
         if path.resolve() not in sources and path.suffix not in _VIDEOS and place != _INFO:
             _carry_over(path, out / place, dropped)
     firsts = {name: frames.paths_of(name)[0] for name in kept}
     sizes = {name: _size_of(out / names[path]) for name, path in firsts.items()}
-    with _placed(out / _INFO) as part:
+    with placed(out / _INFO) as part:
         part.write_text(json.dumps(_new_info(info, sizes, dropped, gop, crf), indent=4))
     for left in out.rglob("*.part"):  # of killed attempts
         left.unlink(missing_ok=True)
@@ -145,16 +134,7 @@ def _claim(root: Path, out: Path, settings: dict[str, Any]) -> None:
     """Create `out` with the settings, or check that an earlier attempt had the same ones."""
     if out.is_relative_to(root) or root.is_relative_to(out):
         raise UserError(f"{out}: wanted a folder outside {root}, and not one that contains it")
-    mark = out / _MARK
-    try:
-        if not out.exists() or (out.is_dir() and not any(map(_is_kept, out.rglob("*")))):
-            with _placed(mark) as part:
-                part.write_text(json.dumps(settings))
-        if not mark.is_file():
-            raise UserError(f"{out}: holds other files: wanted a new or an empty folder")
-        found = json.loads(mark.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out}: {error}") from None
+    found = claim(out, _MARK, settings)
     for key, wanted in settings.items():
         if found.get(key) != wanted:
             was, now = f"--{key}={found.get(key)}", f"--{key}={wanted}"
@@ -163,76 +143,10 @@ def _claim(root: Path, out: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{out}: begun with {was}: wanted {now}, or a new folder")
 
 
-def _is_kept(path: Path) -> bool:
-    return path.is_file() and path.suffix != ".part"
-
-
-@contextlib.contextmanager
-def _placed(target: Path) -> Iterator[Path]:
-    """Yield a part file to write to; then rename it to `target` in one step."""
-    # Its name holds the process id, so that two processes never write to one file.
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            with part.open("rb+") as file:  # else a power cut may leave the name without bytes
-                os.fsync(file.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None
-
-
-def _run(jobs: list[Job], errors: list[str], *, total: int, workers: int) -> None:
-    """Do the jobs in `workers` processes; then raise UserError for `errors` and failed jobs."""
-    with tqdm(total=total, initial=total - len(jobs), unit="video") as bar:
-        for error in _results(jobs, min(workers, len(jobs))):
-            errors += [error] if error else []
-            bar.update()
-    if errors:
-        more = f"\nand {len(errors) - 1} other videos" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; {total - len(errors)} of {total} videos done and kept")
-
-
-def _results(jobs: list[Job], workers: int) -> Iterator[str]:
-    if workers <= 1:
-        yield from map(_try, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        try:
-            for future in as_completed([pool.submit(_try, job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"--workers={workers}: a worker was killed; out of memory? Resume with fewer"
-            ) from None
-        except BaseException:
-            # Ctrl-C: half a video is useless, and the rest may take minutes.
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, even if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _try(job: Job) -> str:
     """Do one job; return the error, or ''."""
     try:
-        with _placed(job.target) as part:
+        with placed(job.target) as part:
             _encode(job, part)
     except UserError as error:
         return str(error)
@@ -263,7 +177,11 @@ def _encode(job: Job, part: Path) -> None:
                 graph.vpush(frame)
                 small = graph.vpull()
                 if number == 0:
-                    written = _stream(new, small, read, job)
+                    written = add_h264(
+                        *(new, small.height, small.width, read.average_rate, read.time_base),
+                        gop=job.gop,
+                        crf=job.crf,
+                    )
                     _tag(written.codec_context, frame)
                 small.pict_type = av.video.frame.PictureType.NONE  # the encoder chooses
                 small.pts, small.time_base = frame.pts, clock
@@ -300,24 +218,6 @@ def _scaler(frame: av.VideoFrame, size: tuple[int, int]) -> av.filter.Graph:
     return graph
 
 
-def _stream(new: Any, frame: av.VideoFrame, read: Any, job: Job) -> Any:
-    options = {
-        "crf": str(job.crf),
-        "preset": PRESET,
-        "tune": TUNE,
-        "bf": "0",
-        "sc_threshold": "0",
-        # mbtree makes 1 video in 100 differ by some bits between runs; short GOPs gain nothing.
-        "x264-params": "mbtree=0",
-    }
-    stream = new.add_stream("libx264", rate=read.average_rate, options=options)
-    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
-    stream.gop_size = job.gop
-    stream.time_base = stream.codec_context.time_base = read.time_base
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-    return stream
-
-
 def _tag(codec: Any, frame: av.VideoFrame) -> None:
     """Copy the colour tags of a YUV source. RGB is converted to what untagged video means."""
     if frame.format.name.startswith("yuv"):
@@ -336,7 +236,7 @@ def _carry_over(source: Path, target: Path, dropped: list[str]) -> None:
     if target.exists():
         return
     prefixes = tuple(f"{kind}/{name}/" for name in dropped for kind in ("videos", "stats"))
-    with _placed(target) as part:
+    with placed(target) as part:
         if dropped and "episodes" in target.parts and target.suffix == ".parquet":
             table = pq.read_table(source)
             pq.write_table(
@@ -369,15 +269,7 @@ def _new_info(
         key = "video_info" if feature.get("video_info") else "info"
         feature[key] = {
             **(feature.get(key) or {}),
-            "video.height": height,
-            "video.width": width,
-            "video.codec": "h264",
-            "video.pix_fmt": "yuv420p",
-            "video.g": gop,
-            "video.crf": crf,
-            "video.preset": PRESET,
-            "video.extra_options": {"tune": TUNE, "bf": 0},
-            "has_audio": False,
+            **describe_h264(height, width, gop=gop, crf=crf),
         }
     # The oldest v2.0 has these in place of features.
     early = ("keys", "video_keys", "image_keys", "shapes", "names", "videos")
