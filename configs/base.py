@@ -135,15 +135,19 @@ def get_config() -> ml_collections.ConfigDict:
                 "profile": "",  # steps to trace for TensorBoard and Perfetto, as in 100:110
             },
             "eval": {
-                # Evaluators, in this order: validation, pictures, probe, acting (for models that
-                # act), or package.module:Name.
-                "evaluators": "validation,pictures,probe,acting",
+                # Evaluators, in this order: validation, pictures, probe; acting (for models that
+                # act), closed_loop (with env); or package.module:Name.
+                "evaluators": "validation,pictures,probe,acting,closed_loop",
                 "batches": 8,  # of held-out clips, the same in every validation
                 "probe_every": 10_000,  # steps between probes (and acting), one at the end; 0: none
                 "probe_clips": 512,  # training clips of a probe; held-out clips: half as many
                 # Features that the probe predicts: names a,b; auto: the state, and
                 # observation.environment_state if recorded.
                 "labels": "auto",
+                "env": "",  # simulator of the recording, to act in: tworoom, package.module:Name
+                "env_episodes": 50,  # held-out starts that it acts from
+                "env_goal": 25,  # recorded steps from start to goal; twice as many are allowed
+                "env_plan": "short",  # preset of planning, and keys: short,samples=128
             },
             "mesh": {
                 "data": empty(int),  # devices with copies of the state; empty: all / fsdp

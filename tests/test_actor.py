@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from wmjax.actor import Actor
+from wmjax.data.media.transforms import centre_cropped
 from wmjax.errors import UserError
-from wmjax.inference import _resized
 from wmjax.models import base
 from wmjax.planning.search import Settings
 
@@ -65,7 +65,7 @@ def actor(name="lewm", second=""):
     def built(params):
         return base.merge(blueprint.graph, params), blueprint.abstract.followed(params)
 
-    made = Actor("RUN", blueprint, built, recordings, lambda v, size: _resized(v, size, 1.0))
+    made = Actor("RUN", blueprint, built, recordings, centre_cropped)
     return made, params
 
 

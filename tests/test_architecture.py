@@ -88,6 +88,7 @@ ARROWS: dict[str, set[str] | None] = {
     "data.lerobot": {"data", "data.media", "hub"},
     "data.tools": {"data", "data.media", "data.lerobot", "envs", "run.files"},
     "evals": {
+        *("actor", "envs", "data.media"),
         "arrays",
         "models",
         "planning",

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from wmjax import sharding, weights
 from wmjax.actor import Actor, Found
 from wmjax.arrays import as_array
-from wmjax.data.media.transforms import FULL_BOX, centre_box, crop_and_scale
+from wmjax.data.media.transforms import FULL_BOX, centre_cropped, crop_and_scale
 from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.acting import ActingModel
@@ -234,10 +234,7 @@ class Model:
 
     @cached_property
     def _actor(self) -> Actor:
-        def resize(video_BTHWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-            return _resized(video_BTHWC, size, 1.0)
-
-        return Actor(self._where, self._blueprint, self._built, self._recordings, resize)
+        return Actor(self._where, self._blueprint, self._built, self._recordings, centre_cropped)
 
     def rollout(self, observation: Any, actions: Any, *, recording: str = "") -> np.ndarray:
         """Return the embeddings that the model imagines after each block of actions, (H, N, D).
@@ -479,22 +476,19 @@ def _normalise(frames: Array) -> Array:
 def _resized(frames: Any, size: Size, crop_pct: float) -> np.ndarray:
     """Resize and centre-crop on the host; crop_pct=1: exactly as held-out clips in training."""
     height, width = (size, size) if isinstance(size, int) else size
-    clips = np.asarray(frames).reshape(-1, *frames.shape[-3:])
-    rows, columns = clips.shape[1:3]
-    if crop_pct < 1:
-        tall, wide = int(height / crop_pct), int(width / crop_pct)
-        if rows * wide > columns * tall:
-            tall = rows * wide // columns
-        else:
-            wide = columns * tall // rows
-        top, left = round((tall - height) / 2), round((wide - width) / 2)
-        scaled = crop_and_scale(list(clips), FULL_BOX, tall, wide)
-        scaled = scaled[:, top : top + height, left : left + width]
-    elif (rows, columns) == (height, width):
-        scaled = clips
+    frames = np.asarray(frames)
+    if crop_pct == 1:
+        return centre_cropped(frames, (height, width))
+    rows, columns = frames.shape[-3:-1]
+    tall, wide = int(height / crop_pct), int(width / crop_pct)
+    if rows * wide > columns * tall:
+        tall = rows * wide // columns
     else:
-        box = centre_box(rows, columns, width / height)
-        scaled = crop_and_scale(list(clips), box, height, width)
+        wide = columns * tall // rows
+    top, left = round((tall - height) / 2), round((wide - width) / 2)
+    clips = list(frames.reshape(-1, rows, columns, 3))
+    scaled = crop_and_scale(clips, FULL_BOX, tall, wide)
+    scaled = scaled[:, top : top + height, left : left + width]
     return scaled.reshape(*frames.shape[:-3], height, width, 3)
 
 

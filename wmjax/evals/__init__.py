@@ -22,6 +22,7 @@ EVALUATORS = {
     "pictures": "wmjax.viz.validation:Pictures",
     "probe": "wmjax.evals.probe:Probe",
     "acting": "wmjax.evals.acting:Acting",
+    "closed_loop": "wmjax.evals.closed_loop:ClosedLoop",
 }
 
 

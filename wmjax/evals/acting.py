@@ -256,7 +256,9 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
     ):
         figures = found[who]
         cells = [figures[f"{name}/{h}"] / max(figures[f"copy/{h}"], 1e-12) for h in horizons]
-        lines.append(f"  {label:11}" + "".join(f"{min(cell, 9999):7.2f}" for cell in cells))
+        digits = (0 if cell >= 100 else 2 for cell in cells)
+        texts = [f"{min(cell, 99999):7.{n}f}" for cell, n in zip(cells, digits, strict=True)]
+        lines.append(f"  {label:11}" + "".join(texts))
     for name, text in (
         ("rank", "recorded action's rank among others (0 best, 0.5 chance)"),
         ("in_best_tenth", "recorded action in the best tenth"),

@@ -76,6 +76,16 @@ def crop_and_scale(
     return np.stack([scale(frame) for frame in frames])
 
 
+def centre_cropped(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crop and scale frames (..., height, width, 3) exactly as held-out clips in training."""
+    rows, columns = frames.shape[-3:-1]
+    if (rows, columns) == size:
+        return frames
+    clips = frames.reshape(-1, rows, columns, 3)
+    scaled = crop_and_scale(list(clips), centre_box(rows, columns, size[1] / size[0]), *size)
+    return scaled.reshape(*frames.shape[:-3], *size, 3)
+
+
 class Scaler:
     """Crops the frames of one clip to one box and scales them, one after another.
 
