@@ -1,6 +1,7 @@
 """LeWM on a recording of TwoRoom, the cheapest task to plan in: minutes on one GPU.
 
-    python -m wmjax.main --config=configs/lewm_tworoom.py --config.data.root=DIR
+    python -m wmjax.data record ROOM --env=tworoom --episodes=2000 --size=64
+    python -m wmjax.main --config=configs/lewm_tworoom.py --config.data.root=ROOM
 
 The predictor sees one frame, because the state is low-dimensional and SIGReg is weak there. The
 action head, INTACT's, gives the planner its first plan.
@@ -24,4 +25,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.optim.update(schedule="cosine", warmup=0.02, weight_decay=1e-3, clip_norm=1.0)
     config.optim.schedule_steps = 2_000
     config.train.num_steps = 2_000
+    config.eval.update(env="tworoom", env_plan="lewm")
     return config

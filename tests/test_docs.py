@@ -173,7 +173,8 @@ def runnable():
     def place(words):
         doing = any(word.startswith("--mode") for word in words)
         needs_weights = "import" in words or any(HUB in word for word in words)
-        return words[0] != "wmjax.main" or doing or needs_weights, needs_weights, words
+        first = "record" not in words
+        return first, words[0] != "wmjax.main" or doing or needs_weights, needs_weights, words
 
     return sorted(alone, key=place)
 
@@ -208,6 +209,10 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         argv = [word.replace("v5e:16x16", "cpu:2").replace("fsdp=16", "fsdp=2") for word in argv]
         if "transcode" in argv:
             argv[2] = "transcoded"
+        if "record" in argv:
+            argv += ["--episodes=20", "--steps=60", "--workers=1"]
+        if "--config.data.root=ROOM" in argv:
+            argv += ["--config.eval.env_episodes=2", "--config.eval.env_plan=fast,samples=16"]
         if module in ("wmjax.main", "wmjax.bench"):
             argv += [] if "--list" in argv else known(argv, small)
         if module == "wmjax.bench":

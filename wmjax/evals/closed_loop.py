@@ -31,11 +31,11 @@ STATE, WORLD = "observation.state", "observation.environment_state"
 
 
 class Task(NamedTuple):
-    """Reach `goal` from `start`; action_XA: what was recorded between them."""
+    """Reach the state `goal` from `start`, both of a clip."""
 
+    clip: int
     start: np.ndarray
     goal: np.ndarray
-    action_XA: np.ndarray
 
 
 class ClosedLoop:
@@ -54,8 +54,7 @@ class ClosedLoop:
             check_above(f"eval.{key}", settings[key])
         self._name, self._goal = settings["env"], settings["env_goal"]
         self._count, self._plan = settings["env_episodes"], settings["env_plan"]
-        self._source, self._workdir = context.sources["validation"], context.workdir
-        self._seed = context.config["seed"]
+        self._workdir, self._seed = context.workdir, context.config["seed"]
         self._actor = Actor(
             str(context.workdir),
             blueprint,
@@ -63,33 +62,38 @@ class ClosedLoop:
             context.sources["train"].recordings(),
             centre_cropped,
         )
-        self._actor.settings(self._plan)  # raises before training, not after
-        self._simple: dict[str, np.ndarray] = {}
-
-    @functools.cached_property
-    def _tasks(self) -> list[Task]:
-        """The tasks, always the same."""
-        stride = self._source.stride
+        # What does not fit shows here, before training.
+        self._actor.settings(self._plan)
+        stride = blueprint.spec.stride
         if self._goal % stride:
             raise UserError(
                 f"eval.env_goal={self._goal}: wanted a multiple of {stride}, the recorded frames "
                 "between two of a clip"
             )
-        frames = self._goal // stride + 1
-        source = self._source.of_frames(frames)
-        env, tasks = self._environments[0], []
+        self._source = context.sources["validation"].of_frames(self._goal // stride + 1)
+        env = make(self._name, "eval.env", size=32)
+        self._tasks = self._choose(env)
+        self._simple: dict[str, np.ndarray] = {}
+
+    def _choose(self, env: Environment) -> list[Task]:
+        """Return the tasks, always the same."""
+        wanted = {STATE: len(env.robot_names), WORLD: len(env.world_names)}
+        for feature, numbers in wanted.items():
+            found = self._source.label_sizes.get(feature, 0)
+            if numbers and found != numbers:
+                raise UserError(
+                    f"eval.env={self._name!r}: its {feature} has {numbers} numbers, the data "
+                    f"{found}; wanted a recording of this simulator, and eval.labels='auto'"
+                )
+        source, tasks = self._source, []
         for index in np.random.default_rng(SEED).permutation(len(source)).tolist():
             _, labels = source.labels(*source.locate(index))
-            features = [STATE, *([WORLD] if env.world_names else [])]
-            state_TS = np.concatenate([labels[name] for name in features], axis=1)
-            task = Task(state_TS[0], state_TS[frames - 1], np.zeros(0))
+            state_TS = np.concatenate([labels[name] for name in wanted if wanted[name]], axis=1)
+            task = Task(index, state_TS[0], state_TS[self._goal // source.stride])
             env.set_goal(task.goal)
             env.set_state(task.start)
-            if env.reached():
-                continue
-            action_TPA = source.read(index, lambda frame: frame)["action_TPA"]
-            action_XA = action_TPA.reshape(-1, action_TPA.shape[-1])[: self._goal]
-            tasks.append(task._replace(action_XA=action_XA))
+            if not env.reached():
+                tasks.append(task)
             if len(tasks) == self._count:
                 return tasks
         raise UserError(
@@ -100,21 +104,16 @@ class ClosedLoop:
     @functools.cached_property
     def _environments(self) -> list[Environment]:
         """A simulator for each task, with pictures of the recorded size."""
-        for feature in (STATE, WORLD):
-            env = make(self._name, "eval.env", size=32)
-            names = env.robot_names if feature == STATE else env.world_names
-            found = self._source.label_sizes.get(feature, 0)
-            if names and found != len(names):
-                raise UserError(
-                    f"eval.env={self._name!r}: its {feature} has {len(names)} numbers, the data "
-                    f"{found}; wanted a recording of this simulator, and eval.labels='auto'"
-                )
         height, width = frame_size(self._source[0]["frames_VT"][0][0])
         if height != width:
-            raise UserError(
-                f"eval.env={self._name!r}: wanted square pictures, found {height}x{width}"
-            )
+            found = f"found {height} x {width}"
+            raise UserError(f"eval.env={self._name!r}: wanted square pictures, {found}")
         return [make(self._name, "eval.env", size=height) for _ in range(self._count)]
+
+    def _recorded(self, task: Task) -> np.ndarray:
+        """Return the actions between start and goal, (steps, A)."""
+        action_TPA = self._source.read(task.clip, lambda frame: frame)["action_TPA"]
+        return action_TPA.reshape(-1, action_TPA.shape[-1])[: self._goal]
 
     def __call__(self, step: int, state: TrainState) -> Report:
         say(f"closed loop: {self._count} episodes of {self._name} ...")
@@ -124,7 +123,7 @@ class ClosedLoop:
             rng = np.random.default_rng(SEED)
             low, high = env.lowest, env.highest
             still = np.zeros((self._count, len(low)), np.float32)
-            recorded = np.stack([task.action_XA for task in tasks])
+            recorded = np.stack([self._recorded(task) for task in tasks])
             self._simple = {
                 "recorded": self._play(lambda _, t: recorded[:, t] if t < self._goal else still),
                 "random": self._play(lambda *_: rng.uniform(low, high, still.shape)),
@@ -191,15 +190,15 @@ class ClosedLoop:
 
     def _table(self, found: Mapping[str, np.ndarray], apart: np.ndarray) -> str:
         """Format rates for the console, by how far the goal is: a third of the tasks each."""
-        parts = np.array_split(np.argsort(apart), 3)
+        parts = [np.arange(self._count), *np.array_split(np.argsort(apart), 3)]
         lines = [
             f"{self._name}: {self._count} goals {self._goal} steps ahead, {2 * self._goal} steps "
             f"allowed, plan {self._plan}",
             f"  {'reached, %':17}{'all':>8}{'near':>8}{'middle':>8}{'far':>8}",
         ]
         for name, reached in found.items():
-            rates = [100 * reached[part].mean() for part in (np.arange(len(reached)), *parts)]
-            lines.append(f"  {TITLES[name]:17}" + "".join(f"{rate:8.0f}" for rate in rates))
+            rates = (f"{100 * reached[part].mean():8.0f}" for part in parts if len(part))
+            lines.append(f"  {TITLES[name]:17}" + "".join(rates))
         error = 100 * float(np.std(found["planned"]) / np.sqrt(self._count))
         lines.append(f"  standard error of the first: {error:.1f}")
         return "\n".join(lines)
