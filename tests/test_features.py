@@ -11,6 +11,7 @@ import jax
 import micro
 import numpy as np
 import pytest
+from says import lines_with
 
 from wmjax import assemble, features
 from wmjax import config as configs
@@ -172,6 +173,25 @@ def test_the_disk_is_looked_at_first(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data\.features"):
         run(tmp_path / "run", f"data.features={tmp_path}/features")
     assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_take_that_cannot_be_read_is_left_out_or_ends_the_run(tmp_path, monkeypatch, capfd):
+    read = RowFrames.read
+
+    def broken(self, path, episode, steps, picture):
+        if episode == 3 and len(steps) > 4:  # of the features, not of a first look
+            raise UserError(f"{path}: damaged data")
+        return read(self, path, episode, steps, picture)
+
+    monkeypatch.setattr(RowFrames, "read", broken)
+    with pytest.raises(UserError, match="episode 3"):
+        run(tmp_path / "a", f"data.features={tmp_path}/features")
+    more = ("data.on_error=skip", "data.max_skip_share=0.9", "train.num_steps=4")
+    assert run(tmp_path / "b", f"data.features={tmp_path}/features", *more) == 0
+    said = "".join(capfd.readouterr())
+    assert len(lines_with(said, "warning", "left out")) == 1
+    assert len(list(tmp_path.rglob("*.npy"))) == EPISODES - 1
+    assert sum(row.get("data_skipped", 0) for row in micro.rows(tmp_path / "b")) > 0
 
 
 def test_evaluations_see_video(stored):

@@ -26,7 +26,7 @@ from wmjax import sharding
 from wmjax.data.media.transforms import Scaler, centre_box
 from wmjax.data.source import Source
 from wmjax.data.stored import Stored, Take
-from wmjax.errors import UserError
+from wmjax.errors import ClipError, UserError
 from wmjax.models.base import Params
 from wmjax.run.console import say
 from wmjax.run.files import part_file, to_json, write_whole
@@ -34,7 +34,7 @@ from wmjax.step import Steps, TrainState
 
 KEY = "features.json"
 _SPARE = 1.02  # room that is wanted on the disk, relative to the features
-Part = tuple[Take, np.ndarray]  # some frames of a take, in order
+Part = tuple[Take, np.ndarray, ClipError | None]  # some frames of a take, in order
 
 
 def stored_source(
@@ -45,12 +45,14 @@ def stored_source(
     *,
     pictures: int,
     threads: int,
+    skip: bool,
     begin: Callable[[], None],
 ) -> Source:
     """Return the clips with features in place of pictures; compute those that `folder` lacks.
 
-    pictures: encoded at once by all processes. threads: that read, in each process. begin: called
-    before all processes encode; may raise to stop, and the next call goes on.
+    pictures: encoded at once by all processes. threads: that read, in each process. skip: leave out
+    what cannot be read, with a warning; its clips then cannot be read. begin: called before all
+    processes encode; may raise to stop, and the next call goes on.
     Raises UserError for a model whose features change in training, and for a folder of others.
     """
     blueprint = steps.blueprint
@@ -92,7 +94,7 @@ def stored_source(
             placed = jax.make_array_from_process_local_data(rows, video)
             return _local_rows(jitted(state, placed))[: len(some)]
 
-        _compute(stored, takes, encoded, begin, shape=shape, threads=threads)
+        _compute(stored, takes, encoded, begin, shape=shape, threads=threads, skip=skip)
     return source.from_stored(stored)
 
 
@@ -127,6 +129,7 @@ def _compute(
     *,
     shape: tuple[int, ...],
     threads: int,
+    skip: bool,
 ) -> None:
     """Encode the frames of takes and store the features; each process has its share of the takes.
 
@@ -144,18 +147,29 @@ def _compute(
     share = [takes[i :: jax.process_count()] for i in range(jax.process_count())]
     rounds = max(sum(-(-take.frames // shape[0]) for take in part) for part in share)
     done: list[np.ndarray] = []
+    unread: set[Path] = set()  # files of takes that cannot be read
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=frames, unit="frame", disable=None) as bar,
     ):
-        parts = _read_ahead(pool, 2 * threads, share[jax.process_index()], shape)
+        own = share[jax.process_index()]
+        parts = _read_ahead(pool, 2 * threads, own, shape)
         for _ in range(rounds):
             begin()
-            take, pictures = next(parts, (None, np.zeros((0, *shape[1:]), np.uint8)))
+            take, pictures, error = next(parts, (None, np.zeros((0, *shape[1:]), np.uint8), None))
+            if error and not skip:
+                raise error
             done.append(encode(pictures))
             bar.update(len(pictures))
-            if take and sum(map(len, done)) == take.frames:
-                _write(stored.path(*take[:3]), np.concatenate(done))
+            if take is None:
+                continue
+            path = stored.path(*take[:3])
+            if error and path not in unread:
+                unread.add(path)
+                say(f"warning: left out: {error}")
+            if sum(map(len, done)) == take.frames:
+                if path not in unread:
+                    _write(path, np.concatenate(done))
                 done.clear()
     multihost_utils.sync_global_devices("data.features")
 
@@ -163,12 +177,18 @@ def _compute(
 def _read_ahead(
     pool: ThreadPoolExecutor, ahead: int, takes: Sequence[Take], shape: tuple[int, ...]
 ) -> Iterator[Part]:
-    """Yield the scaled frames of takes in order, at most shape[0] at once, read by threads."""
+    """Yield the scaled frames of takes in order, at most shape[0] at once, read by threads.
+
+    Where they cannot be read: black ones, and the error.
+    """
     most, height, width, _ = shape
 
     def read(take: Take, numbers: range) -> Part:
         scale = Scaler(lambda h, w: centre_box(h, w, width / height), height, width)
-        return take, np.stack(take.read(numbers, scale))
+        try:
+            return take, np.stack(take.read(numbers, scale)), None
+        except ClipError as error:
+            return take, np.zeros((len(numbers), *shape[1:]), np.uint8), error
 
     jobs = (
         (take, range(first, min(first + most, take.frames)))

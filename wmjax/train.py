@@ -121,6 +121,7 @@ def train(
                 state,
                 pictures=config.data.batch_size * config.data.frames,
                 threads=min(config.data.threads, assemble.count_cores()),
+                skip=config.data.on_error == "skip",
                 begin=begin,
             )
 

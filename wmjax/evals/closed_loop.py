@@ -27,6 +27,7 @@ from wmjax.step import TrainState
 
 SEED = 42  # of the choice of episodes, as in the protocol
 SHOWN, KEPT = 8, 24  # episodes of the video, and of those that they are chosen from
+SOUND = 80  # % that the recorded actions reach, where the data is of the simulator
 STATE, WORLD = "observation.state", "observation.environment_state"
 
 
@@ -199,6 +200,11 @@ class ClosedLoop:
         for name, reached in found.items():
             rates = (f"{100 * reached[part].mean():8.0f}" for part in parts if len(part))
             lines.append(f"  {TITLES[name]:17}" + "".join(rates))
+        if (share := 100 * found["recorded"].mean()) < SOUND:
+            lines.append(
+                f"  warning: the recorded actions reach {share:.0f} %: wanted a recording of "
+                f"{self._name} and its rate"
+            )
         error = 100 * float(np.std(found["planned"]) / np.sqrt(self._count))
         lines.append(f"  standard error of the first: {error:.1f}")
         return "\n".join(lines)

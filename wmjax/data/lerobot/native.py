@@ -157,10 +157,10 @@ class LeRobotSource(Recording):
     ) -> list:
         if camera not in episode.videos:
             return []
-        if self.stored:
-            return [*self.stored.read(self.root.name, camera, episode.index, steps)]
         path, first = episode.videos[camera]
         try:
+            if self.stored:
+                return [*self.stored.read(self.root.name, camera, episode.index, steps)]
             if camera in self._images:
                 rows = [int(first) + step for step in steps]
                 return read_images(path, camera, rows, picture)
