@@ -47,7 +47,7 @@ ARROWS: dict[str, set[str] | None] = {
         "run.files",
     },
     "features": {
-        *("sharding", "step", "models", "data", "data.media", "run.console"),
+        *("sharding", "step", "models", "data", "data.media", "data.tools", "run.console"),
         "run.files",
     },
     "run.saved": {"step", "run.manifest", "run.console", "run.disk", "run.files"},

@@ -26,10 +26,11 @@ from wmjax import sharding
 from wmjax.data.media.transforms import Scaler, centre_box
 from wmjax.data.source import Source
 from wmjax.data.stored import Stored, Take
+from wmjax.data.tools.jobs import placed
 from wmjax.errors import ClipError, UserError
 from wmjax.models.base import Params
 from wmjax.run.console import say
-from wmjax.run.files import part_file, to_json, write_whole
+from wmjax.run.files import to_json, write_whole
 from wmjax.step import Steps, TrainState
 
 KEY = "features.json"
@@ -211,12 +212,8 @@ def _local_rows(array: jax.Array) -> np.ndarray:
 
 
 def _write(path: Path, features: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with part_file(path) as part, part.open("wb") as file:
-            np.save(file, features)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write features: {error.strerror}") from None
+    with placed(path) as part, part.open("wb") as file:
+        np.save(file, features)
 
 
 def _digest(params: Params) -> str:
