@@ -12,8 +12,8 @@ from wmjax.run import cluster, private
 
 ROOT = Path(__file__).parent.parent
 FENCE = "wmjax/run/private.py"
-# Of os and of named tuples; a module of Python.
-PUBLISHED = {"_exit", "_fields", "_replace", "_asdict", "_thread"}
+# Of os and of named tuples; a module of Python; of stable-worldmodel's protocol of evaluation.
+PUBLISHED = {"_exit", "_fields", "_replace", "_asdict", "_thread", "_set_state"}
 
 
 def private_names(source):

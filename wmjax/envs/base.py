@@ -11,7 +11,10 @@ import numpy as np
 from wmjax.errors import UserError
 from wmjax.plugins import ANY, resolve
 
-ENVIRONMENTS = {"tworoom": "wmjax.envs.tworoom:TwoRoom"}
+ENVIRONMENTS = {
+    "tworoom": "wmjax.envs.tworoom:TwoRoom",
+    "swm/PushT-v1": "wmjax.envs.swm:PushT",
+}
 
 
 class Environment:
@@ -71,4 +74,9 @@ class Environment:
 
 def make(name: str, key: str = "--env", **settings: Any) -> Environment:
     """Make the environment of a name, or package.module:Name; key: begins errors."""
-    return resolve(key, name, ENVIRONMENTS, ANY)(**settings)
+    try:
+        return resolve(key, name, ENVIRONMENTS, ANY)(**settings)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{key}={name!r}: there is no module {error.name}; install its package"
+        ) from None

@@ -1,0 +1,70 @@
+"""Push-T of stable-worldmodel, where it is installed: states, the rule of success, the expert."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from recordings import refused
+
+from wmjax.envs import base
+
+HERE = importlib.util.find_spec("stable_worldmodel") is not None
+installed = pytest.mark.skipif(not HERE, reason="stable-worldmodel is not installed")
+
+
+@pytest.mark.skipif(HERE, reason="stable-worldmodel is installed")
+def test_without_its_package_it_is_refused_in_a_line():
+    with refused("--env", "swm/PushT-v1", "stable_worldmodel", lines=1):
+        base.make("swm/PushT-v1")
+
+
+@installed
+def test_a_state_goes_in_and_comes_out():
+    env = base.make("swm/PushT-v1", size=96)
+    assert (env.picture().shape, env.picture().dtype) == ((96, 96, 3), np.uint8)
+    for seed in range(20):
+        env.reset(np.random.default_rng(seed))
+        state = env.state
+        env.set_state(state)
+        np.testing.assert_allclose(env.state, state, atol=1e-3)
+
+
+@installed
+def test_success_is_theirs():
+    env = base.make("swm/PushT-v1", size=96)
+    rng, found = np.random.default_rng(0), []
+    for _ in range(300):
+        env.reset(rng)
+        goal = env.state + rng.normal(0, 1, 7) * [6, 6, 0, 0, 6, 6, 0.2] * rng.uniform(0, 2)
+        env.set_goal(goal)
+        x, y, vx, vy, *block = goal
+        theirs = env._simulator.eval_state(
+            np.array([x, y, *block, vx, vy]), env._simulator._get_obs()
+        )[0]
+        found.append((env.reached(), bool(theirs)))
+    assert all(ours == theirs for ours, theirs in found)
+    assert 30 < sum(ours for ours, _ in found) < 270
+
+
+@installed
+def test_the_expert_pushes_on_purpose():
+    env = base.make("swm/PushT-v1", size=96)
+    moves, ways = [], []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        env.reset(rng)
+        act = env.expert(rng)
+        expert, goal, first = act.__self__, None, 0.0
+        for _ in range(125):
+            action, before = act(), env.state
+            if goal is None or np.any(goal != expert._goal):
+                if goal is not None:
+                    ways.append((first, np.linalg.norm(before[4:6] - goal[:2])))
+                goal = expert._goal
+                first = np.linalg.norm(before[4:6] - goal[:2])
+            assert np.all(np.abs(action) <= 1)
+            env.step(action)
+            moves.append(np.linalg.norm(env.state[4:6] - before[4:6]) > 0.5)
+    assert np.mean(moves) > 0.4
+    before, after = np.mean(ways, axis=0)
+    assert after < 0.7 * before
