@@ -1,0 +1,63 @@
+"""The policy that stable-worldmodel's World calls: what it is shown, and when it plans anew."""
+
+import numpy as np
+import pytest
+
+from wmjax.envs.harness import Harness
+
+
+class Told:
+    """A policy that keeps what it is shown; its action is its number and the step."""
+
+    made = 0
+
+    def __init__(self, goal, state_size):
+        Told.made += 1
+        self.number, self.goal, self.seen = Told.made, goal, []
+        self.meta = {"state_size": state_size, "cameras": ["observation.image"]}
+
+    def act(self, shown):
+        self.seen.append(shown)
+        return np.full((len(self.goal), 2), 10 * self.number + len(self.seen))
+
+
+def info(step, goal, **more):
+    pixels = np.full((3, 1, 8, 8, 3), step, np.uint8)
+    return {"pixels": pixels, "goal": np.full((3, 1, 8, 8, 3), goal, np.uint8), **more}
+
+
+@pytest.fixture
+def policies(monkeypatch):
+    monkeypatch.setattr(Told, "made", 0)
+    return []
+
+
+def harness(policies, state_size=0):
+    def toward(goal):
+        policies.append(Told(goal, state_size))
+        return policies[-1]
+
+    return Harness(toward)
+
+
+def test_one_plan_lasts_until_a_goal_changes_or_another_evaluation_begins(policies):
+    made = harness(policies)
+    made.set_env(object())
+    actions = [made.get_action(info(step, goal))[0, 0] for step, goal in ((1, 5), (2, 5), (3, 6))]
+    made.set_env(object())
+    actions.append(made.get_action(info(4, 6))[0, 0])
+    assert actions == [11, 12, 21, 31]
+    assert [policy.goal.shape for policy in policies] == [(3, 8, 8, 3)] * 3
+    assert [policy.goal.max() for policy in policies] == [5, 6, 6]
+    assert [shown.max() for shown in policies[0].seen] == [1, 2]
+
+
+def test_a_model_with_a_state_is_shown_it(policies):
+    made = harness(policies, state_size=4)
+    made.set_env(object())
+    state = np.arange(12.0).reshape(3, 1, 4)
+    made.get_action(info(1, 5, proprio=state))
+    (shown,) = policies[0].seen
+    assert set(shown) == {"observation.image", "state"}
+    np.testing.assert_array_equal(shown["state"], state[:, 0])
+    assert shown["state"].dtype == np.float32
