@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -18,8 +18,16 @@ from wmjax.errors import UserError
 from wmjax.run.files import to_json
 
 
-def claim(out: Path, mark: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Create `out` with the settings in its file `mark`; return those that it was begun with."""
+def claim(
+    out: Path,
+    mark: Path,
+    settings: Mapping[str, Any],
+    words: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """Create `out` with the settings in its file `mark`, or check that it was begun with them.
+
+    words: (what was found, what is wanted) of a setting that is not a flag --KEY=VALUE.
+    """
     path = out / mark
     try:
         if not out.exists() or (out.is_dir() and not any(map(_is_kept, out.rglob("*")))):
@@ -27,9 +35,14 @@ def claim(out: Path, mark: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 part.write_text(to_json(settings))
         if not path.is_file():
             raise UserError(f"{out}: holds other files: wanted a new or an empty folder")
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: {error}") from None
+    for key, wanted in settings.items():
+        if found.get(key) != wanted:
+            flags = f"--{key}={found.get(key)}", f"--{key}={wanted}"
+            was, now = (words or {}).get(key, flags)
+            raise UserError(f"{out}: begun with {was}: wanted {now}, or a new folder")
 
 
 def _is_kept(path: Path) -> bool:

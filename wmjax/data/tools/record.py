@@ -93,13 +93,7 @@ def record(
     }
     simulator = make(env, size=size)
     _play(simulator, policy, seed, 0)  # what is wrong with the names shows here
-    found = claim(out, _MARK, settings)
-    for key, wanted in settings.items():
-        if found.get(key) != wanted:
-            raise UserError(
-                f"{out}: begun with --{key}={found.get(key)}: wanted --{key}={wanted}, or a new "
-                "folder"
-            )
+    claim(out, _MARK, settings)
     jobs = [
         Job(
             *(out, first // FILE, env, policy, first, min(first + FILE, episodes)),
@@ -308,10 +302,10 @@ def _episode_table(env: Environment, jobs: list[Job]) -> pa.Table:
 
 def _column(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column as rows of numbers."""
-    width = column.type.list_size if pa.types.is_fixed_size_list(column.type) else 1
-    flat = column.combine_chunks()
-    values = flat.flatten() if width > 1 or pa.types.is_fixed_size_list(column.type) else flat
-    return values.to_numpy(zero_copy_only=False).reshape(-1, width)
+    values = column.combine_chunks()
+    if pa.types.is_fixed_size_list(values.type):
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def _as_lists(stats: dict[str, Any]) -> dict[str, list[Any]]:

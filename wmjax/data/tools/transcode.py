@@ -134,13 +134,8 @@ def _claim(root: Path, out: Path, settings: dict[str, Any]) -> None:
     """Create `out` with the settings, or check that an earlier attempt had the same ones."""
     if out.is_relative_to(root) or root.is_relative_to(out):
         raise UserError(f"{out}: wanted a folder outside {root}, and not one that contains it")
-    found = claim(out, _MARK, settings)
-    for key, wanted in settings.items():
-        if found.get(key) != wanted:
-            was, now = f"--{key}={found.get(key)}", f"--{key}={wanted}"
-            if key == "source":
-                was, now = "another dataset, or this one before it changed", str(root)
-            raise UserError(f"{out}: begun with {was}: wanted {now}, or a new folder")
+    words = {"source": ("another dataset, or this one before it changed", str(root))}
+    claim(out, _MARK, settings, words)
 
 
 def _try(job: Job) -> str:
