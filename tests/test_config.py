@@ -40,6 +40,29 @@ def test_a_file_of_the_users_own_is_run(tmp_path):
     assert configs.load(str(path)).seed == 7
 
 
+def test_the_configuration_of_a_run_is_read_with_the_types_of_its_keys(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(configs.to_json(configs.load("vjepa2_aloha", ["seed=7"])))
+    found = configs.load(str(path), ["mask.short.aspect=(0.5, 2)"])
+    assert (found.seed, found.mask.short.aspect) == (7, (0.5, 2.0))
+    assert found.data.crop_scale == configs.get_config("vjepa2_aloha").data.crop_scale
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}'])
+def test_a_file_that_is_no_configuration_of_a_run_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with refused(tmp_path / "config.json"):
+        configs.load(str(tmp_path / "config.json"))
+
+
+def test_a_package_that_a_file_names_has_to_be_trusted(tmp_path):
+    config = configs.get_config("debug_world_model")
+    config.model.name = "robolab.models:Dreamer"
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    with refused("robolab.models:Dreamer", "--trust=robolab"):
+        configs.load(str(tmp_path / "config.json"))
+
+
 def test_overrides_take_the_type_of_the_key():
     config = configs.load(
         "debug_world_model",

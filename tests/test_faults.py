@@ -132,6 +132,26 @@ def test_a_signal_in_validation_or_probe_leaves_them_and_saves(tmp_path, during)
     assert saved_steps(tmp_path) == [2]
 
 
+def out_of_memory(context):
+    """An evaluator that fails when it is called."""
+
+    class Fails:
+        every = 2
+
+        def __call__(self, step, state):
+            raise RuntimeError("no memory")
+
+    return Fails()
+
+
+def test_what_was_trained_is_saved_before_an_evaluator_fails(tmp_path):
+    config = micro.config("train.eval_every=2", f"eval.evaluators={__name__}:out_of_memory")
+    config.update(train={"num_steps": 2})
+    with pytest.raises(RuntimeError, match="no memory"):
+        micro.train(config, tmp_path)
+    assert saved_steps(tmp_path) == [2]
+
+
 class Stuck(SyntheticSource):
     """Gives the clips of three batches and some more; then it waits."""
 

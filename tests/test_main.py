@@ -379,6 +379,19 @@ def test_a_workdir_that_would_lose_checkpoints_is_refused(tmp_path, monkeypatch,
     assert not any(tmp_path.iterdir())
 
 
+def test_a_run_is_named_by_its_folder_alone(micro_run, tmp_path, capsys):
+    workdir = shutil.copytree(micro_run, tmp_path / "run")
+    assert main.run([f"--workdir={workdir}"]) == 0
+    assert lines_with(capsys.readouterr().out, workdir, "train.num_steps=3")
+    changes = ("--config.train.num_steps=4", "--config.optim.weight_decay=0.5")
+    assert main.run([f"--config={workdir}/config.json", *changes]) == 0
+    assert lines_with(capsys.readouterr().out, "optim.weight_decay", 0.5, 0.04)
+    assert [row["step"] for row in micro.rows(workdir)] == [1, 2, 3, 4]
+    evaluators = "--config.eval.evaluators=validation"
+    assert main.run([f"--workdir={workdir}", "--mode=eval", evaluators]) == 0
+    assert json.loads((workdir / "evals.jsonl").read_text())["step"] == 4
+
+
 def test_other_paths_train_and_resume(tmp_path):
     workdir = tmp_path / "exp[lr=3e-4]*? größe (2) %d~#{a}'\"$x;&"
     micro.train(micro.config("train.num_steps=1"), workdir)

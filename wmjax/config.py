@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from wmjax.errors import UserError, suggest
+from wmjax.errors import UserError, reason, suggest
 from wmjax.plugins import check_trust
 from wmjax.run import files
 
@@ -51,25 +51,34 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     return _run(path)
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def load(
+    name_or_path: str, overrides: Sequence[str] = (), trust: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
     """Return a configuration by name or path, with `KEY=VALUE` overrides applied.
 
-    Raises UserError for an unknown name or key, or a value of another type.
+    A path is of a .py file, or of the config.json of a run; trust: packages outside wmjax that the
+    latter may name. Raises UserError for an unknown name or key, or a value of another type.
     """
     path = Path(full_name(name_or_path))
-    own = path.suffix == ".py" and path.is_absolute() and path.is_file()
-    config = _run(path) if own else get_config(name_or_path)
+    if path.suffix == ".json":
+        config = _read(path, trust)
+    else:
+        own = path.suffix == ".py" and path.is_absolute() and path.is_file()
+        config = _run(path) if own else get_config(name_or_path)
     override(config, overrides)
     return config
 
 
 def full_name(name_or_path: str) -> str:
-    """Return the full path of a user's .py file, which runs; else the shipped name as given.
+    """Return the full path of a user's .py file, which runs, or of a run's config.json.
+
+    A shipped name is returned as given.
 
     A file in the current folder wins over a shipped configuration of the same name.
     """
     path = Path(name_or_path)
-    return str(path.resolve()) if path.suffix == ".py" and path.is_file() else name_or_path
+    own = path.suffix in (".py", ".json") and path.is_file()
+    return str(path.resolve()) if own else name_or_path
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
@@ -160,8 +169,15 @@ def from_plain(values: Mapping[str, Any], trust: Sequence[str]) -> ml_collection
     config = get_config("base")
     config.update(values)
     for group in ("mask", "model"):  # replaced, because their keys depend on the run
-        config[group] = ml_collections.ConfigDict(values[group])
+        config[group] = ml_collections.ConfigDict(_with_tuples(values[group]))
     return config
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return nested dicts with tuples, as configurations have them, for the lists of JSON."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -198,6 +214,16 @@ _WAS_EMPTY = {
     "data.workers": -1,
     "mesh.data": -1,
 }
+
+
+def _read(path: Path, trust: Sequence[str]) -> ml_collections.ConfigDict:
+    """Return the configuration in the config.json of a run."""
+    try:
+        return from_plain(files.from_json(path.read_bytes()), trust)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--config={path}: {type(error).__name__}: {reason(error)}: wanted config.json of a run"
+        ) from error
 
 
 def _run(path: Path) -> ml_collections.ConfigDict:

@@ -60,7 +60,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help="a shipped configuration (--list of wmjax.main names them), or a .py file",
+        help="a shipped configuration (--list of wmjax.main names them), a .py file, or the "
+        "config.json of a run",
+    )
+    parser.add_argument(
+        "--trust",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="allow a config.json to name a model or a source of this package, which runs its code",
     )
 
 
@@ -101,7 +109,7 @@ def load(
     if not flags.config:
         parser.error(f"needs --config=NAME; shipped: {', '.join(configs.list_configs())}")
     flags.config = configs.full_name(flags.config)
-    config = configs.load(flags.config, overrides)
+    config = configs.load(flags.config, overrides, flags.trust)
     if config.train.deterministic:
         make_deterministic()
     return config

@@ -2,7 +2,7 @@
 
 python -m wmjax.main --config=configs/debug_world_model.py
 python -m wmjax.main --config=vjepa2_aloha --config.data.root=DIR --workdir=runs/mine
-python -m wmjax.main --mode=eval ...    evaluate the newest checkpoint
+python -m wmjax.main --mode=eval --workdir=runs/mine    evaluate the newest checkpoint
 python -m wmjax.main --mode=demo ...    show each component with its shapes
 python -m wmjax.main --mode=plan --topology=v5e:16x16 ...    compile for a pod, on any CPU
 python -m wmjax.main --coordinator=HOST:PORT --processes=N --process=I ...    one of N hosts
@@ -66,7 +66,8 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         "--workdir",
         metavar="DIR",
         type=Path,
-        help="folder for checkpoints, metrics and pictures; default: runs/NAME",
+        help="folder for checkpoints, metrics and pictures; one that has a run gives its "
+        "configuration too; default: runs/NAME",
     )
     parser.add_argument(
         "--mode",
@@ -90,8 +91,12 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         print("\nuse one with --config=NAME, or a file of your own with --config=FILE.py")
         return 0
     try:
+        if not flags.config and flags.workdir and (flags.workdir / "config.json").is_file():
+            flags.config = str(flags.workdir / "config.json")
         config = door.load(parser, flags, overrides)
-        workdir = flags.workdir or Path("runs") / Path(flags.config).stem
+        named = Path(flags.config)
+        own = named.parent if named.suffix == ".json" else Path("runs") / named.stem
+        workdir = flags.workdir or own
         check_workdir(workdir)
         refuse_links(workdir)
     except UserError:

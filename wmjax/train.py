@@ -1,7 +1,7 @@
 """The training loop, read from top to bottom.
 
-Order of a step: take a batch, dispatch the step, read the results of the step before, evaluate,
-save. The loop waits for the device only to stay one step ahead of it.
+Order of a step: take a batch, dispatch the step, read the results of the step before, save,
+evaluate. The loop waits for the device only to stay one step ahead of it.
 """
 
 import contextlib
@@ -249,13 +249,13 @@ def loop(
             saving = last or step % config.checkpoint.every == 0
             if due or saving:
                 late.settle()  # its time belongs to the step
+            if saving:  # first: an evaluator may take longer than a machine is left to us
+                save(step)
             if due:
                 # Stopped: the next batch is not begun either, after a save.
                 with clock.phase("validation"), contextlib.suppress(Stopped):
                     for evaluator in due:
                         reporter.tell(step, evaluator(step, state))
-            if saving:
-                save(step)
     return step
 
 

@@ -54,8 +54,10 @@ def of_result(workdir: Path, step: int, last: Row, seconds: float, exported: boo
     figures = {name: value for name, value in last.items() if name in shown}
     commands = {
         f"python -m wmjax.viz {workdir}": "pictures of what it sees and predicts",
-        "the same command with --mode=eval": "validation and linear probe",
-        f"the same command with --config.train.num_steps={2 * step}": "train further",
+        f"python -m wmjax.main --workdir={workdir} --mode=eval": "all evaluators",
+        f"python -m wmjax.main --workdir={workdir} --config.train.num_steps={2 * step}": (
+            "train further"
+        ),
     }
     if exported:
         commands[f"python -m wmjax.weights export {workdir} OUT"] = "a model for transformers"
