@@ -4,18 +4,11 @@ import importlib.util
 
 import numpy as np
 import pytest
-from recordings import refused
 
 from wmjax.envs import base
 
 HERE = importlib.util.find_spec("stable_worldmodel") is not None
 installed = pytest.mark.skipif(not HERE, reason="stable-worldmodel is not installed")
-
-
-@pytest.mark.skipif(HERE, reason="stable-worldmodel is installed")
-def test_without_its_package_it_is_refused_in_a_line():
-    with refused("--env", "swm/PushT-v1", "stable_worldmodel", lines=1):
-        base.make("swm/PushT-v1")
 
 
 @installed
