@@ -3,7 +3,7 @@
 The protocol of stable-worldmodel: a start and a goal are two states of a held-out episode, so many
 steps apart; twice as many steps are allowed; the goal counts at any step. Starts that count as the
 goal already are left out. Beside the plans act: the recorded actions, which show what is possible,
-uniform random actions, and no action.
+the simulator's random policy, and the action that stays in place.
 """
 
 import functools
