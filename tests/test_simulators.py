@@ -29,10 +29,10 @@ HERE = {module: importlib.util.find_spec(module) is not None for module in EXTRA
 
 def simulator(name):
     lacks = pytest.mark.skipif(not HERE[MODULES[name]], reason=f"{MODULES[name]} is not installed")
-    return pytest.param(name, marks=[pytest.mark.campaign, lacks, theirs])
+    warnings = pytest.mark.filterwarnings("ignore")  # of their libraries
+    return pytest.param(name, marks=[pytest.mark.campaign, lacks, warnings])
 
 
-theirs = pytest.mark.filterwarnings("ignore")  # of their libraries
 PUSHT, CUBE, INSERTION = (simulator(name) for name in list(MODULES)[1:])
 each = pytest.mark.parametrize("name", [PUSHT, CUBE, INSERTION])
 

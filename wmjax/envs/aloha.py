@@ -40,9 +40,7 @@ class _Aloha(Environment):
     fps = 50.0
     camera = "observation.images.top"
     extra = "sim"
-    robot_names = action_names = tuple(
-        f"{s}_{joint}" for s in ("left", "right") for joint in JOINTS
-    )
+    robot_names = action_names = tuple(f"{side}_{joint}" for side in SIDES for joint in JOINTS)
     _file: str
     _task_name: str
 
