@@ -103,7 +103,9 @@ ARROWS: dict[str, set[str] | None] = {
     "weights": {"models", "nn", "hub", "run.saved", "run.files"},
     "viz": {"data", "masking", "inference", "sharding", "evals", "step", "run.files"},
 }
-OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"}
+OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "matplotlib"} | {
+    *("stable_worldmodel", "gym_pusht", "gym_aloha", "gymnasium", "pymunk", "dm_control"),
+}
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 SEES_CONFIG = {"main", "door", "train", "commands", "assemble", "config"}
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"} | {

@@ -12,6 +12,7 @@ from recordings import refused
 from wmjax import config as configs
 from wmjax.commands.evaluate import evaluate
 from wmjax.data.tools.record import record
+from wmjax.envs.tworoom import TwoRoom
 from wmjax.models.acting import ActingModel
 from wmjax.types import WorldModelOutput
 
@@ -115,6 +116,19 @@ def test_a_model_that_knows_reaches_its_goals_and_the_table_says_so(room, tmp_pa
     with av.open(str(tmp_path / "closed_loop/0.mp4")) as video:
         shape = {frame.to_ndarray(format="rgb24").shape for frame in video.decode(video=0)}
     assert shape == {(2 * SIZE, 8 * SIZE, 3)}
+
+
+def test_random_and_still_are_the_simulators_own(room, tmp_path, monkeypatch):
+    def to_goal(self):
+        return np.clip((self._goal - self._place) / 5, -1, 1)
+
+    monkeypatch.setattr(TwoRoom, "still", to_goal)
+    monkeypatch.setattr(TwoRoom, "random", lambda self, rng: np.zeros(2))
+    assert evaluate(config(room), tmp_path) == 0
+    found, _ = rates(tmp_path)
+    assert found["recorded"] == 100
+    assert found["still"] > 50
+    assert found["random"] == 0
 
 
 def test_a_model_that_believes_the_opposite_does_not(room, tmp_path):

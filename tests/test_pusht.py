@@ -4,21 +4,16 @@ import importlib.util
 
 import numpy as np
 import pytest
-from recordings import refused
 
 from wmjax.envs import base
 
 HERE = importlib.util.find_spec("stable_worldmodel") is not None
-installed = pytest.mark.skipif(not HERE, reason="stable-worldmodel is not installed")
+pytestmark = [
+    pytest.mark.skipif(not HERE, reason="stable-worldmodel is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # of its libraries
+]
 
 
-@pytest.mark.skipif(HERE, reason="stable-worldmodel is installed")
-def test_without_its_package_it_is_refused_in_a_line():
-    with refused("--env", "swm/PushT-v1", "stable_worldmodel", lines=1):
-        base.make("swm/PushT-v1")
-
-
-@installed
 def test_a_state_goes_in_and_comes_out():
     env = base.make("swm/PushT-v1", size=96)
     assert (env.picture().shape, env.picture().dtype) == ((96, 96, 3), np.uint8)
@@ -29,7 +24,6 @@ def test_a_state_goes_in_and_comes_out():
         np.testing.assert_allclose(env.state, state, atol=1e-3)
 
 
-@installed
 def test_success_is_theirs():
     env = base.make("swm/PushT-v1", size=96)
     rng, found = np.random.default_rng(0), []
@@ -46,7 +40,6 @@ def test_success_is_theirs():
     assert 30 < sum(ours for ours, _ in found) < 270
 
 
-@installed
 def test_the_expert_pushes_on_purpose():
     env = base.make("swm/PushT-v1", size=96)
     moves, ways = [], []

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from wmjax.errors import UserError
+from wmjax.errors import UserError, how_to_install
 from wmjax.plugins import ANY, resolve
 
 ENVIRONMENTS = {
     "tworoom": "wmjax.envs.tworoom:TwoRoom",
     "swm/PushT-v1": "wmjax.envs.swm:PushT",
+    "gym_pusht/PushT-v0": "wmjax.envs.pusht:PushT",
+    "gym_aloha/AlohaTransferCube-v0": "wmjax.envs.aloha:TransferCube",
+    "gym_aloha/AlohaInsertion-v0": "wmjax.envs.aloha:Insertion",
 }
 
 
@@ -22,12 +25,13 @@ class Environment:
 
     fps: actions a second. camera: name of the pictures' feature. robot_names, world_names: of the
     numbers of a state, which has the robot's first, then all else. lowest, highest: of an action.
-    task: a sentence for the recording.
+    task: a sentence for the recording. extra: of wmjax, which installs the simulator; "": none.
     """
 
     fps: float
     camera = "observation.image"
     task: str
+    extra = ""
     robot_names: Sequence[str]
     world_names: Sequence[str] = ()
     action_names: Sequence[str]
@@ -67,6 +71,14 @@ class Environment:
         """Return how far a goal is from a state, in the simulator's units: how hard it is."""
         raise NotImplementedError
 
+    def still(self) -> np.ndarray:
+        """Return the action that stays in place; zeros unless actions are absolute."""
+        return np.zeros(len(self.action_names), np.float32)
+
+    def random(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw an action of the random policy: uniform from lowest to highest."""
+        return rng.uniform(self.lowest, self.highest)
+
     def expert(self, rng: np.random.Generator) -> Callable[[], np.ndarray]:
         """Return a policy of this episode that knows the state: it gives the next action."""
         raise UserError(f"--policy=expert: {type(self).__name__} has none; wanted random")
@@ -74,9 +86,10 @@ class Environment:
 
 def make(name: str, key: str = "--env", **settings: Any) -> Environment:
     """Make the environment of a name, or package.module:Name; key: begins errors."""
+    environment: Any = Environment
     try:
-        return resolve(key, name, ENVIRONMENTS, ANY)(**settings)
+        environment = resolve(key, name, ENVIRONMENTS, ANY)
+        return environment(**settings)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{key}={name!r}: there is no module {error.name}; install its package"
-        ) from None
+        how = how_to_install(environment.extra) if environment.extra else "install its package"
+        raise UserError(f"{key}={name!r}: there is no module {error.name}: {how}") from None

@@ -37,6 +37,7 @@ class PushT(Environment):
     fps = 10.0
     camera = "observation.image"
     task = "Push the T to the goal."
+    extra = "swm"
     robot_names = ("x", "y", "vx", "vy")
     world_names = ("block_x", "block_y", "block_angle")
     action_names = ("x", "y")

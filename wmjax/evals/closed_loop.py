@@ -3,7 +3,7 @@
 The protocol of stable-worldmodel: a start and a goal are two states of a held-out episode, so many
 steps apart; twice as many steps are allowed; the goal counts at any step. Starts that count as the
 goal already are left out. Beside the plans act: the recorded actions, which show what is possible,
-uniform random actions, and no action.
+the simulator's random policy, and the action that stays in place.
 """
 
 import functools
@@ -122,13 +122,18 @@ class ClosedLoop:
         env = self._environments[0]
         if not self._simple:  # played once, because they do not depend on the state
             rng = np.random.default_rng(SEED)
-            low, high = env.lowest, env.highest
-            still = np.zeros((self._count, len(low)), np.float32)
             recorded = np.stack([self._recorded(task) for task in tasks])
+
+            def random(*_: Any) -> np.ndarray:
+                return np.stack([env.random(rng) for env in self._environments])
+
+            def still(*_: Any) -> np.ndarray:
+                return np.stack([env.still() for env in self._environments])
+
             self._simple = {
-                "recorded": self._play(lambda _, t: recorded[:, t] if t < self._goal else still),
-                "random": self._play(lambda *_: rng.uniform(low, high, still.shape)),
-                "still": self._play(lambda *_: still),
+                "recorded": self._play(lambda _, t: recorded[:, t] if t < self._goal else still()),
+                "random": self._play(random),
+                "still": self._play(still),
             }
         policy = self._policy(weights)
         pictures: list[np.ndarray] = []

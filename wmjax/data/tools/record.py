@@ -75,7 +75,7 @@ def record(
 ) -> None:
     """Write `episodes` episodes of `steps` steps to the folder `out`.
 
-    env: a name of envs.base. policy: random (uniform actions) or expert (the environment's own).
+    env: a name of envs.base. policy: random or expert, both the environment's own.
     size: height and width of the pictures. images: True stores PNG in the tables, exact to the bit;
     False: H.264 video. Raises UserError for wrong settings, and for a folder of other ones.
     """
@@ -137,7 +137,7 @@ def _play(env: Environment, policy: str, seed: int, episode: int) -> Iterator[St
     """Return the steps of an episode, without end."""
     rng = np.random.default_rng((seed, episode))
     env.reset(rng)
-    act = env.expert(rng) if policy == "expert" else lambda: rng.uniform(env.lowest, env.highest)
+    act = env.expert(rng) if policy == "expert" else lambda: env.random(rng)
 
     def steps() -> Iterator[Step]:
         while True:
