@@ -17,13 +17,15 @@ from wmjax.errors import UserError
 class Take(NamedTuple):
     """What one camera recorded of one episode.
 
-    frames: their number. read(steps, picture): the frames of these numbers, through `picture`.
+    frames: their number. lead: the first camera of its clips, whose frames draw their crop.
+    read(steps, picture): the frames of these numbers, through `picture`.
     """
 
     dataset: str
     camera: str
     episode: int
     frames: int
+    lead: str
     read: Callable[[Sequence[int], Callable[[Any], Any]], list[Any]]
 
 
@@ -35,6 +37,8 @@ class Stored:
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
+        # dtype and shape of a frame in the arrays of a clip; the last one is read.
+        self.arrays = {"video": (np.dtype(np.uint8), (0, 0, 3)), "features": (self.dtype, shape)}
 
     def path(self, dataset: str, camera: str, episode: int) -> Path:
         """Return the file of a take."""

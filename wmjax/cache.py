@@ -1,0 +1,147 @@
+"""Keeps the frames of the training split in device memory, as uint8 (data.cache=device).
+
+Each frame is decoded once, at the start. A clip then comes from the host as row numbers, and its
+frames are looked up in a table that is sharded over all devices.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
+from tqdm import tqdm
+
+from wmjax import sharding
+from wmjax.data.cached import Cached, RowReader
+from wmjax.data.source import Source
+from wmjax.data.workers import Workers
+from wmjax.errors import UserError
+from wmjax.run.console import say
+from wmjax.types import WorldModelInput
+
+_PART = 1 << 23  # bytes of frames that are read and copied at once
+
+
+def on_device(
+    source: Source,
+    mesh: Mesh,
+    *,
+    height: int,
+    width: int,
+    workers: int,
+    threads: int,
+    begin: Callable[[], None],
+) -> tuple[Source, Callable[[WorldModelInput], WorldModelInput]]:
+    """Read all frames into device memory; return clips with row numbers, and what shows them.
+
+    The function puts the frames of a placed batch in place of its row numbers; all processes call
+    it equally often. workers: processes that read; 0: `threads` threads read. begin: called before
+    each part, equally often in all processes; may raise to stop. Raises UserError for frames that
+    do not fit or cannot be read.
+    """
+    takes, size = source.takes(), height * width * 3
+    cached, count = Cached(takes), max(1, _PART // size)
+    parts = -(-cached.rows // (count * mesh.size))  # on each device
+    own = [
+        (i, device)
+        for i, device in enumerate(mesh.devices.flat)
+        if device.process_index == jax.process_index()
+    ]
+    need, free = parts * count * size, _free_bytes([device for _, device in own])
+    frames = f"{cached.rows - 1:,} frames of {height} x {width}"
+    if need > free:
+        raise UserError(
+            f"data.cache='device': {frames} need {need / 1e9:.2f} GB on each of {mesh.size} "
+            f"devices, {free / 1e9:.2f} GB are free: wanted fewer frames (data.episodes), smaller "
+            "ones (data.image_size), more devices, or data.cache=''"
+        )
+    say(f"reading {frames} into device memory, {need / 1e9:.2f} GB on each device")
+    reader = RowReader(takes, height=height, width=width, count=count)
+    numbers = [i * parts + part for i, _ in own for part in range(parts)]
+    processes = Workers(reader, workers) if workers else None
+    read, calls = (processes.read, processes.calls) if processes else (reader.read, threads)
+    write = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
+    tables = []
+    pool = ThreadPoolExecutor(calls)
+    try:
+        arrays = _in_order(pool, lambda number: read(0, number)[0]["rows"], numbers, 2 * calls)
+        with tqdm(total=len(numbers) * count, unit="frame", disable=None) as bar:
+            for _, device in own:
+                table = jnp.zeros((parts * count, size), np.uint8, device=device)
+                for part in range(parts):
+                    begin()
+                    rows = jax.device_put(next(arrays), device)
+                    table = write(table, rows, np.int32(part * count), 0)
+                    bar.update(count)
+                tables.append(table)
+    finally:
+        if processes:
+            processes.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+    shape = (mesh.size * parts * count, size)
+    rows = sharding.batch_sharding(mesh)
+    table = jax.make_array_from_single_device_arrays(shape, rows, tables)
+    multihost_utils.sync_global_devices("data.cache")
+    jitted = jax.jit(_lookup(mesh), in_shardings=rows, out_shardings=rows)
+
+    def show(batch: WorldModelInput) -> WorldModelInput:
+        found = jitted(table, batch.observation.video_BVTHWC)
+        video = found.reshape(*found.shape[:3], height, width, 3)
+        return dataclasses.replace(
+            batch, observation=dataclasses.replace(batch.observation, video_BVTHWC=video)
+        )
+
+    return source.from_stored(cached), show
+
+
+def _lookup(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return a function of (table, rows_BVT) for the frames; both are sharded over all devices.
+
+    Each device looks up the rows that it holds, for the whole batch, and zeros elsewhere. The sum
+    over the devices is scattered, so each gets the frames of its own clips.
+    """
+
+    def local(table: jax.Array, rows_BVT: jax.Array) -> jax.Array:
+        at_BVT = rows_BVT - jax.lax.axis_index(sharding.AXES) * len(table)
+        held_BVT = (at_BVT >= 0) & (at_BVT < len(table))
+        found = table.at[at_BVT].get(mode="clip")
+        found = jnp.where(held_BVT[..., None], found, jnp.zeros_like(found))
+        return jax.lax.psum_scatter(found, sharding.AXES, scatter_dimension=0, tiled=True)
+
+    specs = (sharding.BATCH, PartitionSpec())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    read: Callable[[int], np.ndarray],
+    numbers: Iterable[int],
+    ahead: int,
+) -> Iterator[np.ndarray]:
+    """Yield read(number) of each number in order; the pool is at most `ahead` in front."""
+    waiting: collections.deque = collections.deque()
+    for number in numbers:
+        waiting.append(pool.submit(read, number))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _free_bytes(devices: list[jax.Device]) -> int:
+    """Return the memory that each of these devices has free; CPU devices share the host's."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in row for row in stats):
+        return min(row["bytes_limit"] - row["bytes_in_use"] for row in stats)
+    memory = Path("/proc/meminfo")
+    if memory.exists():
+        rows = dict(line.split(":") for line in memory.read_text().splitlines())
+        return 1024 * int(rows["MemAvailable"].split()[0]) // len(devices)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
