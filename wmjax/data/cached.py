@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 
 from wmjax.data.media.transforms import Scaler, centre_box
-from wmjax.data.stored import Take
+from wmjax.data.stored import Arrays, Take
 from wmjax.errors import ClipError
 
 
 class Cached:
     """Which row holds which frame; row 0 is black, for the views that a clip lacks."""
 
-    arrays = {"video": (np.dtype(np.int32), ())}
-
     def __init__(self, takes: Sequence[Take]) -> None:
+        self.arrays: Arrays = {"video": (np.dtype(np.int32), ())}
         ends = 1 + np.cumsum([take.frames for take in takes])
         self.rows = int(ends[-1])
         self._first = {

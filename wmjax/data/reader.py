@@ -5,12 +5,14 @@ room, so it imports NumPy and libav and never jax.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from wmjax.data.media.transforms import Box, Scaler, centre_box, random_box
 from wmjax.data.source import Source
+from wmjax.data.stored import Arrays
 from wmjax.errors import ClipError
 from wmjax.masking import Masks
 
@@ -96,8 +98,8 @@ class Reader:
         return clip, errors
 
     @property
-    def _arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """dtype and shape of a frame in each array of pictures, or what stands in their place."""
+    def _arrays(self) -> Arrays:
+        """Arrays of a clip's pictures; the last one holds what the source reads for a frame."""
         if self._source.stored:
             return self._source.stored.arrays
         return {"video": (np.dtype(np.uint8), (self._height, self._width, 3))}
@@ -139,3 +141,23 @@ class Reader:
                 if not self._skip or len(errors) == _ATTEMPTS:
                     raise
                 errors.append(error)
+
+
+class BatchReader:
+    """Reads `count` clips at once, in the order of their positions: for clips that are small."""
+
+    def __init__(self, reader: Reader, count: int) -> None:
+        self._reader, self._count = reader, count
+
+    @property
+    def dtype(self) -> np.dtype:
+        clip = self._reader.dtype
+        return np.dtype([(name, clip[name], self._count) for name in clip.names or ()], align=True)
+
+    def read(
+        self, positions: Sequence[int], numbers: Sequence[int]
+    ) -> tuple[Clip, list[ClipError]]:
+        """Return the clips of these draws, stacked, and all errors, as Reader.read does."""
+        clips, errors = zip(*map(self._reader.read, positions, numbers), strict=True)
+        batch = {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
+        return batch, [error for found in errors for error in found]

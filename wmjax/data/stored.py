@@ -29,6 +29,9 @@ class Take(NamedTuple):
     read: Callable[[Sequence[int], Callable[[Any], Any]], list[Any]]
 
 
+Arrays = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a frame, by name
+
+
 class Stored:
     """The features in a folder; `shape` is that of one frame, (N, D)."""
 
@@ -37,8 +40,8 @@ class Stored:
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
-        # dtype and shape of a frame in the arrays of a clip; the last one is read.
-        self.arrays = {"video": (np.dtype(np.uint8), (0, 0, 3)), "features": (self.dtype, shape)}
+        no_video = np.dtype(np.uint8), (0, 0, 3)
+        self.arrays: Arrays = {"video": no_video, "features": (self.dtype, shape)}
 
     def path(self, dataset: str, camera: str, episode: int) -> Path:
         """Return the file of a take."""
