@@ -302,9 +302,8 @@ def make_pipeline(
         crop_scale=None if held_out else data.crop_scale,
         crop_aspect=data.crop_aspect,
         threads=data.threads,
-        # An evaluation reads a few batches only, a cached clip is a few numbers: processes would be
-        # slower.
-        workers=0 if held_out or data.cache else count_workers(data),
+        # An evaluation reads a few batches only; starting processes would take longer.
+        workers=0 if held_out else count_workers(data),
         prefetch=data.prefetch or 0,
         on_error=data.on_error,
         max_skip_share=data.max_skip_share,
