@@ -10,6 +10,10 @@ import pytest
 
 from wmjax import assemble, cache
 from wmjax import config as configs
+from wmjax.data.lerobot.frames import RowFrames
+from wmjax.errors import UserError
+from wmjax.run.saved import Saved
+from wmjax.train import train
 
 DATA = Path(__file__).parent / "data"
 TWO = f"{DATA}/pusht_sim_v3:1,{DATA}/recordings/v3_place_float:1"
@@ -61,3 +65,103 @@ def assert_equal(ours, theirs):
 def test_batches_are_the_same(data, devices, monkeypatch):
     monkeypatch.setattr(cache, "_PART", 5 * 32 * 32 * 3)  # many parts, which split episodes
     assert_equal(batches(3, *data, CACHE, devices=devices), batches(3, *data))
+
+
+def parameters(workdir):
+    saved = Saved(workdir / "checkpoints")
+    return saved.read(saved.shapes)
+
+
+def run(workdir, *overrides):
+    return train(config(ONE, *overrides), workdir, mesh=micro.mesh(config(ONE)))
+
+
+def losses(workdir):
+    return [row["loss"] for row in micro.rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """The workdir of a run of four steps with the cache, and the frames that it decoded."""
+    folder, decoded = tmp_path_factory.mktemp("cached"), []
+    read = RowFrames.read
+
+    def counting(self, path, episode, steps, *picture):
+        decoded.extend((path, episode, step) for step in steps)
+        return read(self, path, episode, steps, *picture)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowFrames, "read", counting)
+        assert run(folder, CACHE) == 0
+    return folder, decoded
+
+
+def test_each_frame_is_decoded_once(cached):
+    """100 frames of the training split; the four batches alone have 256."""
+    source = assemble.make_source(config(ONE), "train")
+    frames = sum(take.frames for take in source.takes())
+    assert len(cached[1]) == len(set(cached[1])) == frames
+    assert frames == source.episodes.length_E.sum() > 0
+
+
+def test_a_run_is_the_same_with_and_without_and_resumed(cached, tmp_path):
+    """To the last bit: uncached, and interrupted after two steps."""
+    assert run(tmp_path / "plain") == 0
+    assert run(tmp_path / "parts", CACHE, "train.num_steps=2") == 0
+    assert run(tmp_path / "parts", CACHE) == 0
+    wanted = parameters(cached[0])
+    for workdir in (tmp_path / "plain", tmp_path / "parts"):
+        assert losses(workdir) == losses(cached[0])
+        found = parameters(workdir)
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_resumed_run_may_have_another_batch_size(tmp_path):
+    """The position counts clips, so it need not be a multiple of the batch."""
+    settings = config(ONE, CACHE, "data.batch_size=16")
+    setup = micro.prepare(settings)
+    source, show = assemble.cached_source(settings, setup, lambda: None)
+    with contextlib.closing(
+        assemble.make_pipeline(settings, setup, "train", 24, held_out=False, source=source)
+    ) as stream:
+        assert stream.position == 24
+        found = jax.device_get(show(next(stream)))
+        assert stream.position == 40
+    ids = np.concatenate([batch.sample_ids_B for batch in batches(3, ONE)])
+    assert found.sample_ids_B.tolist() == ids[24:40].tolist()
+
+
+def test_frames_that_do_not_fit_are_refused_before_any_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "_free_bytes", lambda devices: 10**6)
+    monkeypatch.setattr(RowFrames, "read", None)
+    with pytest.raises(UserError, match=r"data\.cache='device'.*0\.00 GB are free"):
+        run(tmp_path, CACHE)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.crop_scale=(0.3,1.0)", "data.crop_scale"),
+        ("data.reader=lerobot", "data.reader"),
+        ("data.source=synthetic", "data.source"),
+        ("data.on_error=skip", "data.on_error"),
+        ("data.features=/somewhere", "data.features"),
+        ("data.cache=host", "data.cache"),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused_by_key(override, key):
+    with pytest.raises(UserError) as error:
+        assemble.check(config(ONE, CACHE, override))
+    assert key in str(error.value)
+    assert "data.cache" in str(error.value)
+
+
+def test_evaluations_read_as_before():
+    settings = config(ONE, CACHE)
+    setup = micro.prepare(settings)
+    assemble.cached_source(settings, setup, lambda: None)
+    assert setup.sources["train"].stored is None
+    with contextlib.closing(
+        assemble.make_pipeline(settings, setup, "train", held_out=True)
+    ) as stream:
+        assert_equal([jax.device_get(next(stream))], batches(1, ONE))
