@@ -1,12 +1,14 @@
 """Frames in device memory (data.cache): batches equal the uncached ones, and nothing is decoded."""
 
 import contextlib
-from pathlib import Path
 
+import av
 import jax
 import micro
 import numpy as np
 import pytest
+from recordings import edit_features, write_v2
+from shared_data import PUSHT
 
 from wmjax import assemble, cache
 from wmjax import config as configs
@@ -15,8 +17,6 @@ from wmjax.errors import UserError
 from wmjax.run.saved import Saved
 from wmjax.train import train
 
-DATA = Path(__file__).parent / "data"
-TWO = f"{DATA}/pusht_sim_v3:1,{DATA}/recordings/v3_place_float:1"
 CACHE = "data.cache=device"
 SMALL = (
     *("model.width=48", "model.depth=1", "model.heads=2", "model.predictor_width=32"),
@@ -26,7 +26,7 @@ SMALL = (
     *("train.eval_every=0", "train.log_every=1", "checkpoint.every=1", "optim.schedule_steps=8"),
     "train.num_steps=4",
 )
-ONE = f"data.root={DATA}/pusht_sim_v3"
+ONE = f"data.root={PUSHT}"
 
 
 def config(*overrides):
@@ -52,18 +52,39 @@ def assert_equal(ours, theirs):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.fixture(scope="module")
+def two_cameras(tmp_path_factory):
+    """Push-T with a second camera, twice as wide, which the first one's crop does not fit."""
+    root = write_v2(tmp_path_factory.mktemp("data") / "two")
+    shape = {"dtype": "video", "shape": [48, 96, 3], "names": ["height", "width", "channel"]}
+    edit_features(root, wide=shape)
+    for video in root.glob("videos/*/observation.image/*.mp4"):
+        wide = video.parents[1] / "wide" / video.name
+        wide.parent.mkdir(exist_ok=True)
+        with av.open(video) as read, av.open(wide, "w") as write:
+            stream = write.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+            for frame in read.decode(video=0):
+                image = frame.to_ndarray(format="rgb24")[:48]
+                write.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            write.mux(stream.encode())
+    return root
+
+
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(
     "data",
     [
-        (ONE,),
-        (ONE, "data.workers=2"),
-        (ONE, "data.ends=repeat", "data.clips_per_episode=3"),
-        (f"data.mixture={TWO}",),
+        ("data.root=PUSHT", "data.workers=2"),
+        ("data.root=TWO", "data.ends=repeat", "data.clips_per_episode=3"),
+        ("data.root=TWO", "data.cameras=wide,observation.image"),
+        ("data.root=TWO", "data.cameras=each"),
+        ("data.mixture=PUSHT:1,TWO:1",),  # of one view and of two
     ],
 )
-@pytest.mark.parametrize("devices", [1, 8])
-def test_batches_are_the_same(data, devices, monkeypatch):
+def test_batches_are_the_same(two_cameras, data, devices, monkeypatch):
     monkeypatch.setattr(cache, "_PART", 5 * 32 * 32 * 3)  # many parts, which split episodes
+    data = [x.replace("PUSHT", str(PUSHT)).replace("TWO", str(two_cameras)) for x in data]
     assert_equal(batches(3, *data, CACHE, devices=devices), batches(3, *data))
 
 
