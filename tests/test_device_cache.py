@@ -3,6 +3,7 @@
 import contextlib
 
 import av
+import cluster
 import jax
 import micro
 import numpy as np
@@ -186,3 +187,12 @@ def test_evaluations_read_as_before():
         assemble.make_pipeline(settings, setup, "train", held_out=True)
     ) as stream:
         assert_equal([jax.device_get(next(stream))], batches(1, ONE))
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(280)
+def test_two_processes_hold_a_share_each(cached, tmp_path):
+    cluster.run(
+        tmp_path / "run", *SMALL, ONE, CACHE, processes=2, devices=1, folder=tmp_path / "out"
+    )
+    assert losses(tmp_path / "run") == pytest.approx(losses(cached[0]), rel=1e-4)

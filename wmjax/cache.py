@@ -6,6 +6,7 @@ frames are looked up in a table that is sharded over all devices.
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,19 +90,21 @@ def on_device(
     rows = sharding.batch_sharding(mesh)
     table = jax.make_array_from_single_device_arrays(shape, rows, tables)
     multihost_utils.sync_global_devices("data.cache")
-    jitted = jax.jit(_lookup(mesh), in_shardings=rows, out_shardings=rows)
+    look_up = _look_up(mesh)
+
+    @functools.partial(jax.jit, in_shardings=rows, out_shardings=rows)
+    def video(table: jax.Array, rows_BVT: jax.Array) -> jax.Array:
+        return look_up(table, rows_BVT).reshape(*rows_BVT.shape, height, width, 3)
 
     def show(batch: WorldModelInput) -> WorldModelInput:
-        found = jitted(table, batch.observation.video_BVTHWC)
-        video = found.reshape(*found.shape[:3], height, width, 3)
-        return dataclasses.replace(
-            batch, observation=dataclasses.replace(batch.observation, video_BVTHWC=video)
-        )
+        seen = batch.observation
+        seen = dataclasses.replace(seen, video_BVTHWC=video(table, seen.video_BVTHWC))
+        return dataclasses.replace(batch, observation=seen)
 
     return source.from_stored(cached), show
 
 
-def _lookup(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _look_up(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return a function of (table, rows_BVT) for the frames; both are sharded over all devices.
 
     Each device looks up the rows that it holds, for the whole batch, and zeros elsewhere. The sum

@@ -103,8 +103,7 @@ def train(
         def stream(
             split: str, position: int = 0, held_out: bool = True, frames: int = 0
         ) -> Batches:
-            more: dict[str, Any] = {}
-            source = None
+            source, more = None, dict[str, Any]()
             if not held_out and config.data.features:
                 source = stored()
             elif not held_out and config.data.cache:
