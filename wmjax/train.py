@@ -103,15 +103,15 @@ def train(
         def stream(
             split: str, position: int = 0, held_out: bool = True, frames: int = 0
         ) -> Batches:
-            source, more = None, dict[str, Any]()
+            source, show = None, list[Any]()
             if not held_out and config.data.features:
                 source = stored()
             elif not held_out and config.data.cache:
-                source, more["show"] = assemble.cached_source(config, setup, begin)
+                source, *show = assemble.cached_source(config, setup, begin)
             pipeline = assemble.make_pipeline(
                 config, setup, split, position, held_out=held_out, source=source, frames=frames
             )
-            return Batches(pipeline, stop, watchdog.beat, **more)
+            return Batches(pipeline, stop, watchdog.beat, *show)
 
         def begin() -> None:
             stop.begin()
