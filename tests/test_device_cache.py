@@ -1,6 +1,7 @@
 """Frames in device memory (data.cache): batches equal the uncached ones, and nothing is decoded."""
 
 import contextlib
+import signal
 
 import av
 import cluster
@@ -86,7 +87,8 @@ def two_cameras(tmp_path_factory):
 def test_batches_are_the_same(two_cameras, data, devices, monkeypatch):
     monkeypatch.setattr(cache, "_PART", 5 * 32 * 32 * 3)  # many parts, which split episodes
     data = [x.replace("PUSHT", str(PUSHT)).replace("TWO", str(two_cameras)) for x in data]
-    assert_equal(batches(3, *data, CACHE, devices=devices), batches(3, *data))
+    mesh = ("mesh.fsdp=2",) if devices == 8 else ()
+    assert_equal(batches(3, *data, *mesh, CACHE, devices=devices), batches(3, *data))
 
 
 def parameters(workdir):
@@ -158,6 +160,29 @@ def test_frames_that_do_not_fit_are_refused_before_any_is_read(monkeypatch, tmp_
     monkeypatch.setattr(RowFrames, "read", None)
     with pytest.raises(UserError, match=r"data\.cache='device'.*0\.00 GB are free"):
         run(tmp_path, CACHE)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_frames_that_cannot_be_read_end_the_run(workers, tmp_path):
+    root = write_v2(tmp_path / "data")
+    video = sorted(root.rglob("*.mp4"))[3]
+    video.write_bytes(video.read_bytes()[:2000])
+    settings = config(f"data.root={root}", f"data.workers={workers}", CACHE)
+    with pytest.raises(UserError, match=video.name):
+        assemble.cached_source(settings, micro.prepare(settings), lambda: None)
+
+
+def test_a_signal_stops_it_between_two_parts(tmp_path, monkeypatch):
+    read = cache.RowReader.read
+
+    def stopping(self, position, number):
+        signal.raise_signal(signal.SIGTERM)
+        return read(self, position, number)
+
+    monkeypatch.setattr(cache, "_PART", 5 * 32 * 32 * 3)
+    monkeypatch.setattr(cache.RowReader, "read", stopping)
+    assert run(tmp_path, CACHE) == 128 + signal.SIGTERM
+    assert not micro.rows(tmp_path)
 
 
 @pytest.mark.parametrize(

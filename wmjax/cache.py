@@ -50,47 +50,22 @@ def on_device(
     takes, size = source.takes(), height * width * 3
     cached, count = Cached(takes), max(1, _PART // size)
     parts = -(-cached.rows // (count * mesh.size))  # on each device
-    own = [
-        (i, device)
-        for i, device in enumerate(mesh.devices.flat)
-        if device.process_index == jax.process_index()
-    ]
-    need, free = parts * count * size, _free_bytes([device for _, device in own])
-    frames = f"{cached.rows - 1:,} frames of {height} x {width}"
-    if need > free:
-        raise UserError(
-            f"data.cache='device': {frames} need {need / 1e9:.2f} GB on each of {mesh.size} "
-            f"devices, {free / 1e9:.2f} GB are free: wanted fewer frames (data.episodes), smaller "
-            "ones (data.image_size), more devices, or data.cache=''"
-        )
-    say(f"reading {frames} into device memory, {need / 1e9:.2f} GB on each device")
+    _check_memory(mesh, parts * count * size, f"{cached.rows - 1:,} frames of {height} x {width}")
     reader = RowReader(takes, height=height, width=width, count=count)
-    numbers = [i * parts + part for i, _ in own for part in range(parts)]
     processes = Workers(reader, workers) if workers else None
     read, calls = (processes.read, processes.calls) if processes else (reader.read, threads)
-    write = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
-    tables = []
-    pool = ThreadPoolExecutor(calls)
     try:
-        arrays = _in_order(pool, lambda number: read(0, number)[0]["rows"], numbers, 2 * calls)
-        with tqdm(total=len(numbers) * count, unit="frame", disable=None) as bar:
-            for _, device in own:
-                table = jnp.zeros((parts * count, size), np.uint8, device=device)
-                for part in range(parts):
-                    begin()
-                    rows = jax.device_put(next(arrays), device)
-                    table = write(table, rows, np.int32(part * count), 0)
-                    bar.update(count)
-                tables.append(table)
+        with ThreadPoolExecutor(calls) as pool:
+            numbers = [i * parts + part for i, _ in _own(mesh) for part in range(parts)]
+            arrays = _in_order(pool, lambda n: read(0, n)[0]["rows"], numbers, calls)
+            try:
+                table = _fill(mesh, arrays, (parts * count, size), count, begin)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
     finally:
         if processes:
             processes.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-    shape = (mesh.size * parts * count, size)
-    rows = sharding.batch_sharding(mesh)
-    table = jax.make_array_from_single_device_arrays(shape, rows, tables)
-    multihost_utils.sync_global_devices("data.cache")
-    look_up = _look_up(mesh)
+    look_up, rows = _look_up(mesh), sharding.batch_sharding(mesh)
 
     @functools.partial(jax.jit, in_shardings=rows, out_shardings=rows)
     def video(table: jax.Array, rows_BVT: jax.Array) -> jax.Array:
@@ -102,6 +77,40 @@ def on_device(
         return dataclasses.replace(batch, observation=seen)
 
     return source.from_stored(cached), show
+
+
+def _own(mesh: Mesh) -> list[tuple[int, jax.Device]]:
+    """Return the devices of this process, each with its position in the mesh."""
+    return [
+        (i, device)
+        for i, device in enumerate(mesh.devices.flat)
+        if device.process_index == jax.process_index()
+    ]
+
+
+def _fill(
+    mesh: Mesh,
+    arrays: Iterator[np.ndarray],
+    shape: tuple[int, int],
+    count: int,
+    begin: Callable[[], None],
+) -> jax.Array:
+    """Return the table; shape: of the share of a device; arrays: of `count` rows, in order."""
+    write = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
+    shares, own = [], _own(mesh)
+    with tqdm(total=len(own) * shape[0], unit="frame", disable=None) as bar:
+        for _, device in own:
+            share = jnp.zeros(shape, np.uint8, device=device)
+            for first in range(0, shape[0], count):
+                begin()
+                rows = jax.device_put(next(arrays), device)
+                share = write(share, rows, np.int32(first), 0)
+                bar.update(count)
+            shares.append(share)
+    multihost_utils.sync_global_devices("data.cache")
+    return jax.make_array_from_single_device_arrays(
+        (mesh.size * shape[0], shape[1]), sharding.batch_sharding(mesh), shares
+    )
 
 
 def _look_up(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -136,6 +145,18 @@ def _in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _check_memory(mesh: Mesh, need: int, frames: str) -> None:
+    """Say what is read, or raise UserError if a device lacks the memory; need: bytes on each."""
+    free = _free_bytes([device for _, device in _own(mesh)])
+    if need > free:
+        raise UserError(
+            f"data.cache='device': {frames} need {need / 1e9:.2f} GB on each of {mesh.size} "
+            f"devices, {free / 1e9:.2f} GB are free: wanted fewer frames (data.episodes), smaller "
+            "ones (data.image_size), more devices, or data.cache=''"
+        )
+    say(f"reading {frames} into device memory, {need / 1e9:.2f} GB on each device")
 
 
 def _free_bytes(devices: list[jax.Device]) -> int:

@@ -1,5 +1,6 @@
 """The `data` group of a configuration: checks of its values, and sources from outside wmjax.
 
+data.cache: "device" keeps the training frames in device memory (wmjax/cache.py); "" does not.
 Takes the group as a plain dict; knows no ConfigDict and no jax.
 """
 
