@@ -4,11 +4,10 @@ Each frame is decoded once, at the start. A clip then comes from the host as row
 frames are looked up in a table that is sharded over all devices.
 """
 
-import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from wmjax import sharding
 from wmjax.data.cached import Cached, RowReader
 from wmjax.data.source import Source
-from wmjax.data.workers import Workers
+from wmjax.data.workers import Workers, in_order
 from wmjax.errors import UserError
 from wmjax.run.console import say
 from wmjax.types import WorldModelInput
@@ -57,11 +56,8 @@ def on_device(
     try:
         with ThreadPoolExecutor(calls) as pool:
             numbers = [i * parts + part for i, _ in _own(mesh) for part in range(parts)]
-            arrays = _in_order(pool, lambda n: read(0, n)[0]["rows"], numbers, calls)
-            try:
-                table = _fill(mesh, arrays, (parts * count, size), count, begin)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            arrays = in_order(pool, lambda n: read(0, n)[0]["rows"], numbers, calls)
+            table = _fill(mesh, arrays, (parts * count, size), count, begin)
     finally:
         if processes:
             processes.close()
@@ -129,22 +125,6 @@ def _look_up(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
     specs = (sharding.BATCH, PartitionSpec())
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=sharding.BATCH)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor,
-    read: Callable[[int], np.ndarray],
-    numbers: Iterable[int],
-    ahead: int,
-) -> Iterator[np.ndarray]:
-    """Yield read(number) of each number in order; the pool is at most `ahead` in front."""
-    waiting: collections.deque = collections.deque()
-    for number in numbers:
-        waiting.append(pool.submit(read, number))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _check_memory(mesh: Mesh, need: int, frames: str) -> None:

@@ -5,6 +5,7 @@ a pipe, writes the clip to shared memory, and exits when the pipe closes. Pipe a
 name, so nothing is left behind, however the run ends.
 """
 
+import collections
 import contextlib
 import mmap
 import os
@@ -15,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,8 +27,24 @@ import wmjax
 from wmjax.data.reader import Clip
 from wmjax.errors import SIGNALS, ClipError, UserError
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
 _SLOTS = 2  # clips in flight per process: it reads one while the parent copies the other
 _ALIGN = 64  # bytes, of arrays in shared memory
+
+
+def in_order(
+    pool: ThreadPoolExecutor, read: Callable[[_T], _R], items: Iterable[_T], ahead: int
+) -> Iterator[_R]:
+    """Yield read(item) of each item in order; the pool is at most `ahead` items in front."""
+    waiting: collections.deque[Future[_R]] = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(read, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 class Reads(Protocol):
