@@ -121,7 +121,7 @@ def cached(tmp_path_factory):
 
 
 def test_each_frame_is_decoded_once(cached):
-    """100 frames of the training split; the four batches alone have 256."""
+    """All of the split, and none a second time for the clips of four batches."""
     source = assemble.make_source(config(ONE), "train")
     frames = sum(take.frames for take in source.takes())
     assert len(cached[1]) == len(set(cached[1])) == frames
