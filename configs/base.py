@@ -97,6 +97,9 @@ def get_config() -> ml_collections.ConfigDict:
                 # Folder for the features of a frozen encoder: computed once, then read in place of
                 # the video. Empty: each step encodes its clips.
                 "features": "",
+                # device: the training frames are decoded once, at the start, and stay in device
+                # memory. Empty: each step's clips are decoded.
+                "cache": "",
                 "episodes": "",  # which to read: numbers and slices, as in 0:50,60,-1; empty: all
                 "follow_links": False,  # True: links in a dataset may lead outside its folder
                 "val_share": 0.05,  # share of the episodes held out (at least one); 0: none

@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str] | None] = {
     "bench": EVERYTHING,
     "assemble": {
         *("step", "models", "nn", "sharding", "optim", "data", "data.lerobot", "masking"),
-        *("evals", "initial", "config", "run.profile", "run.console"),
+        *("evals", "initial", "config", "run.profile", "run.console", "cache"),
     },
     "config": {"models", "data", "plugins", "run.files"},
     "plugins": set(),
@@ -50,6 +50,7 @@ ARROWS: dict[str, set[str] | None] = {
         *("sharding", "step", "models", "data", "data.media", "data.tools", "run.console"),
         "run.files",
     },
+    "cache": {"sharding", "data", "run.console"},
     "run.saved": {"step", "run.manifest", "run.console", "run.disk", "run.files"},
     "run.disk": set(),
     "run.exits": {"run.private"},

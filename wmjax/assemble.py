@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
+from wmjax import cache, evals, initial, masking, optim, sharding
 from wmjax import config as configs
-from wmjax import evals, initial, masking, optim, sharding
 from wmjax.data import settings as data_settings
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.lerobot.hub import download
@@ -146,6 +146,7 @@ def outline(config: ml_collections.ConfigDict) -> str:
 def use_generated_data(config: ml_collections.ConfigDict) -> None:
     """Replace the data by generated clips of the same size, for commands without a dataset."""
     config.data.update(source="synthetic", root="", repo_id="", revision="", mixture="")
+    config.data.update(features="", cache="")
     config.data.update(stride=config.data.stride or 1)
     config.data.members = ml_collections.ConfigDict()
     config.eval.labels = "auto"
@@ -307,6 +308,22 @@ def make_pipeline(
         on_error=data.on_error,
         max_skip_share=data.max_skip_share,
         position=position,
+    )
+
+
+def cached_source(
+    config: ml_collections.ConfigDict, setup: Setup, begin: Callable[[], None]
+) -> tuple[Source, Callable[[WorldModelInput], WorldModelInput]]:
+    """Read the training frames into device memory (data.cache): see cache.on_device."""
+    height, width = data_settings.size(config.data)
+    return cache.on_device(
+        setup.sources["train"],
+        setup.mesh,
+        height=height,
+        width=width,
+        workers=count_workers(config.data),
+        threads=config.data.threads,
+        begin=begin,
     )
 
 

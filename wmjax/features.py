@@ -5,13 +5,12 @@ computed from; a run with another encoder, size or recording is refused. An epis
 written whole, so a stopped run goes on where it was.
 """
 
-import collections
 import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from wmjax.data.media.transforms import Scaler, centre_box
 from wmjax.data.source import Source
 from wmjax.data.stored import Stored, Take
 from wmjax.data.tools.jobs import placed
+from wmjax.data.workers import in_order
 from wmjax.errors import ClipError, UserError
 from wmjax.models.base import Params
 from wmjax.run.console import say
@@ -178,7 +178,7 @@ def _compute(
 def _read_ahead(
     pool: ThreadPoolExecutor, ahead: int, takes: Sequence[Take], shape: tuple[int, ...]
 ) -> Iterator[Part]:
-    """Yield the scaled frames of takes in order, at most shape[0] at once, read by threads.
+    """Return the scaled frames of takes in order, at most shape[0] at once, read by threads.
 
     Where they cannot be read: black ones, and the error.
     """
@@ -196,13 +196,7 @@ def _read_ahead(
         for take in takes
         for first in range(0, take.frames, most)
     )
-    waiting: collections.deque[Future[Part]] = collections.deque()
-    for job in jobs:
-        waiting.append(pool.submit(read, *job))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    return in_order(pool, lambda job: read(*job), jobs, ahead)
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:

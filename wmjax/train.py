@@ -103,17 +103,21 @@ def train(
         def stream(
             split: str, position: int = 0, held_out: bool = True, frames: int = 0
         ) -> Batches:
-            source = None if held_out or not config.data.features else stored()
+            source, show = None, list[Any]()
+            if not held_out and config.data.features:
+                source = stored()
+            elif not held_out and config.data.cache:
+                source, *show = assemble.cached_source(config, setup, begin)
             pipeline = assemble.make_pipeline(
                 config, setup, split, position, held_out=held_out, source=source, frames=frames
             )
-            return Batches(pipeline, stop, watchdog.beat)
+            return Batches(pipeline, stop, watchdog.beat, *show)
+
+        def begin() -> None:
+            stop.begin()
+            watchdog.beat()
 
         def stored() -> Source:
-            def begin() -> None:
-                stop.begin()
-                watchdog.beat()
-
             return features.stored_source(
                 setup.sources["train"],
                 Path(config.data.features),

@@ -96,17 +96,22 @@ def bench_data(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> 
     from wmjax.data.settings import size
 
     if flags.floor:
-        config.data.update(workers=0, threads=1)
+        config.data.update(workers=0, threads=1, cache="")
     begun = time.perf_counter()
     setup = assemble.prepare(config)
+    source, show = None, list[Any]()
+    if config.data.cache:
+        source, *show = assemble.cached_source(config, setup, lambda: None)
     opened = time.perf_counter() - begun
 
     def stream(position: int) -> Any:
-        return assemble.make_pipeline(config, setup, "train", position, held_out=False)
+        return assemble.make_pipeline(
+            config, setup, "train", position, held_out=False, source=source
+        )
 
     if flags.floor:
         return against_bare(stream, setup.sources["train"], size(config.data), flags.batches)
-    row = time_pipeline(stream, flags.batches)[0]
+    row = time_pipeline(stream, flags.batches, 0, *show)[0]
     return row | {"first_batch_s": opened + row["first_batch_s"]}
 
 

@@ -19,25 +19,29 @@ from wmjax.data.media.video import open_video
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
 from wmjax.errors import UserError
+from wmjax.types import WorldModelInput
 
 RUNS = 5  # of the pipeline and of the bare loop, alternating
 
 
 def time_pipeline(
-    stream: Callable[[int], Pipeline], count: int, position: int = 0
+    stream: Callable[[int], Pipeline],
+    count: int,
+    position: int = 0,
+    show: Callable[[WorldModelInput], WorldModelInput] = lambda batch: batch,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Time `count` batches after a first one; return the figures and the ids of the timed clips.
 
-    stream: opens the pipeline at a position.
+    stream: opens the pipeline at a position. show: what training does with a batch first.
     """
     begun = time.perf_counter()
     with contextlib.closing(stream(position)) as batches:
-        shape = jax.block_until_ready(next(batches)).observation.video_BVTHWC.shape
+        shape = jax.block_until_ready(show(next(batches))).observation.video_BVTHWC.shape
         first = time.perf_counter() - begun
         pids = [os.getpid(), *batches.worker_pids]
         begun, worked, ids = time.perf_counter(), cpu_s(pids), []
         for _ in range(count):
-            ids.append(jax.block_until_ready(next(batches)).sample_ids_B)
+            ids.append(jax.block_until_ready(show(next(batches))).sample_ids_B)
         elapsed, worked = time.perf_counter() - begun, cpu_s(pids) - worked
         memory = sum(memory_bytes(pid, "VmHWM") for pid in pids)
     B, V, T = shape[:3]

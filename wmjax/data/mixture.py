@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wmjax.data.cached import Cached
 from wmjax.data.source import Dataset, Picture, Source
 from wmjax.data.stats import Later
 from wmjax.data.stored import Stored, Take
@@ -94,7 +95,7 @@ class Mixture(Source):
         most = min(source.of_frames(most).frames for source in self._sources)
         return self._of(source.of_frames(most) for source in self._sources)
 
-    def from_stored(self, stored: Stored) -> "Mixture":
+    def from_stored(self, stored: Stored | Cached) -> "Mixture":
         other = self._of(source.from_stored(stored) for source in self._sources)
         other.stored = stored
         return other

@@ -11,10 +11,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from wmjax.data.reader import Clip, Reader
+from wmjax.data.cached import Cached
+from wmjax.data.reader import BatchReader, Clip, Reader
 from wmjax.data.skips import Skips
 from wmjax.data.source import Source
-from wmjax.data.workers import Workers
+from wmjax.data.workers import Reads, Workers
 from wmjax.masking import Masks
 
 _MIX = 64  # a mixture is shuffled within windows of this many clips
@@ -58,7 +59,7 @@ class Pipeline:
 
         process, processes = jax.process_index(), jax.process_count()
         local = batch_size // processes
-        reader = Reader(
+        reader: Reads = Reader(
             source,
             masks,
             height=height,
@@ -68,14 +69,17 @@ class Pipeline:
             crop_aspect=crop_aspect,
             skip=on_error == "skip",
         )
+        whole = isinstance(source.stored, Cached)  # such clips are so small that one is no job
+        if isinstance(reader, Reader) and whole:
+            reader = BatchReader(reader, local)
         skips = Skips(max_skip_share)
         self._workers = Workers(reader, workers) if workers else None
         read, calls = reader.read, threads
         if self._workers:
             read, calls = self._workers.read, self._workers.calls
 
-        def load(position: int, number: int) -> Clip:
-            clip, errors = read(position, number)
+        def load(draws: tuple[Any, Any]) -> Clip:
+            clip, errors = read(*draws)
             skips.note(errors)
             return clip
 
@@ -89,16 +93,18 @@ class Pipeline:
             drawn = np.bincount(batch["dataset_id"], minlength=len(source.datasets))
             return placed, drawn, int(batch["skipped"].sum())
 
-        stream = _order(source, seed).map_with_index(load).slice(slice(process, None, processes))
-        ahead = max(prefetch or 2 * local, calls)
+        stream = _order(source, seed).map_with_index(lambda *draw: draw)
+        stream = stream.slice(slice(position + process, None, processes))
+        if whole:
+            stream = stream.batch(local, batch_fn=lambda draws: tuple(zip(*draws, strict=True)))
+        ahead = max((prefetch or 2 * local) // (local if whole else 1), calls)
         reading = grain.ReadOptions(num_threads=calls, prefetch_buffer_size=ahead)
-        batches = stream.to_iter_dataset(reading).batch(local, drop_remainder=True).map(place)
+        clips = stream.map(load).to_iter_dataset(reading)
+        batches = (clips if whole else clips.batch(local, drop_remainder=True)).map(place)
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
         self._batch_size = batch_size
         self._iterator = iter(batches)
-        if position:
-            self._iterator.set_state({"next_index": position // processes})
-        self._processes = processes
+        self._start, self._unit = position, batch_size if whole else processes
         self._names = [dataset.name for dataset in source.datasets]
         self._drawn, self._skipped = np.zeros(len(self._names), int), 0
         self._skips, self._reports_skips = skips, on_error == "skip"
@@ -131,7 +137,7 @@ class Pipeline:
     @property
     def position(self) -> int:
         """Clips of the global stream delivered so far."""
-        return self._iterator.get_state()["next_index"] * self._processes
+        return self._start + self._iterator.get_state()["next_index"] * self._unit
 
     @property
     def worker_pids(self) -> list[int]:

@@ -5,12 +5,14 @@ room, so it imports NumPy and libav and never jax.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from wmjax.data.media.transforms import Box, Scaler, centre_box, random_box
 from wmjax.data.source import Source
+from wmjax.data.stored import Arrays
 from wmjax.errors import ClipError
 from wmjax.masking import Masks
 
@@ -53,12 +55,10 @@ class Reader:
         source, sizes = self._source, self._masks.sizes.values()
         state_TS = (source.frames, source.state_size)
         action_TPA = (source.frames, source.stride, source.action_size)
-        clip, stored = (source.views, source.frames), source.stored
-        size = (0, 0) if stored else (self._height, self._width)
+        clip = (source.views, source.frames)
         return np.dtype(
             [
-                ("video", np.uint8, (*clip, *size, 3)),
-                *([("features", stored.dtype, (*clip, *stored.shape))] if stored else []),
+                *((name, kind, (*clip, *shape)) for name, (kind, shape) in self._arrays.items()),
                 ("view_mask", bool, source.views),
                 ("state", np.float32, state_TS),
                 ("state_mask", bool, state_TS),
@@ -97,24 +97,29 @@ class Reader:
         }
         return clip, errors
 
+    @property
+    def _arrays(self) -> Arrays:
+        """Arrays of a clip's pictures; the last one holds what the source reads for a frame."""
+        if self._source.stored:
+            return self._source.stored.arrays
+        return {"video": (np.dtype(np.uint8), (self._height, self._width, 3))}
+
     def _pictures(self, frames_VT: list[list[np.ndarray]], frames: int) -> Clip:
-        """Return the frames of all views, or the features that stand in their place."""
-        clip, stored = (len(frames_VT), frames), self._source.stored
-        shape = stored.shape if stored else (self._height, self._width, 3)
-        views = np.empty((*clip, *shape), stored.dtype if stored else np.uint8)
-        for view, found in zip(views, frames_VT, strict=True):
+        """Return the frames of all views, or what stands in their place."""
+        clip = len(frames_VT), frames
+        arrays = {n: np.empty((*clip, *shape), kind) for n, (kind, shape) in self._arrays.items()}
+        for view, found in zip([*arrays.values()][-1], frames_VT, strict=True):
             if found:
                 np.stack(found, out=view)
             else:
                 view[:] = 0
-        if stored:
-            return {"video": np.empty((*clip, 0, 0, 3), np.uint8), "features": views}
-        return {"video": views}
+        return arrays
 
     def _box(self, position: int, height: int, width: int) -> Box:
         """Draw the crop of a clip whose frames have this size."""
         out_aspect = self._width / self._height
-        if self._crop_scale is None:
+        # No random crop, not even by the one pixel that rounding would leave.
+        if self._crop_scale is None or (*self._crop_scale, *self._crop_aspect) == (1, 1, 1, 1):
             return centre_box(height, width, out_aspect)
         rng = np.random.default_rng((self._seed, _CROP, position))
         return random_box(rng, height, width, self._crop_scale, self._crop_aspect, out_aspect)
@@ -136,3 +141,23 @@ class Reader:
                 if not self._skip or len(errors) == _ATTEMPTS:
                     raise
                 errors.append(error)
+
+
+class BatchReader:
+    """Reads `count` clips at once, in the order of their positions: for clips that are small."""
+
+    def __init__(self, reader: Reader, count: int) -> None:
+        self._reader, self._count = reader, count
+
+    @property
+    def dtype(self) -> np.dtype:
+        clip = self._reader.dtype
+        return np.dtype([(name, clip[name], self._count) for name in clip.names or ()], align=True)
+
+    def read(
+        self, positions: Sequence[int], numbers: Sequence[int]
+    ) -> tuple[Clip, list[ClipError]]:
+        """Return the clips of these draws, stacked, and all errors, as Reader.read does."""
+        clips, errors = zip(*map(self._reader.read, positions, numbers), strict=True)
+        batch = {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
+        return batch, [error for found in errors for error in found]

@@ -1,5 +1,6 @@
 """The `data` group of a configuration: checks of its values, and sources from outside wmjax.
 
+data.cache: "device" keeps the training frames in device memory (wmjax/cache.py); "" does not.
 Takes the group as a plain dict; knows no ConfigDict and no jax.
 """
 
@@ -66,17 +67,8 @@ def check(data: Data) -> None:
     check_range("data.workers", data["workers"], -1, 2**12)
     for key in ("val_share", "max_skip_share"):
         check_share(f"data.{key}", data[key])
-    if data["features"]:
-        crop = tuple(map(tuple, (data["crop_scale"], data["crop_aspect"])))
-        for key, found, wanted in (
-            ("data.source", data["source"], "lerobot"),
-            ("data.reader", data["reader"], "native"),
-            ("(data.crop_scale, data.crop_aspect)", crop, ((1.0, 1.0), (1.0, 1.0))),
-        ):
-            if found != wanted:
-                raise UserError(
-                    f"data.features={data['features']!r} with {key}={found!r}: wanted {wanted!r}"
-                )
+    check_choice("data.cache", data["cache"], ("", "device"))
+    _check_stored(data)
     _check_origin(data)
     _check_members(data)
 
@@ -110,6 +102,26 @@ def mixture(data: Data) -> dict[str, tuple[str, float]]:
             )
         members[name] = root, weight
     return members
+
+
+def _check_stored(data: Data) -> None:
+    """Raise UserError for keys that data.features or data.cache does not go with."""
+    crop = tuple(map(tuple, (data["crop_scale"], data["crop_aspect"])))
+    both = (
+        ("data.source", data["source"], "lerobot"),
+        ("data.reader", data["reader"], "native"),
+        ("(data.crop_scale, data.crop_aspect)", crop, ((1.0, 1.0), (1.0, 1.0))),
+    )
+    cache = (
+        ("data.features", data["features"], ""),
+        ("data.on_error", data["on_error"], "raise"),
+    )
+    for name, wants in (("features", both), ("cache", (*both, *cache))):
+        for key, found, wanted in wants if data[name] else ():
+            if found != wanted:
+                raise UserError(
+                    f"data.{name}={data[name]!r} with {key}={found!r}: wanted {wanted!r}"
+                )
 
 
 def _check_origin(data: Data) -> None:

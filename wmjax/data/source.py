@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wmjax.data.cached import Cached
 from wmjax.data.stored import Stored, Take
 from wmjax.errors import UserError
 
@@ -43,7 +44,7 @@ class Source:
     action_size: int
     label_sizes: Mapping[str, int] = {}  # labels of the probe: name -> count of numbers
     dropped: Sequence = ()  # episodes left out because they cannot be read, in order
-    stored: Stored | None = None  # holds the features that stand in place of pictures
+    stored: Stored | Cached | None = None  # holds what stands in place of pictures
     notes: Sequence[str] = ()  # warnings and assumptions about the data, a line each
 
     def __len__(self) -> int:
@@ -69,15 +70,15 @@ class Source:
         return self
 
     def takes(self) -> list[Take]:
-        """Return what each camera recorded of each episode of the split."""
+        """Return what each camera recorded of each episode of the split that holds a clip."""
         raise UserError(
-            f"data.features: {type(self).__name__} does not list its takes; wanted a LeRobot "
-            "dataset, read by data.reader='native'"
+            f"data.features, data.cache: {type(self).__name__} does not list its takes; wanted a "
+            "LeRobot dataset, read by data.reader='native'"
         )
 
-    def from_stored(self, stored: Stored) -> "Source":
-        """Return the same clips with stored features (frames, N, D) as frames of a view."""
-        raise UserError(f"data.features: {type(self).__name__} does not define from_stored")
+    def from_stored(self, stored: Stored | Cached) -> "Source":
+        """Return the same clips with what `stored` reads as frames of a view."""
+        raise UserError(f"data.features, data.cache: {type(self).__name__} has no from_stored")
 
     def recordings(self) -> list[dict[str, Any]]:
         """Return what a policy must know of each dataset; []: nothing is known.

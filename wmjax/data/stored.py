@@ -17,14 +17,19 @@ from wmjax.errors import UserError
 class Take(NamedTuple):
     """What one camera recorded of one episode.
 
-    frames: their number. read(steps, picture): the frames of these numbers, through `picture`.
+    frames: their number. lead: the first camera of its clips, whose frames draw their crop.
+    read(steps, picture): the frames of these numbers, through `picture`.
     """
 
     dataset: str
     camera: str
     episode: int
     frames: int
+    lead: str
     read: Callable[[Sequence[int], Callable[[Any], Any]], list[Any]]
+
+
+Arrays = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of a frame, by name
 
 
 class Stored:
@@ -35,6 +40,8 @@ class Stored:
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
+        no_video = np.dtype(np.uint8), (0, 0, 3)
+        self.arrays: Arrays = {"video": no_video, "features": (self.dtype, shape)}
 
     def path(self, dataset: str, camera: str, episode: int) -> Path:
         """Return the file of a take."""

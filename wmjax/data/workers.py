@@ -5,6 +5,7 @@ a pipe, writes the clip to shared memory, and exits when the pipe closes. Pipe a
 name, so nothing is left behind, however the run ends.
 """
 
+import collections
 import contextlib
 import mmap
 import os
@@ -15,17 +16,44 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 import wmjax
-from wmjax.data.reader import Clip, Reader
+from wmjax.data.reader import Clip
 from wmjax.errors import SIGNALS, ClipError, UserError
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 _SLOTS = 2  # clips in flight per process: it reads one while the parent copies the other
 _ALIGN = 64  # bytes, of arrays in shared memory
+
+
+def in_order(
+    pool: ThreadPoolExecutor, read: Callable[[_T], _R], items: Iterable[_T], ahead: int
+) -> Iterator[_R]:
+    """Yield read(item) of each item in order; the pool is at most `ahead` items in front."""
+    waiting: collections.deque[Future[_R]] = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(read, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class Reads(Protocol):
+    """What workers do: data.reader.Reader, say."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, position: Any, number: Any) -> tuple[Clip, list[ClipError]]: ...
 
 
 class _Slot(NamedTuple):
@@ -39,7 +67,7 @@ class _Slot(NamedTuple):
 class Workers:
     """Processes that read clips as `reader` does; `calls` threads that read keep all busy."""
 
-    def __init__(self, reader: Reader, count: int) -> None:
+    def __init__(self, reader: Reads, count: int) -> None:
         """Start the processes; they need some tenths of a second to be ready."""
         self.calls = _SLOTS * count
         self._processes: list[subprocess.Popen] = []
@@ -76,7 +104,7 @@ class Workers:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def read(self, position: int, number: int) -> tuple[Clip, list[ClipError]]:
+    def read(self, position: Any, number: Any) -> tuple[Clip, list[ClipError]]:
         """Do what Reader.read does, in one of the processes; raise the same errors."""
         slot = self._free.get()
         try:
@@ -140,7 +168,7 @@ def serve() -> None:
 
 
 def _read(
-    reader: Reader, draw: tuple[int, int], arrays: dict[str, np.ndarray]
+    reader: Reads, draw: tuple[Any, Any], arrays: dict[str, np.ndarray]
 ) -> list[ClipError] | Exception:
     """Read a clip into `arrays`; return the errors of skipped clips, or what Reader.read raises."""
     try:
@@ -170,7 +198,7 @@ def _map_clips(memory: int, dtype: np.dtype) -> list[dict[str, np.ndarray]]:
     return [{name: clips[name][i : i + 1] for name in names} for i in range(len(clips))]
 
 
-def _dump(reader: Reader, image: BinaryIO) -> list[tuple[int, int]]:
+def _dump(reader: Reads, image: BinaryIO) -> list[tuple[int, int]]:
     """Pickle a reader to `image`, large arrays out of band; return (start, end) of each part."""
     buffers: list[pickle.PickleBuffer] = []
     text = pickle.dumps(reader, protocol=5, buffer_callback=buffers.append)
@@ -183,7 +211,7 @@ def _dump(reader: Reader, image: BinaryIO) -> list[tuple[int, int]]:
     return bounds
 
 
-def _load(image: int, parts: list[tuple[int, int]]) -> Reader:
+def _load(image: int, parts: list[tuple[int, int]]) -> Reads:
     """Unpickle a reader; its large arrays are views of `image`, one copy for all processes."""
     view = memoryview(mmap.mmap(image, 0, access=mmap.ACCESS_READ))
     text, *buffers = (view[start:end] for start, end in parts)

@@ -136,15 +136,21 @@ class Batches:
     """The batches of a pipeline; each is begun by all processes or by none.
 
     __next__ raises Stopped when the run stops, also while it waits for a batch. position: where the
-    data goes on after the batches begun so far. progress: called at each batch.
+    data goes on after the batches begun so far. progress: called at each batch. show: called with
+    each batch once it is begun, so equally often in all processes; what it returns is delivered.
     """
 
     def __init__(
-        self, pipeline: Pipeline, stop: StopSignal, progress: Callable[[], None] = lambda: None
+        self,
+        pipeline: Pipeline,
+        stop: StopSignal,
+        progress: Callable[[], None] = lambda: None,
+        show: Callable[[WorldModelInput], WorldModelInput] = lambda batch: batch,
     ) -> None:
         self.position = pipeline.position
         self.report = pipeline.report
         self._pipeline, self._stop, self._progress = pipeline, stop, progress
+        self._show = show
 
     def __iter__(self) -> "Batches":
         return self
@@ -158,7 +164,7 @@ class Batches:
         self._stop.begin()
         self.position = self._pipeline.position
         self._progress()
-        return batch
+        return self._show(batch)
 
     def close(self) -> None:
         """Close the pipeline; after CLOSE_S its reader threads are left behind."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from wmjax.data.cached import Cached
 from wmjax.data.lerobot.episodes import Episode
 from wmjax.data.lerobot.frames import RowFrames
 from wmjax.data.lerobot.info import read_info
@@ -140,14 +141,15 @@ class LeRobotSource(Recording):
         return [
             Take(
                 *(self.root.name, camera, episode.index, episode.length),
+                camera if self._each else next(c for c in self.cameras if c in episode.videos),
                 functools.partial(self._read_video, episode, camera),
             )
             for camera in self.cameras
-            for episode in self.episodes
+            for episode in self.episodes.take(np.flatnonzero(self._fits_E))
             if camera in episode.videos
         ]
 
-    def from_stored(self, stored: Stored) -> "LeRobotSource":
+    def from_stored(self, stored: Stored | Cached) -> "LeRobotSource":
         other = copy.copy(self)
         other.stored = stored
         return other
