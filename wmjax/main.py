@@ -15,6 +15,7 @@ from pathlib import Path
 
 from wmjax import __version__, door
 from wmjax import config as configs
+from wmjax.data import settings
 from wmjax.errors import UserError, printable
 from wmjax.run import cluster
 from wmjax.run.files import check_workdir, refuse_links
@@ -99,8 +100,11 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         workdir = flags.workdir or own
         check_workdir(workdir)
         refuse_links(workdir)
+        if flags.mode in ("train", "eval"):  # before jax is loaded, which takes seconds
+            settings.check(config.data.to_dict())
     except UserError:
-        if flags.mode != "plan":  # the other processes, if there are any, wait for this one
+        # The other processes, if there are any, wait for this one.
+        if flags.mode != "plan" and not cluster.looks_alone(flags.coordinator):
             with contextlib.suppress(UserError):
                 start(flags.coordinator, flags.processes, flags.process)
         raise
