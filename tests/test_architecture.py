@@ -15,10 +15,7 @@ EVERYTHING = None
 ARROWS: dict[str, set[str] | None] = {
     "__init__": {"config", "inference", "run.exits"},
     "__main__": {"main"},
-    "main": {
-        *("config", "door", "run.cluster", "run.files"),
-        *("data.settings", "train", "commands", "assemble"),
-    },
+    "main": {"config", "door", "run.cluster", "run.files", "train", "commands", "assemble"},
     "door": {"config", "run.exits"},
     "train": EVERYTHING,
     "commands": EVERYTHING,

@@ -157,6 +157,13 @@ def _adopt_source(config: ml_collections.ConfigDict) -> None:
             config.data[key] = value
 
 
+def check_data(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError for values of the data group that are wrong by themselves; loads no jax."""
+    from wmjax.data import settings
+
+    settings.check(config.data.to_dict())
+
+
 def from_plain(values: Mapping[str, Any], trust: Sequence[str]) -> ml_collections.ConfigDict:
     """Return the configuration of a run from its JSON; keys that are newer get their defaults.
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from wmjax import __version__, door
 from wmjax import config as configs
-from wmjax.data import settings
 from wmjax.errors import UserError, printable
 from wmjax.run import cluster
 from wmjax.run.files import check_workdir, refuse_links
@@ -101,7 +100,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         check_workdir(workdir)
         refuse_links(workdir)
         if flags.mode in ("train", "eval"):  # before jax is loaded, which takes seconds
-            settings.check(config.data.to_dict())
+            configs.check_data(config)
     except UserError:
         # The other processes, if there are any, wait for this one.
         if flags.mode != "plan" and not cluster.looks_alone(flags.coordinator):
