@@ -81,7 +81,7 @@ def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, s
         return weights.open_pretrained(where, encoder=encoder, **given)
 
     source = target = open_encoder(encoder)
-    if not encoder and {"encoder", "target_encoder"} <= {*target.choices}:
+    if not encoder and "encoder" in target.choices and len(target.choices) > 1:
         source = open_encoder("encoder")
     shapes = combine(abstract.params, abstract.frozen)
     shapes = {part: tree for part, tree in shapes.items() if part in source.parts}

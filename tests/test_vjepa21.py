@@ -1,0 +1,237 @@
+"""V-JEPA 2.1 equals Meta's code (dense_oracle.py): features, predictions, a training step."""
+
+import json
+from pathlib import Path
+
+import dense_inputs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clips import batch_of
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+import wmjax
+from wmjax.errors import UserError
+from wmjax.models import base
+from wmjax.models.vjepa21 import distances
+from wmjax.nn.compute import Compute
+from wmjax.types import WorldModelInput
+from wmjax.weights import load, open_pretrained
+from wmjax.weights.files import Tensors
+from wmjax.weights.load import assemble
+from wmjax.weights.pretrained import Pretrained, of_meta
+
+KINDS = ("dense", "distilled")
+
+
+@pytest.fixture(scope="module")
+def record():
+    with np.load(Path(__file__).parent / "data/parity_vjepa21.npz") as arrays:
+        return dict(arrays)
+
+
+def named(record, prefix):
+    """Return Meta's weights under a prefix, by their names."""
+    start = f"{prefix}/"
+    return {
+        name.removeprefix(start): (value / np.float32(dense_inputs.GRAIN)).astype(np.float32)
+        for name, value in record.items()
+        if name.startswith(start)
+    }
+
+
+def weights_of(record, kind):
+    """Return the weights of a model; the distilled one has the encoder of the dense one."""
+    found = named(record, "dense/weights")
+    if kind == "dense":
+        return found
+    encoder = {name: value for name, value in found.items() if name.startswith("encoder.")}
+    return encoder | named(record, f"{kind}/weights")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def opened(request, record, tmp_path_factory):
+    """A file of raw safetensors, and the model that it is."""
+    file = tmp_path_factory.mktemp(request.param) / "raw.safetensors"
+    save_file(weights_of(record, request.param), file)
+    source = open_pretrained(file, heads=2, predictor_heads=2)
+    return request.param, source, file
+
+
+def params_of(source):
+    blueprint = source.blueprint(Compute())
+    return blueprint, load(source, blueprint.shapes, blueprint.settings)
+
+
+def close(found, wanted):
+    assert found.shape == wanted.shape
+    assert np.abs(np.asarray(found) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", dense_inputs.INPUTS)
+def test_features_and_predictions(opened, record, name):
+    kind, source, _ = opened
+    frames, size = dense_inputs.INPUTS[name]
+    blueprint, params = params_of(source)
+    model = base.merge(blueprint.graph, params)
+    levels = blueprint.settings.levels
+    video = dense_inputs.pixels(7, (2, frames, size, size, 3))
+    wanted = {key: record[f"{kind}/{name}/{key}"] for key in ("last", "levels", "context")}
+    masks = [tuple(record[f"{kind}/{name}/{side}_ids"] for side in ("context", "target"))]
+
+    @jax.jit
+    def run(video):
+        grid = model.encoder.token_grid(*video.shape[1:4])
+        context = model.encoder(video, masks[0][0], levels=levels)
+        predicted = model.predictor(context, masks, grid, video.shape[1] == 1)
+        return model.encoder(video), model.encoder(video, levels=levels), context, predicted
+
+    last, all_levels, context, ((of_context, of_target),) = run(video)
+    at = dense_inputs.shown(frames, size)
+    close(last[:, at], wanted["last"])
+    close(all_levels[:, at], wanted["levels"])
+    close(context, wanted["context"])
+    close(of_context, record[f"{kind}/{name}/context_prediction"])
+    close(of_target, record[f"{kind}/{name}/target_prediction"])
+
+
+def stream(record, name):
+    frames, size, budgets = dense_inputs.STREAMS[name]
+    start = f"step/{name}"
+    masks = [
+        (record[f"{start}/context_ids/{i}"], record[f"{start}/target_ids/{i}"])
+        for i in range(len(budgets))
+    ]
+    return batch_of(dense_inputs.pixels(8, (2, 1, frames, size, size, 3)), masks)
+
+
+@pytest.fixture(scope="module")
+def step(record, tmp_path_factory):
+    """Loss, terms and gradients of a training step on both streams."""
+    file = tmp_path_factory.mktemp("step") / "raw.safetensors"
+    of_target = {f"target_encoder.{k}": v for k, v in named(record, "step/target").items()}
+    save_file(weights_of(record, "dense") | of_target, file)
+    own = {"heads": 2, "predictor_heads": 2}
+    source = open_pretrained(file, encoder="encoder", **own)
+    loss = {"image_loss": 1.0, "context_loss": dense_inputs.CONTEXT}
+    group = source.model | loss | {"context_warmup": dense_inputs.WARMUP}
+    blueprint = base.Blueprint.of(group, base.InputSpec(4, 64, 64))
+    params = load(source, blueprint.shapes, blueprint.settings)
+    ema = {"encoder": blueprint.shapes["encoder"]}
+    target = load(open_pretrained(file, **own), ema, blueprint.settings)["encoder"]
+    params["predictor"]["updates"] = jnp.float32(dense_inputs.UPDATES)
+    batch = stream(record, "video").replace(beside={"images": stream(record, "images")})
+    trained, frozen, target = blueprint.divide(params, target)
+
+    @jax.jit
+    def run(trained):
+        def of(trained):
+            model, whole = blueprint.join(trained, frozen, target)
+            output = model.loss(whole, batch, jax.random.key(0))
+            return output.loss, output
+
+        return jax.value_and_grad(of, has_aux=True)(trained)
+
+    return blueprint, run(trained), source
+
+
+def test_losses_of_both_streams(record, step):
+    _, ((total, output), _), _ = step
+    assert float(total) == pytest.approx(float(record["step/total"]), rel=1e-6)
+    assert float(output.scalars["context_weight"]) == pytest.approx(record["step/weight"])
+    assert float(output.updates["predictor"]["updates"]) == dense_inputs.UPDATES + 1
+    for name, prefix in (("video", ""), ("images", "images_")):
+        for side, suffix in (("target", ""), ("context", "_context")):
+            masks = len(dense_inputs.STREAMS[name][2])
+            mean = np.mean([float(output.terms[f"{prefix}{i}{suffix}"].loss) for i in range(masks)])
+            assert mean == pytest.approx(float(record[f"step/{name}/{side}"]), rel=1e-6)
+
+
+def test_gradients_of_both_streams(record, step):
+    _, (_, gradients), source = step
+    found = flatten_dict(gradients, sep=".")
+    theirs = {
+        name.removeprefix("step/gradients/"): value
+        for name, value in record.items()
+        if name.startswith("step/gradients/")
+    }
+    tensors = Tensors(
+        {name: value.shape for name, value in theirs.items()},
+        dict.fromkeys(theirs, "float32"),
+        theirs.__getitem__,
+    )
+    as_weights = Pretrained("gradients", source.format, tensors, source.model)
+    wanted = dict(assemble(as_weights, found))
+    assert wanted.keys() == found.keys()
+    for path, value in wanted.items():
+        bound = 1e-4 * np.abs(value).max() + 1e-7
+        np.testing.assert_allclose(found[path], value, atol=bound, rtol=0, err_msg=path)
+        used = "mask_tokens" in path or np.abs(value).max() > 1e-7
+        assert used, path
+
+
+def test_distances_equal_the_references_loop(record):
+    for name, (frames, size, budgets) in dense_inputs.STREAMS.items():
+        batch = stream(record, name)
+        side = size // dense_inputs.PATCH
+        for i in range(len(budgets)):
+            ids = batch.target.context_ids_BK[i], batch.target.target_ids_BM[i]
+            found = np.sqrt(distances(*ids, (max(frames // 2, 1), side, side)))
+            np.testing.assert_allclose(found, record[f"step/{name}/distance/{i}"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "giant", "gigantic"])
+def test_the_released_sizes_fit_name_by_name(record, size):
+    """Every tensor of Meta's classes at full size has its parameter here, and none is left over."""
+    shapes = json.loads(bytes(record["shapes"]))[size]
+    counts = {"base": 320, "large": 464, "giant": 802, "gigantic": 898}
+    assert len(shapes) == counts[size]
+    built = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    source = abstract_source(built)
+    assert not source.assumed
+    blueprint = source.blueprint(Compute())
+    named_size = base.Blueprint.of({"name": "vjepa21", "size": size}, base.InputSpec(64, 384, 384))
+    wanted = flatten_dict(named_size.shapes["encoder"], sep="/")
+    found = flatten_dict(blueprint.shapes["encoder"], sep="/")
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+    assert blueprint.settings.encoder == named_size.settings.encoder
+    leaves = {".".join(path): leaf for path, leaf in flatten_dict(blueprint.shapes).items()}
+    assert next(assemble(source, leaves))  # one error for all names, before the first is read
+
+
+def abstract_source(arrays):
+    """Open tensors as the file of Meta that they are from."""
+    tensors = Tensors(
+        {name: array.shape for name, array in arrays.items()},
+        dict.fromkeys(arrays, "float32"),
+        arrays.__getitem__,
+    )
+    return of_meta("meta.pt", tensors, "encoder", ("encoder",), None, None)
+
+
+def test_images_and_video_have_their_own_path(opened):
+    """A still clip is no image: patches and embeddings differ."""
+    *_, file = opened
+    model = wmjax.load(file, heads=2, predictor_heads=2)
+    picture = dense_inputs.pixels(9, (1, 64, 64, 3))
+    image, still = model.encode(picture), model.encode(np.repeat(picture, 2, axis=0))
+    assert image.shape == still.shape == (16, 16)
+    assert np.abs(image - still).max() > 0.1
+
+
+def test_images_without_a_weight_are_refused(record):
+    group = {"name": "vjepa21", "width": 16, "depth": 4, "heads": 2, "predictor_depth": 1}
+    blueprint = base.Blueprint.of(
+        {**group, "predictor_width": 16, "predictor_heads": 2}, base.InputSpec(4, 64, 64)
+    )
+    trained, frozen, target = blueprint.divide(*blueprint.variables(blueprint.create(nnx.Rngs(0))))
+    model, target = blueprint.join(trained, frozen, target)
+    batch: WorldModelInput = stream(record, "video")
+    beside = batch.replace(beside={"images": stream(record, "images")})
+    with pytest.raises(UserError, match=r"model\.image_loss=0"):
+        model.loss(target, beside, jax.random.key(0))
+    assert not model.decays("encoder/patch_embed_image/kernel")
+    assert model.decays("encoder/patch_embed/kernel") is True
