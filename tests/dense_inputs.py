@@ -10,6 +10,7 @@ INPUTS = {
     "video_256": (4, 256),
     "video_384": (4, 384),
 }
+TEACHER = 24  # width of what the distilled predictor predicts
 KEPT = 24  # tokens whose features are kept, evenly spread
 # Of the training step: frames, pixels and the (K, M) of each mask.
 STREAMS = {"video": (4, 64, [(9, 14), (5, 20)]), "images": (1, 96, [(10, 17)])}

@@ -22,6 +22,7 @@ from dense_inputs import (
     INPUTS,
     PATCH,
     STREAMS,
+    TEACHER,
     UPDATES,
     WARMUP,
     pixels,
@@ -33,7 +34,6 @@ from torch.nn import functional
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODER = {"embed_dim": 16, "depth": 12, "num_heads": 2, "mlp_ratio": 2.0}
 PREDICTOR = {"predictor_embed_dim": 16, "depth": 4, "num_heads": 2, "num_mask_tokens": 3}
-TEACHER = 24  # width of what the distilled predictor predicts
 SIZES = {  # names of the encoders, depth of the predictor, levels, width of the teacher
     "base": ("vit_base", 12, 1, 1664),
     "large": ("vit_large", 12, 1, 1664),

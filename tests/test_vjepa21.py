@@ -12,6 +12,7 @@ from clips import batch_of
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
+from says import refused
 
 import wmjax
 from wmjax.errors import UserError
@@ -19,6 +20,7 @@ from wmjax.models import base
 from wmjax.models.vjepa21 import distances
 from wmjax.nn.compute import Compute
 from wmjax.types import WorldModelInput
+from wmjax.weights import __main__ as door
 from wmjax.weights import load, open_pretrained
 from wmjax.weights.files import Tensors
 from wmjax.weights.load import assemble
@@ -220,6 +222,70 @@ def test_images_and_video_have_their_own_path(opened):
     image, still = model.encode(picture), model.encode(np.repeat(picture, 2, axis=0))
     assert image.shape == still.shape == (16, 16)
     assert np.abs(image - still).max() > 0.1
+
+
+def test_encoding_a_frame_is_one_line(opened):
+    """At the released models' 384 px, from a frame of any size."""
+    *_, file = opened
+    model = wmjax.load(file, heads=2, predictor_heads=2)
+    frame = dense_inputs.pixels(9, (384, 400, 3))
+    features = model.encode(frame, size=384)
+    assert features.shape == (576, 16)
+    np.testing.assert_array_equal(features, model.encode(frame[:, 8:392]))
+
+
+def test_the_encoder_frozen_in_vjepa2_ac_sees_images(opened):
+    _, source, file = opened
+    own = {"heads": 2, "predictor_heads": 2, "predictor_width": 32, "predictor_depth": 1}
+    sizes = {key: source.model[key] for key in ("width", "depth", "mlp_ratio", "patch", "rope")}
+    group = {"name": "vjepa2_ac", "encoder_kind": "vjepa21"} | sizes | own
+    spec = base.InputSpec(4, 64, 64, action_size=2)
+    blueprint = base.Blueprint.of(group, spec)
+    shapes = {"encoder": blueprint.shapes["encoder"]}
+    encoder = load(source, shapes, blueprint.settings)["encoder"]
+    model = base.merge(blueprint.graph, base.split(blueprint.create(nnx.Rngs(0)))[1])
+    video = dense_inputs.pixels(9, (1, 3, 64, 64, 3))
+    found = model.features(encoder, video)
+    alone = wmjax.load(file, heads=2, predictor_heads=2).encode(video[0][:, None])
+    np.testing.assert_allclose(found[0], alone.reshape(-1, 16), atol=1e-5)
+    assert not blueprint.abstract.trained("encoder/norms/0/scale")
+
+
+def test_metas_torch_files_come_in_and_go_out(record, tmp_path):
+    """Released files: ema_encoder with a distilled predictor, target_encoder with a dense one."""
+    torch = pytest.importorskip("torch")
+    for kind, key in (("distilled", "ema_encoder"), ("dense", "target_encoder")):
+        saved = {key: {}, "predictor": {}, "epoch": 3}
+        for name, value in weights_of(record, kind).items():
+            part, _, rest = name.partition(".")
+            part, wrapper = (key, "module.backbone.") if part == "encoder" else (part, "module.")
+            saved[part][f"{wrapper}{rest}"] = torch.from_numpy(value)
+        torch.save(saved, tmp_path / "meta.pt")
+        kept, again = tmp_path / kind, tmp_path / f"{kind}.pt"
+        heads = ["--heads=2", "--predictor-heads=2"]
+        door.run(["import", str(tmp_path / "meta.pt"), str(kept), *heads])
+        model = wmjax.load(kept)
+        levels, teacher = (1, dense_inputs.TEACHER) if kind == "distilled" else (4, 0)
+        assert model.config["model"]["levels"] == levels
+        assert model.config["model"]["teacher_width"] == teacher
+        door.run(["export", str(kept), str(again)])
+        back = torch.load(again, weights_only=True)
+        assert back.keys() == {"encoder", "target_encoder", "ema_encoder", "predictor"}
+        for part, name in ((key, "module.backbone."), ("predictor", "module.")):
+            assert {f"{name}{each}" for each in back[part]} == saved[part].keys()
+            for each, value in back[part].items():
+                torch.testing.assert_close(value, saved[part][name + each])
+
+
+def test_all_names_that_do_not_fit_are_in_one_error(record, tmp_path):
+    weights = weights_of(record, "dense")
+    del weights["encoder.norms_block.2.weight"]
+    weights["encoder.norm.weight"] = weights.pop("encoder.video_mod_embed")
+    weights["predictor.predictor_proj_context.bias"] = np.zeros(3, np.float32)
+    save_file(weights, tmp_path / "raw.safetensors")
+    names = ("norms_block.2.weight", "norm.weight", "video_mod_embed", "predictor_proj_context")
+    with refused("raw.safetensors", *names, lines=5):
+        wmjax.load(tmp_path, heads=2, predictor_heads=2)
 
 
 def test_images_without_a_weight_are_refused(record):

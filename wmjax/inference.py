@@ -176,11 +176,12 @@ class Model:
         """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
 
         video: THWC or BTHWC, uint8 RGB or floats. Length and size must be multiples of tubelet and
-        patch. Tokens are ordered by time, row, column. size: height and width in pixels, or one
-        number for both, after a resize and a centre crop that keeps `crop_pct`; uint8 only. None:
-        the video's own size. normalized: of floats. True: (RGB - mean) / std of ImageNet's RGB in
-        0..1, as `preprocess` returns. False: RGB in 0..1. None: normalised, but values that may be
-        either, which all lie in -1..1, are refused.
+        patch. V-JEPA 2.1 also takes images: HWC, or clips of one frame. Tokens are ordered by time,
+        row, column. size: height and width in pixels, or one number for both, after a resize and a
+        centre crop that keeps `crop_pct`; uint8 only. None: the video's own size. normalized: of
+        floats. True: (RGB - mean) / std of ImageNet's RGB in 0..1, as `preprocess` returns. False:
+        RGB in 0..1. None: normalised, but values that may be either, which all lie in -1..1, are
+        refused.
 
         Raises UserError for values that are not what `normalized` says. Values are not checked
         under jit, where floats need `normalized`.
@@ -424,6 +425,8 @@ def _placed(leaf: Any, axes: tuple, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
 
 def _checked(video: Any) -> Array:
     frames = as_array("video", video)
+    if frames.ndim == 3:
+        frames = frames[None]
     if frames.ndim not in (4, 5) or frames.shape[-1] != 3:
         raise UserError(f"video of shape {frames.shape}: wanted THWC or BTHWC with 3 channels")
     if not frames.size:
