@@ -73,6 +73,25 @@ def get_config() -> ml_collections.ConfigDict:
                     "target": 176 / 256,
                 },
             },
+            # Pictures beside the clips, for a model with model.image_loss: a batch of each a step.
+            "images": {
+                # frames: of the recordings that the clips are from; or a folder of JPEG and PNG
+                # files. Empty: none.
+                "source": "",
+                "batch_size": 72,  # pictures a step, over all devices
+                "size": 256,  # height and width in pixels
+                "mask": {  # as `mask`, on the grid of a picture
+                    "spread": {
+                        "strategy": "multi_block",
+                        "blocks": 10,
+                        "scale": 0.15,
+                        "aspect": (0.75, 1.5),
+                        "cell": 1,
+                        "context": 40 / 256,
+                        "target": 150 / 256,
+                    },
+                },
+            },
             "data": {
                 "source": "lerobot",  # lerobot; synthetic: generated video; package.module:Name
                 "root": "",  # folder of a LeRobot dataset, which contains meta/

@@ -161,15 +161,6 @@ class VJEPA21(WorldModel):
 
     def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
         del key  # nothing is drawn
-        if (IMAGES in batch.beside) != (self.settings.image_loss > 0):
-            beside = "images" if batch.beside else "no images"
-            raise UserError(
-                f"model.image_loss={self.settings.image_loss:g}: found {beside} beside the clips; "
-                "wanted images.source with a weight above 0, or neither"
-            )
-        return self.evaluate(target, batch)
-
-    def evaluate(self, target: Params, batch: WorldModelInput) -> WorldModelOutput:
         total, terms = self._of_stream(target, batch)
         if IMAGES in batch.beside:
             images, of_images = self._of_stream(target, batch.beside[IMAGES])

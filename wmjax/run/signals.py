@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from wmjax.data.pipeline import Pipeline
+from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.errors import SIGNALS, ExitCode
 from wmjax.run import coordination
 from wmjax.run.console import say
@@ -140,7 +140,10 @@ class Batches:
     """
 
     def __init__(
-        self, pipeline: Pipeline, stop: StopSignal, progress: Callable[[], None] = lambda: None
+        self,
+        pipeline: Pipeline | Beside,
+        stop: StopSignal,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.position = pipeline.position
         self.report = pipeline.report
