@@ -18,6 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
             # The encoder of init_from to start both the encoder and its EMA target from, where it
             # has several: target_encoder (EMA), encoder (trained). Empty: each from its own.
             "init_encoder": "",
+            # Parts of init_from to load, as in encoder,predictor; the others get random weights.
+            # Empty: all that the model has too.
+            "init_parts": "",
             "model": {
                 "name": "vjepa2",  # vjepa2, or package.module:Name of a model of your own
                 "size": "large",  # tiny, small, base, large, huge, giant, gigantic
@@ -78,7 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
                 # frames: of the recordings that the clips are from; or a folder of JPEG and PNG
                 # files. Empty: none.
                 "source": "",
-                "batch_size": 72,  # pictures a step, over all devices
+                "batch_size": 36,  # pictures a step, over all devices
                 "size": 256,  # height and width in pixels
                 "mask": {  # as `mask`, on the grid of a picture
                     "spread": {

@@ -15,11 +15,9 @@ from safetensors.numpy import save_file
 from says import refused
 
 import wmjax
-from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.vjepa21 import distances
 from wmjax.nn.compute import Compute
-from wmjax.types import WorldModelInput
 from wmjax.weights import __main__ as door
 from wmjax.weights import load, open_pretrained
 from wmjax.weights.files import Tensors
@@ -237,8 +235,8 @@ def test_encoding_a_frame_is_one_line(opened):
 def test_the_encoder_frozen_in_vjepa2_ac_sees_images(opened):
     _, source, file = opened
     own = {"heads": 2, "predictor_heads": 2, "predictor_width": 32, "predictor_depth": 1}
-    sizes = {key: source.model[key] for key in ("width", "depth", "mlp_ratio", "patch", "rope")}
-    group = {"name": "vjepa2_ac", "encoder_kind": "vjepa21"} | sizes | own
+    sizes = {key: source.model[key] for key in ("width", "depth", "mlp_ratio", "patch")}
+    group = {"name": "vjepa2_ac", "encoder_kind": "vjepa21", "rope": "interleaved"} | sizes | own
     spec = base.InputSpec(4, 64, 64, action_size=2)
     blueprint = base.Blueprint.of(group, spec)
     shapes = {"encoder": blueprint.shapes["encoder"]}
@@ -288,16 +286,11 @@ def test_all_names_that_do_not_fit_are_in_one_error(record, tmp_path):
         wmjax.load(tmp_path, heads=2, predictor_heads=2)
 
 
-def test_images_without_a_weight_are_refused(record):
-    group = {"name": "vjepa21", "width": 16, "depth": 4, "heads": 2, "predictor_depth": 1}
-    blueprint = base.Blueprint.of(
-        {**group, "predictor_width": 16, "predictor_heads": 2}, base.InputSpec(4, 64, 64)
-    )
-    trained, frozen, target = blueprint.divide(*blueprint.variables(blueprint.create(nnx.Rngs(0))))
-    model, target = blueprint.join(trained, frozen, target)
-    batch: WorldModelInput = stream(record, "video")
-    beside = batch.replace(beside={"images": stream(record, "images")})
-    with pytest.raises(UserError, match=r"model\.image_loss=0"):
-        model.loss(target, beside, jax.random.key(0))
-    assert not model.decays("encoder/patch_embed_image/kernel")
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_what_no_image_trains_does_not_decay(weight):
+    group = {"name": "vjepa21", "size": "tiny", "image_loss": weight}
+    model = base.Blueprint.of(group, base.InputSpec(4, 64, 64)).abstract
+    for path in ("encoder/patch_embed_image/kernel", "predictor/modality/image"):
+        assert model.decays(path) is bool(weight)
     assert model.decays("encoder/patch_embed/kernel") is True
+    assert model.decays("predictor/mask_tokens").reshape(-1).tolist() == [False, True] + 6 * [False]

@@ -42,10 +42,9 @@ from wmjax.nn.compute import Compute
 from wmjax.run.console import say
 from wmjax.run.profile import parse_span
 from wmjax.step import RULES, Steps, build
-from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
+from wmjax.types import IMAGES, TokenGrid, WorldModelInput, WorldModelOutput
 
 IMAGE_SEED = 1_000_003  # added to the seed, so that pictures have crops and masks of their own
-IMAGES = "images"  # name of the batch of pictures beside the clips
 
 
 class Setup(NamedTuple):
@@ -124,13 +123,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     token_grid(config)  # checks the keys of the model and the size of the clips
     optim.check(values["optim"])
     evals.check(values["eval"])
-    if config.init_from and config.model.pretrained:
+    if config.init_from and config.model.get("pretrained"):
         raise UserError(
             f"init_from={config.init_from!r} with model.pretrained={config.model.pretrained!r}: "
             "wanted only one of them"
         )
-    if config.init_encoder and not config.init_from:
-        raise UserError(f"init_encoder={config.init_encoder!r} without init_from: wanted both")
+    for key in ("init_encoder", "init_parts"):
+        if config[key] and not config.init_from:
+            raise UserError(f"{key}={config[key]!r} without init_from: wanted both")
     weight = config.model.get("image_loss", 0.0)
     if bool(weight) != bool(config.images.source):
         raise UserError(
@@ -179,6 +179,8 @@ def use_generated_data(config: ml_collections.ConfigDict) -> None:
     config.data.update(source="synthetic", root="", repo_id="", revision="", mixture="")
     config.data.update(stride=config.data.stride or 1)
     config.data.members = ml_collections.ConfigDict()
+    if config.images.source:
+        config.images.source = "frames"
     config.eval.labels = "auto"
 
 
@@ -401,6 +403,14 @@ def make_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader:
     """Return a reader of training clips, cropped to the centre."""
     height, width = data_settings.size(config.data)
     return Reader(setup.sources["train"], setup.masks, height=height, width=width, seed=config.seed)
+
+
+def make_image_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader | None:
+    """Return a reader of the pictures beside training clips, cropped to the centre; None: none."""
+    if setup.image_masks is None:
+        return None
+    side, source = config.images.size, setup.sources[f"train {IMAGES}"]
+    return Reader(source, setup.image_masks, height=side, width=side, seed=config.seed)
 
 
 def count_workers(data: ml_collections.ConfigDict) -> int:

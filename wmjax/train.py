@@ -289,6 +289,7 @@ def restore_or_init(
             setup.steps,
             init_from=config.init_from,
             init_encoder=config.init_encoder,
+            init_parts=config.init_parts,
             pretrained=config.model.pretrained,
         )
         if origin:

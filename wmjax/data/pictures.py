@@ -36,15 +36,16 @@ class PictureFolder(Source):
         if not self._every:
             raise UserError(f"{root}: 0 pictures; wanted files of {', '.join(SUFFIXES)}")
         self._parts = split_episodes(len(self._every), val_share)
-        self._use(split)
+        self.use_split(split)
 
     def of_split(self, split: str) -> "PictureFolder":
         """Return the same folder for another split."""
         other = copy.copy(self)
-        other._use(split)
+        other.use_split(split)
         return other
 
-    def _use(self, split: str) -> None:
+    def use_split(self, split: str) -> None:
+        """Take the pictures of a split."""
         self._numbers = self._parts[("train", "validation").index(split)]
         if not len(self._numbers):
             raise UserError(f"data.val_share: leaves no {split} picture of those in {self.root}")

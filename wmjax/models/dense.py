@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.errors import UserError
-from wmjax.models.encoder import EncoderSettings, PatchEmbed, token_grid
+from wmjax.models.encoder import EncoderSizes, PatchEmbed, token_grid
 from wmjax.nn import rope
 from wmjax.nn.attention import split
 from wmjax.nn.compute import Compute
@@ -89,7 +89,7 @@ class DenseEncoder(nnx.Module):
         self.taps = tuple(depth * (tap + 1) // TAPS for tap in range(TAPS))
 
     @classmethod
-    def of(cls, settings: EncoderSettings, compute: Compute, rngs: nnx.Rngs) -> "DenseEncoder":
+    def of(cls, settings: EncoderSizes, compute: Compute, rngs: nnx.Rngs) -> "DenseEncoder":
         sizes = settings.encoder
         return cls(rngs, **sizes, patch=settings.patch, tubelet=settings.tubelet, compute=compute)
 

@@ -6,6 +6,7 @@ mask; both modalities are in one step, each with its own mean, in place of ranks
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,17 +18,15 @@ from flax import nnx
 from wmjax.errors import UserError, check_choice, check_least, check_range
 from wmjax.models.base import InputSpec, Params, WorldModel, merge
 from wmjax.models.dense import TAPS, DenseEncoder, DensePredictor, dense_token_grid
-from wmjax.models.encoder import EncoderSettings
+from wmjax.models.encoder import EncoderSizes
 from wmjax.models.vjepa2 import LARGEST, TARGET_EPS, mask_ids_of, mean_of_valid, rows_of
-from wmjax.nn import norm, rope
+from wmjax.nn import layers, norm, rope
 from wmjax.nn.compute import Compute
-from wmjax.types import Term, TokenGrid, WorldModelInput, WorldModelOutput
-
-IMAGES = "images"  # name of the batch beside the clips
+from wmjax.types import IMAGES, Term, TokenGrid, WorldModelInput, WorldModelOutput
 
 
 @dataclasses.dataclass(frozen=True)
-class VJEPA21Settings(EncoderSettings):
+class VJEPA21Settings(EncoderSizes):
     """Keys of the `model` group that belong to V-JEPA 2.1, besides those of its encoder.
 
     predictor_width, predictor_depth, predictor_heads, num_mask_tokens, mask_index: as in V-JEPA 2.
@@ -42,7 +41,6 @@ class VJEPA21Settings(EncoderSettings):
     image_loss: weight of the loss on images, where that of video is 1; 0: no images.
     """
 
-    rope: str = "interleaved"
     predictor_width: int = 384
     predictor_depth: int = 12
     predictor_heads: int = 12
@@ -59,10 +57,8 @@ class VJEPA21Settings(EncoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("model.rope", self.rope, ("interleaved",))
         check_choice("model.levels", self.levels, (1, TAPS))
         check_choice("model.features", self.features, ("last", "hierarchical"))
-        check_range("model.position_grid", self.position_grid, 0, 0)
         for key, most in LARGEST.items():
             check_range(f"model.{key}", getattr(self, key), 1, most)
         check_range("model.mask_index", self.mask_index, 0, self.num_mask_tokens - 1)
@@ -74,6 +70,11 @@ class VJEPA21Settings(EncoderSettings):
             raise UserError(
                 f"model.context_warmup={warmup}: wanted two numbers of updates, start and end"
             )
+
+    @property
+    def encoder_function(self) -> dict[str, Any]:
+        # Of the same encoder in V-JEPA 2-AC, settings say these two.
+        return {**super().encoder_function, "position_grid": 0, "rope": "interleaved"}
 
     @property
     def output_width(self) -> int:
@@ -220,6 +221,28 @@ class VJEPA21(WorldModel):
             terms[f"{name}_context"] = term(of_context, k, near)
             losses.append(terms[name].loss + self._context_weight() * terms[f"{name}_context"].loss)
         return jnp.mean(jnp.stack(losses)), terms
+
+    def flops(self, batch: WorldModelInput) -> int:
+        return sum(map(self._flops, (batch, *batch.beside.values())))
+
+    def _flops(self, batch: WorldModelInput) -> int:
+        B, V, *clip, _ = batch.observation.video_BVTHWC.shape
+        encoder, predictor = self.encoder, self.predictor
+        embed = encoder.patch_embed_image if clip[0] == 1 else encoder.patch_embed
+        read = predictor.embed.kernel.size + (predictor.mix.kernel.size if predictor.mix else 0)
+        head, tokens = predictor.proj.kernel.size, math.prod(encoder.token_grid(*clip))
+
+        def encoded(tokens: int) -> int:
+            return layers.flops(encoder.blocks, tokens) + 2 * tokens * embed.kernel.size
+
+        total = encoded(tokens)
+        for context_ids, target_ids in zip(
+            batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True
+        ):
+            K, M = context_ids.shape[1], target_ids.shape[1]
+            prediction = layers.flops(predictor.blocks, K + M) + 2 * K * read + 2 * (K + M) * head
+            total += 3 * (encoded(K) + prediction)  # a backward pass costs two forward passes
+        return B * V * total
 
 
 def distances(context_ids_BK: jax.Array, target_ids_BM: jax.Array, grid: TokenGrid) -> jax.Array:

@@ -446,7 +446,7 @@ def of_meta(
     if acts:
         choose("predictor_heads", predictor_heads, None, model["predictor_width"] // 64)
         notes.append("V-JEPA 2-AC: model.action='pose', actions and states as recorded")
-    elif (narrow := model.get("predictor_width")) and model["rope"] not in rope.FIXED:
+    elif (narrow := model.get("predictor_width")) and model.get("rope") not in rope.FIXED:
         choose("predictor_heads", predictor_heads, 12 if narrow == 384 else None, narrow // 32)
     elif narrow:  # V-JEPA 1 takes the encoder's
         known = None if assumed else model["heads"]
@@ -481,7 +481,7 @@ def _meta_sizes(where: str, tensors: Tensors, encoder: str, acts: bool) -> dict[
 def _dense_sizes(where: str, tensors: Tensors, encoder: str) -> dict[str, Any]:
     """Return the keys of `model` that the shapes of a checkpoint of V-JEPA 2.1 say."""
     shapes = tensors.shapes
-    model = {"name": "vjepa21", **_encoder_sizes(where, tensors, encoder), "rope": "interleaved"}
+    model = {"name": "vjepa21", **_encoder_sizes(where, tensors, encoder)}
     if any(name.startswith("predictor.") for name in shapes):
         several = "predictor.predictor_embed.0.weight" in shapes
         embed = f"predictor.predictor_embed.{'2.' if several else ''}weight"
