@@ -22,7 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
             # Empty: all that the model has too.
             "init_parts": "",
             "model": {
-                "name": "vjepa2",  # vjepa2, or package.module:Name of a model of your own
+                # vjepa2, vjepa21, vjepa2_ac, lewm; package.module:Name of a model of your own
+                "name": "vjepa2",
                 "size": "large",  # tiny, small, base, large, huge, giant, gigantic
                 "width": empty(int),  # of the encoder; empty: given by size
                 "depth": empty(int),  # empty: given by size
@@ -32,8 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "tubelet": 2,  # frames of a patch
                 "pretrained": "",  # image model to start the encoder from: a folder or OWNER/NAME
                 "position_grid": empty(int),  # set by pretrained: side of its position table
-                # tiled (V-JEPA 2), interleaved (2.1). No RoPE, fixed embeddings are added: sincos,
-                # sincos_uniform (V-JEPA 1 with uniform_power).
+                # tiled (V-JEPA 2), interleaved (a true rotation). No RoPE, fixed embeddings are
+                # added: sincos, sincos_uniform (V-JEPA 1 with uniform_power).
                 "rope": "tiled",
                 "predictor_width": 384,
                 "predictor_depth": 12,

@@ -73,7 +73,7 @@ def close(found, wanted):
 
 @pytest.mark.parametrize("name", dense_inputs.INPUTS)
 def test_features_and_predictions(opened, record, name):
-    kind, source, _ = opened
+    kind, source, file = opened
     frames, size = dense_inputs.INPUTS[name]
     blueprint, params = params_of(source)
     model = base.merge(blueprint.graph, params)
@@ -96,6 +96,8 @@ def test_features_and_predictions(opened, record, name):
     close(context, wanted["context"])
     close(of_context, record[f"{kind}/{name}/context_prediction"])
     close(of_target, record[f"{kind}/{name}/target_prediction"])
+    loaded = wmjax.load(file, heads=2, predictor_heads=2)
+    close(loaded.predict(video, *masks[0]), record[f"{kind}/{name}/target_prediction"])
 
 
 def stream(record, name):

@@ -127,8 +127,7 @@ class Model:
             params: base.Params, video_BTHWC: jax.Array, ids_BK: jax.Array, ids_BM: jax.Array
         ) -> jax.Array:
             model, _ = built(params)
-            grid = self.token_grid(*video_BTHWC.shape[1:4])
-            return model.predict(model.encode(video_BTHWC, ids_BK), ids_BK, ids_BM, grid)
+            return model.predict_from(video_BTHWC, ids_BK, ids_BM)
 
         def classify(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
             pooled_B1D = base.merge(graphs["pooler"], params["pooler"])(encode(params, video_BTHWC))
@@ -206,7 +205,7 @@ class Model:
         (B, M, width), to be compared with target_features. Raises UserError if the model does not
         predict masked tokens.
         """
-        if not hasattr(self._blueprint.family, "predict"):
+        if not hasattr(self._blueprint.family, "predict_from"):
             name = self._blueprint.family.__qualname__
             raise UserError(f"{self._where}: {name} does not predict masked tokens")
         if not self.complete:

@@ -133,6 +133,14 @@ class VJEPA2(WorldModel):
         (prediction_BMD,) = self.predictor(context_BKD, [(context_ids_BK, target_ids_BM)], grid)
         return prediction_BMD.astype(jnp.float32)
 
+    def predict_from(
+        self, video_BTHWC: jax.Array, context_ids_BK: jax.Array, target_ids_BM: jax.Array
+    ) -> jax.Array:
+        """Return float32 features predicted for the target tokens of clips, seen in the context."""
+        context_BKD = self.encode(video_BTHWC, context_ids_BK)
+        grid = self.encoder.token_grid(*video_BTHWC.shape[1:4])
+        return self.predict(context_BKD, context_ids_BK, target_ids_BM, grid)
+
     def features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
         return merge(nnx.graphdef(self.encoder), target)(video_BTHWC)
 

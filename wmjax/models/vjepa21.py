@@ -19,7 +19,7 @@ from wmjax.errors import UserError, check_choice, check_least, check_range
 from wmjax.models.base import InputSpec, Params, WorldModel, merge
 from wmjax.models.dense import TAPS, DenseEncoder, DensePredictor, dense_token_grid
 from wmjax.models.encoder import EncoderSizes
-from wmjax.models.vjepa2 import LARGEST, TARGET_EPS, mask_ids_of, mean_of_valid, rows_of
+from wmjax.models.vjepa2 import LARGEST, TARGET_EPS, MaskIds, mask_ids_of, mean_of_valid, rows_of
 from wmjax.nn import layers, norm, rope
 from wmjax.nn.compute import Compute
 from wmjax.types import IMAGES, Term, TokenGrid, WorldModelInput, WorldModelOutput
@@ -160,6 +160,22 @@ class VJEPA21(WorldModel):
     def _by(self, target: Params, video_BTHWC: jax.Array, levels: int) -> jax.Array:
         return merge(nnx.graphdef(self.encoder), target)(video_BTHWC, levels=levels)
 
+    def predict_from(
+        self, video_BTHWC: jax.Array, context_ids_BK: jax.Array, target_ids_BM: jax.Array
+    ) -> jax.Array:
+        """Return float32 features predicted for the target tokens, of all levels side by side."""
+        masks = [(context_ids_BK, target_ids_BM)]
+        ((_, z_BMD),) = self._predict(video_BTHWC, masks)
+        return z_BMD.astype(jnp.float32)
+
+    def _predict(self, video_BTHWC: jax.Array, masks: MaskIds) -> list[tuple[jax.Array, jax.Array]]:
+        """Return each mask's predictions for its context and its targets, in the compute dtype."""
+        context_ids_BN = jnp.concatenate([ids for ids, _ in masks], axis=1)
+        lengths = tuple(ids.shape[1] for ids, _ in masks)
+        context = self.encoder(video_BTHWC, context_ids_BN, lengths, self.settings.levels)
+        grid = self.encoder.token_grid(*video_BTHWC.shape[1:4])
+        return self.predictor(context, masks, grid, video_BTHWC.shape[1] == 1)
+
     def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
         del key  # nothing is drawn
         total, terms = self._of_stream(target, batch)
@@ -195,13 +211,9 @@ class VJEPA21(WorldModel):
                 f"{self.encoder.width} wide, and a teacher is none of wmjax's; wanted 0 to train"
             )
         valid_R = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
-        grid, is_image = self.encoder.token_grid(*video.shape[1:4]), video.shape[1] == 1
+        grid = self.encoder.token_grid(*video.shape[1:4])
         full_BND = self.target_features(target, video)
         masks = mask_ids_of(batch)
-        context_ids_BN = jnp.concatenate([ids for ids, _ in masks], axis=1)
-        lengths = tuple(ids.shape[1] for ids, _ in masks)
-        context = self.encoder(video, context_ids_BN, lengths, settings.levels)
-        predicted = self.predictor(context, masks, grid, is_image)
 
         def term(z_BND: jax.Array, ids_BN: jax.Array, weight_BN: jax.Array | None) -> Term:
             z_BND = z_BND.astype(jnp.float32)
@@ -214,7 +226,7 @@ class VJEPA21(WorldModel):
 
         terms, losses = {}, []
         for name, (k, m), (of_context, of_target) in zip(
-            batch.target.names, masks, predicted, strict=True
+            batch.target.names, masks, self._predict(video, masks), strict=True
         ):
             near = 1.0 / jnp.sqrt(distances(k, m, grid)) if settings.by_distance else None
             terms[name] = term(of_target, m, None)
