@@ -6,15 +6,17 @@ from pathlib import Path
 import dense_inputs
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import pytest
 from clips import batch_of
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
-from says import refused
+from says import lines_with, refused
 
 import wmjax
+from wmjax import initial
 from wmjax.models import base
 from wmjax.models.vjepa21 import distances
 from wmjax.nn.compute import Compute
@@ -251,6 +253,26 @@ def test_the_encoder_frozen_in_vjepa2_ac_sees_images(opened):
     assert not blueprint.abstract.trained("encoder/norms/0/scale")
 
 
+def test_a_run_starts_from_a_distilled_encoder(record, tmp_path):
+    """Its predictor is a teacher's and does not fit, so init_parts leaves it out."""
+    file = tmp_path / "raw.safetensors"
+    save_file(weights_of(record, "distilled"), file)
+    sizes = ("width=16", "depth=12", "heads=2", "mlp_ratio=2.0", "patch=16", "name=vjepa21")
+    own = [f"model.{each}" for each in sizes]
+    steps = micro.prepare(micro.config(*own, "data.image_size=128")).steps
+    with refused("model.levels=4", "model.output_width=64", lines=4):
+        initial.make_state(steps, init_from=str(file), pretrained="")
+    with refused("init_parts='decoder'", "encoder, predictor"):
+        initial.make_state(steps, init_from=str(file), pretrained="", init_parts="decoder")
+    state, origin = initial.make_state(
+        steps, init_from=str(file), pretrained="", init_parts="encoder"
+    )
+    assert lines_with(origin, "encoder", "predictor")
+    wanted = record["dense/weights/encoder.norms_block.3.weight"] / dense_inputs.GRAIN
+    for encoder in (state.params["encoder"], state.target):
+        np.testing.assert_array_equal(encoder["norms"]["3"]["scale"], wanted)
+
+
 def test_metas_torch_files_come_in_and_go_out(record, tmp_path):
     """Released files: ema_encoder with a distilled predictor, target_encoder with a dense one."""
     torch = pytest.importorskip("torch")
@@ -296,3 +318,11 @@ def test_what_no_image_trains_does_not_decay(weight):
         assert model.decays(path) is bool(weight)
     assert model.decays("encoder/patch_embed/kernel") is True
     assert model.decays("predictor/mask_tokens").reshape(-1).tolist() == [False, True] + 6 * [False]
+
+
+def test_evaluations_judge_hidden_tokens_alone(step):
+    """Predictions of seen tokens are untrained during the warm-up; images have another grid."""
+    _, ((_, output), _), _ = step
+    judged = {name for name, term in output.terms.items() if term.prediction_RMD is not None}
+    assert judged == {"0", "1"}
+    assert all(output.terms[f"{name}_context"].ids_RM is not None for name in judged)

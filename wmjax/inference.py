@@ -343,7 +343,7 @@ class Model:
         size: height and width in pixels, or one number for both; None: as in training. Encoding the
         result equals encoding the uint8 video with the same size.
         """
-        frames = _checked(video)
+        frames = self._checked(video)
         if frames.dtype != np.uint8:
             raise UserError(f"video of {frames.dtype}: wanted uint8 for preprocess")
         if not size:
@@ -353,9 +353,16 @@ class Model:
         resized = _resized(frames, size, self.crop_pct)
         return np.asarray(_normalise(resized.astype(np.float32) / np.float32(255)))
 
+    def _checked(self, video: Any) -> Array:
+        """Return clips as _checked does; a picture, for a family that takes it, as a clip."""
+        if getattr(self._blueprint.family, "takes_pictures", False):
+            frames = as_array("video", video)
+            video = frames[None] if frames.ndim == 3 else frames
+        return _checked(video)
+
     def _clips(self, video: Any, size: Size | None, normalized: bool | None) -> tuple[Any, bool]:
         """Return a batch of resized clips, and whether the video was a single clip."""
-        frames = _checked(video)
+        frames = self._checked(video)
         if frames.dtype != np.uint8:
             if size is not None:
                 raise UserError(f"size={size} for video of {frames.dtype}: only uint8 is resized")
@@ -424,8 +431,6 @@ def _placed(leaf: Any, axes: tuple, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
 
 def _checked(video: Any) -> Array:
     frames = as_array("video", video)
-    if frames.ndim == 3:
-        frames = frames[None]
     if frames.ndim not in (4, 5) or frames.shape[-1] != 3:
         raise UserError(f"video of shape {frames.shape}: wanted THWC or BTHWC with 3 channels")
     if not frames.size:

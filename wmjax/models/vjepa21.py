@@ -91,6 +91,7 @@ class VJEPA21Settings(EncoderSizes):
 
 class VJEPA21(WorldModel):
     Settings = VJEPA21Settings
+    takes_pictures = True  # `wmjax.load(...).encode` takes HWC as a clip of one frame
 
     @classmethod
     def create(
@@ -224,14 +225,18 @@ class VJEPA21(WorldModel):
             loss = mean_of_valid(jnp.mean(error_BN, axis=1), valid_R) / settings.loss_exp
             return Term(loss, z_BND, h_BND, ids_BN, valid_R)
 
-        terms, losses = {}, []
+        terms: dict[str, Term] = {}
+        losses = []
         for name, (k, m), (of_context, of_target) in zip(
             batch.target.names, masks, self._predict(video, masks), strict=True
         ):
             near = 1.0 / jnp.sqrt(distances(k, m, grid)) if settings.by_distance else None
-            terms[name] = term(of_target, m, None)
-            terms[f"{name}_context"] = term(of_context, k, near)
-            losses.append(terms[name].loss + self._context_weight() * terms[f"{name}_context"].loss)
+            hidden, seen = term(of_target, m, None), term(of_context, k, near)
+            losses.append(hidden.loss + self._context_weight() * seen.loss)
+            # Evaluations judge the prediction of hidden tokens. That of seen ones is untrained
+            # during the warm-up of its weight.
+            seen = dataclasses.replace(seen, prediction_RMD=None, target_RMD=None)
+            terms |= {name: hidden, f"{name}_context": seen}
         return jnp.mean(jnp.stack(losses)), terms
 
     def flops(self, batch: WorldModelInput) -> int:
