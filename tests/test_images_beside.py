@@ -146,3 +146,21 @@ def test_settings_that_do_not_fit_are_refused(overrides, named):
 def test_a_model_without_images_takes_none():
     with refused("images.source='frames'", "vjepa21"):
         assemble.check(micro.config("images.source=frames"))
+
+
+def test_more_processes_go_on_with_the_same_pictures(monkeypatch):
+    settings = config()
+    straight, _ = taken(settings, 3)
+    _, position = taken(settings, 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, x: x)
+    setup, parts = micro.prepare(settings), []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        with contextlib.closing(stream(settings, position=position, setup=setup)) as batches:
+            found = [next(batches) for _ in range(2)]
+        parts.append([(b.sample_ids_B, b.beside["images"].sample_ids_B) for b in found])
+    for step in range(2):
+        for which in (0, 1):
+            both = np.concatenate([part[step][which] for part in parts])
+            assert sorted(both) == sorted(straight[1 + step][which])
