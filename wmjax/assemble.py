@@ -322,7 +322,8 @@ def open_evaluators(
     open_batches, shows: see evals.Context.
     """
     plain, (_, sources, masks, steps, _) = configs.plain(config), setup
-    context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows)
+    workers = count_workers(config.data)
+    context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows, workers)
     return evals.open_all(context, say)
 
 

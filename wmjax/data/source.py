@@ -113,6 +113,10 @@ class Source:
         """Return (episode, labels) of a clip; labels: arrays (frames, numbers) by name."""
         raise NotImplementedError
 
+    def beginnings(self) -> Mapping[int, bytes]:
+        """Return the labels of each episode's first row; {}: they are not known."""
+        return {}
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells whether data is the same as before, by name; {}: it always is.
 

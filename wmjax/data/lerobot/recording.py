@@ -184,6 +184,14 @@ class Recording(Source):
         rows_T = episode.first_row + np.minimum(steps_T, episode.length - 1)
         return episode.index, {name: self._tables[name][rows_T] for name in self.label_sizes}
 
+    def beginnings(self) -> dict[int, bytes]:
+        episodes = self.episodes
+        rows_EN = np.concatenate(
+            [self._tables[name][episodes.first_row_E] for name in self.label_sizes], axis=1
+        )
+        pairs = zip(episodes.index_E.tolist(), rows_EN, strict=True)
+        return {episode: row.tobytes() for episode, row in pairs}
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what the clips of all splits depend on; of videos, only the cameras' names."""
         if self._fingerprint:
