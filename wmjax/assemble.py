@@ -291,7 +291,7 @@ def make_pipeline(
     height, width = data_settings.size(data)
     source = source or setup.sources[split]
     return Pipeline(
-        source.of_frames(frames) if frames else source,
+        source.of_frames(max(frames, source.frames)) if frames else source,
         setup.masks,
         height=height,
         width=width,

@@ -62,9 +62,9 @@ class Source:
         return clip | {"frames_VT": frames_VT}
 
     def of_frames(self, most: int) -> "Source":
-        """Return the same recordings in longer clips, up to `most` frames.
+        """Return the same recordings in clips of `most` frames, or what half the episodes allow.
 
-        As long as half of the episodes allow; self where clips have one length.
+        self where clips have one length.
         """
         return self
 

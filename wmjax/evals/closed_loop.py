@@ -74,6 +74,11 @@ class ClosedLoop:
             raise Unavailable("a simulator is played in runs of one process: use --mode=eval")
         for key in ("env_episodes", "env_goal", "env_goals", "env_seeds"):
             check_above(f"eval.{key}", settings[key])
+        if (ends := context.config["data"]["ends"]) != "drop":
+            raise UserError(
+                f"data.ends={ends!r}: wanted 'drop' with eval.env, whose goals are a number of "
+                "recorded steps away"
+            )
         self._name, self._count = settings["env"], settings["env_episodes"]
         self._plan, self._workdir = settings["env_plan"], context.workdir
         self._processes = context.workers
@@ -120,8 +125,8 @@ class ClosedLoop:
                 )
         if source.frames <= goal // stride:
             raise UserError(
-                f"eval.env_goal: {goal} steps to a goal; half of the held-out episodes have "
-                f"{(source.frames - 1) * stride + 1} or fewer: wanted a nearer goal"
+                f"eval.env_goal: a goal {goal} steps ahead; half of the held-out episodes hold no "
+                f"clip of more than {(source.frames - 1) * stride} steps: wanted a nearer goal"
             )
         beginnings, solved = source.beginnings(), 0
         picked: list[tuple] = []

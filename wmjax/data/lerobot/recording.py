@@ -115,7 +115,7 @@ class Recording(Source):
         lengths = np.sort(self.episodes.length_E[self._fits_E])
         fits = (int(lengths[len(lengths) // 2]) - 1) // self.stride + 1
         other = copy.copy(self)
-        other.frames = max(self.frames, min(most, fits) if self._ends == "drop" else most)
+        other.frames = min(most, fits) if self._ends == "drop" else most
         other.use_split(self._split)
         return other
 
