@@ -8,7 +8,7 @@ plans act: the recorded actions, which show what is possible, uniform random act
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from wmjax.envs.base import make
 from wmjax.envs.pool import Simulators
 from wmjax.errors import UserError, check_above
 from wmjax.evals import Context, Report, Unavailable
+from wmjax.evals.table import RATES, SIMPLE, rates
 from wmjax.models.acting import ActingModel
 from wmjax.run.console import say
 from wmjax.step import TrainState
@@ -31,12 +32,7 @@ SEED = 42  # of the first choice of starts, as in the protocol
 SHOWN, KEPT = 8, 24  # episodes of a video, and of those that they are chosen from
 SOUND = 80  # % that the recorded actions reach, where the data is of the simulator
 STATE, WORLD = "observation.state", "observation.environment_state"
-TITLES = {
-    "planned": "planned",
-    "recorded": "recorded actions",
-    "random": "random actions",
-    "still": "no action",
-}
+TITLES = {"planned": "planned", **SIMPLE}
 
 
 class Trial(NamedTuple):
@@ -162,7 +158,6 @@ class ClosedLoop:
     def __call__(self, step: int, state: TrainState) -> Report:
         trials, weights = self._trials, (state.params, state.frozen, state.target)
         say(f"closed loop: {len(trials)} x {self._count} episodes of {self._name} ...")
-        found = {}
         with contextlib.closing(
             Simulators(
                 self._name,
@@ -172,30 +167,20 @@ class ClosedLoop:
                 processes=self._processes,
             )
         ) as envs:
-            for trial in trials:
-                video = step if trial.seed == SEED else None
-                found[trial.goal, trial.seed] = self._evaluate(envs, trial, weights, video)
+            played = [self._evaluate(envs, trial, weights, step) for trial in trials]
         row: dict[str, float] = {}
         texts = []
         for goal in dict.fromkeys(trial.goal for trial in trials):
-            some = [trial for trial in trials if trial.goal == goal]
-            outcomes = [found[goal, trial.seed] for trial in some]
-            rates, text = self._summary(some, outcomes)
+            found, text = self._summary(goal, [each for each in played if each["goal"] == goal])
             prefix = "closed_loop/" if goal == trials[0].goal else f"closed_loop/{goal}/"
-            row |= {prefix + name: rate for name, rate in rates.items()}
+            row |= {prefix + name: rate for name, rate in found.items()}
             texts.append(text)
-        entry = {
-            "env": self._name,
-            "plan": self._plan,
-            "settings": dataclasses.asdict(self._actor.settings(self._plan)),
-            "trials": [self._entry(trial, found[trial.goal, trial.seed]) for trial in trials],
-        }
+        settings = dataclasses.asdict(self._actor.settings(self._plan))
+        entry = {"env": self._name, "plan": self._plan, "settings": settings, "trials": played}
         return Report(row, "\n".join(texts), entry={"closed_loop": entry})
 
-    def _evaluate(
-        self, envs: Simulators, trial: Trial, weights: Any, video: int | None
-    ) -> dict[str, Outcome]:
-        """Play a trial by every policy; video: the step by which a video is named; None: none."""
+    def _evaluate(self, envs: Simulators, trial: Trial, weights: Any, step: int) -> dict[str, Any]:
+        """Play a trial by every policy; return it as evals.jsonl has it: 1 for a goal reached."""
         key = trial.goal, trial.seed
         if key not in self._simple:
             rng = np.random.default_rng(trial.seed)
@@ -210,11 +195,24 @@ class ClosedLoop:
                 "still": self._play(envs, trial, lambda _: still),
             }
         policy = self._policy(envs, trial, weights)
-        seen: list[np.ndarray] | None = None if video is None else []
+        seen: list[np.ndarray] | None = [] if trial.seed == SEED else None
         planned = self._play(envs, trial, policy, seen)
         if seen:
-            self._show(envs, trial, planned[0], seen, f"{video}_{trial.goal}.mp4")
-        return {"planned": planned, **self._simple[key]}
+            self._show(envs, trial, planned[0], seen, f"{step}_{trial.goal}.mp4")
+        found = {"planned": planned, **self._simple[key]}
+        ways = list(zip(trial.start_NS, trial.goal_NS, strict=True))
+        return {
+            "goal": trial.goal,
+            "seed": trial.seed,
+            "solved": trial.solved,
+            "familiar": trial.familiar,
+            "clips": trial.clips,
+            "apart": [round(self._env.apart(*way), 3) for way in ways],
+            "turned": [round(self._env.turned(*way), 3) for way in ways],
+            "strict_at_start": trial.strict_N.astype(int).tolist(),
+            "official": {name: usual.astype(int).tolist() for name, (usual, _) in found.items()},
+            "strict": {name: strict.astype(int).tolist() for name, (_, strict) in found.items()},
+        }
 
     def _recorded(self, trial: Trial) -> np.ndarray:
         """Return the recorded actions from start to goal, (steps, episodes, A)."""
@@ -260,67 +258,39 @@ class ClosedLoop:
             strictly |= held >= self._env.strict_steps
         return reached, strictly
 
-    def _hardness(self, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
-        """Return how far the object must move, and how far it must turn, in each episode."""
-        pairs = list(zip(trial.start_NS, trial.goal_NS, strict=True))
-        apart = [self._env.apart(*pair) for pair in pairs]
-        return np.array(apart), np.array([self._env.turned(*pair) for pair in pairs])
-
-    def _entry(self, trial: Trial, found: Mapping[str, Outcome]) -> dict[str, Any]:
-        """Return a trial as evals.jsonl has it; 1: the goal was reached."""
-        apart, turned = self._hardness(trial)
-        return {
-            "goal": trial.goal,
-            "seed": trial.seed,
-            "solved": trial.solved,
-            "familiar": trial.familiar,
-            "clips": trial.clips,
-            "apart": apart.round(3).tolist(),
-            "turned": turned.round(3).tolist(),
-            "strict_at_start": trial.strict_N.astype(int).tolist(),
-            "official": {name: usual.astype(int).tolist() for name, (usual, _) in found.items()},
-            "strict": {name: strict.astype(int).tolist() for name, (_, strict) in found.items()},
-        }
-
-    def _summary(
-        self, trials: list[Trial], outcomes: list[dict[str, Outcome]]
-    ) -> tuple[dict[str, float], str]:
+    def _summary(self, goal: int, trials: list[dict]) -> tuple[dict[str, float], str]:
         """Return rates by name in % and a table for the console, over all seeds of a goal."""
-        apart = np.concatenate([self._hardness(trial)[0] for trial in trials])
-        judged = ~np.concatenate([trial.strict_N for trial in trials])
-        goal, count = trials[0].goal, len(apart)
-        parts = [np.arange(count), *np.array_split(np.argsort(apart), 3)]
+        count, unjudged = self._count * len(trials), sum(sum(t["strict_at_start"]) for t in trials)
+        found = {
+            name: {key: each["mean"] for key, each in rates(trials, policy=name).items()}
+            for name in TITLES
+        }
         lines = [
             f"{self._name}: {count} goals {goal} steps ahead, {2 * goal} steps allowed, plan "
             f"{self._plan}",
-            f"  {'reached, %':17}{'all':>8}{'near':>8}{'middle':>8}{'far':>8}{'strict':>8}",
+            f"  {'reached, %':17}" + "".join(f"{column:>9}" for column in RATES),
         ]
-        rates, far = {}, {}
-        for name in outcomes[0]:
-            usual, strict = (
-                np.concatenate([found[name][rule] for found in outcomes]) for rule in range(2)
-            )
-            shown = [_rate(usual[part]) for part in parts if len(part)] + [_rate(strict[judged])]
-            lines.append(f"  {TITLES[name]:17}" + "".join(f"{rate:8.0f}" for rate in shown))
-            rates[name], far[name] = shown[0], shown[-1]
-        if rates["recorded"] < SOUND:
+        for name, columns in found.items():
+            shown = (f"{columns[key]:9.0f}" if key in columns else f"{'':9}" for key in RATES)
+            lines.append(f"  {TITLES[name]:17}" + "".join(shown))
+        row = {name: columns["official"] for name, columns in found.items()}
+        if row["recorded"] < SOUND:
             lines.append(
-                f"  warning: the recorded actions reach {rates['recorded']:.0f} %: wanted a "
+                f"  warning: the recorded actions reach {row['recorded']:.0f} %: wanted a "
                 f"recording of {self._name} and its rate"
             )
-        if familiar := sum(trial.familiar for trial in trials):
+        if familiar := sum(trial["familiar"] for trial in trials):
             lines.append(
                 f"  warning: {familiar} of {count} episodes begin as a training episode does"
             )
-        share = rates["planned"] / 100
-        solved = sum(trial.solved for trial in trials)
+        share, solved = row["planned"] / 100, sum(trial["solved"] for trial in trials)
         lines += [
             f"  standard error of the first: {100 * np.sqrt(share * (1 - share) / count):.1f}",
-            f"  left out, because at the goal from the start: {solved}; of strict {sum(~judged)}",
+            f"  left out, because at the goal from the start: {solved}; of strict: {unjudged}",
         ]
-        if judged.any():
-            rates["strict"] = far["planned"]
-        return rates, "\n".join(lines)
+        if "strict" in found["planned"]:
+            row["strict"] = found["planned"]["strict"]
+        return row, "\n".join(lines)
 
     def _show(
         self,
@@ -348,7 +318,3 @@ class ClosedLoop:
         folder.mkdir(exist_ok=True)
         fps = Fraction(self._env.fps).limit_denominator(1000)
         write_video(folder / name, map(frame, pictures), fps)
-
-
-def _rate(reached: np.ndarray) -> float:
-    return 100 * float(reached.mean()) if len(reached) else float("nan")

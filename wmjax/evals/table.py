@@ -115,14 +115,18 @@ def _section(env: str, systems: Systems) -> dict[str, Any]:
                     f"{name} and {other}: other starts in {env}, goal {key[0]}, seed {key[1]}: "
                     "wanted the same recording, data.val_share and eval.env_episodes"
                 )
-    rates, starts = [], []
+    lines: list[Cells] = []
+    starts: list[Cells] = []
     for goal in sorted({goal for goal, _ in first}):
         for name, rows in systems.items():
             if runs := [some for row in rows if (some := _of(row["closed_loop"]["trials"], goal))]:
-                rates.append(_rates(name, goal, "planned", runs))
+                lines.append({"system": name, "goal": goal, **rates(*runs, policy="planned")})
         trials = _of([trial for _, trial in first.values()], goal)
-        rates += [_rates(title, goal, policy, [trials]) for policy, title in SIMPLE.items()]
-        rates += [
+        lines += [
+            {"system": title, "goal": goal, **rates(trials, policy=policy)}
+            for policy, title in SIMPLE.items()
+        ]
+        lines += [
             {"system": system, "goal": goal, "published, other data": figure}
             for system, its_goal, figure in PUBLISHED.get(env, ())
             if its_goal == goal
@@ -130,7 +134,7 @@ def _section(env: str, systems: Systems) -> dict[str, Any]:
         starts.append(_starts(goal, trials))
     return {
         "env": env,
-        "rates": rates,
+        "rates": lines,
         "starts": starts,
         "systems": [_system(name, rows) for name, rows in systems.items()],
     }
@@ -140,8 +144,8 @@ def _of(trials: Sequence[Row], goal: int) -> list[Row]:
     return [trial for trial in trials if trial["goal"] == goal]
 
 
-def _rates(system: str, goal: int, policy: str, runs: Sequence[Sequence[Row]]) -> Cells:
-    """Return mean and deviation over the runs; a run's rate is that of all its starts."""
+def rates(*runs: Sequence[Row], policy: str) -> Cells:
+    """Return mean and deviation over runs, in %; a run is the trials of a goal, taken together."""
     found: dict[str, list[float]] = {}
     for trials in runs:
         apart, unjudged = (_joined(trials, key) for key in ("apart", "strict_at_start"))
@@ -153,12 +157,12 @@ def _rates(system: str, goal: int, policy: str, runs: Sequence[Sequence[Row]]) -
         for column, reached in zip(RATES, (usual, *thirds, strict[unjudged == 0]), strict=True):
             if len(reached):
                 found.setdefault(column, []).append(100 * float(np.mean(reached)))
-    return {"system": system, "goal": goal} | {
+    return {
         column: {
-            "mean": round(float(np.mean(rates)), 2),
-            "std": round(float(np.std(rates, ddof=1)), 2) if len(rates) > 1 else None,
+            "mean": round(float(np.mean(each)), 2),
+            "std": round(float(np.std(each, ddof=1)), 2) if len(each) > 1 else None,
         }
-        for column, rates in found.items()
+        for column, each in found.items()
     }
 
 
