@@ -216,7 +216,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
             argv += ["--episodes=20", "--steps=60", "--workers=1"]
         if "--config.data.root=ROOM" in argv:
             argv += ["--config.eval.env_episodes=2", "--config.eval.env_plan=fast,samples=16"]
-            argv += ["--config.eval.env_goals=2"] if "--config.eval.env_goals=3" in argv else []
+        if "--config.eval.env_goals=3" in argv:
+            argv += ["--config.eval.env_goals=2", "--config.eval.env_seeds=1"]
         if module in ("wmjax.main", "wmjax.bench"):
             argv += [] if "--list" in argv else known(argv, small)
         if module == "wmjax.bench":

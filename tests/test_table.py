@@ -106,6 +106,7 @@ def test_the_command_keeps_rows_and_reads_them_again(tmp_path, capsys):
     (section,) = json.loads(capsys.readouterr().out)
     assert lines(section, "ours", 25)["official"] == {"mean": 100.0, "std": 0.0}
     for words, names in (
+        ([str(out), str(out)], ("ours.json", "names")),
         ([str(out), "--out=x.json"], ("--out", "x.json")),
         ([*runs, "--out=x.txt"], ("--out", "x.txt", ".json")),
         ([str(tmp_path)], ("evals.jsonl", "--mode=eval", "eval.env")),

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import multiprocessing
 import signal
+import time
 import traceback
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -77,14 +78,19 @@ class Simulators:
                 pipe.send((method, [row[part] for row in rows]))
             answers = [pipe.recv() for pipe in self._pipes]
         except (EOFError, ConnectionError):
-            raise UserError(
-                f"{self._what}: one of {len(self._parts)} processes that play it was killed; out "
-                "of memory? wanted a lower data.workers"
-            ) from None
+            raise self._lost() from None
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
         return np.concatenate(answers)
+
+    def _lost(self) -> UserError:
+        time.sleep(0.2)  # a pipe closes before its process has ended
+        codes = [process.exitcode for process in self._processes]
+        end = f"ended with the codes {codes} (None: it runs); see their output above"
+        if -signal.SIGKILL in codes:
+            end = "were killed; out of memory? wanted a lower data.workers"
+        return UserError(f"{self._what}: of {len(codes)} processes that play it, some {end}")
 
 
 class _Part:

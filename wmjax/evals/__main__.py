@@ -51,6 +51,8 @@ def run(argv: list[str]) -> int:
     if folders:
         name = flags.out.stem if flags.out else folders[0].name
         systems[name] = [table.read_run(folder) for folder in folders]
+    if len(systems) < len(files) + bool(folders):
+        raise UserError(f"{', '.join(map(str, flags.results))}: wanted systems of different names")
     sections = table.table(systems)
     if flags.out:
         try:
