@@ -3,6 +3,7 @@
 import json
 
 import av
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,8 +95,10 @@ def config(room, *overrides):
 
 
 def rates(workdir):
+    """Return the rates of the first trial, and the entry in evals.jsonl."""
     entry = json.loads((workdir / "evals.jsonl").read_text().splitlines()[-1])["closed_loop"]
-    return {name: 100 * np.mean(entry[name]) for name in FOUND}, entry
+    reached = entry["trials"][0]["official"]
+    return {name: 100 * np.mean(reached[name]) for name in FOUND}, entry
 
 
 def test_a_model_that_knows_reaches_its_goals_and_the_table_says_so(room, tmp_path, capsys):
@@ -105,15 +108,20 @@ def test_a_model_that_knows_reaches_its_goals_and_the_table_says_so(room, tmp_pa
     assert found["planned"] >= 80
     assert found["still"] == 0
     assert found["random"] < 60
-    assert len(entry["apart"]) == 20
-    assert min(entry["apart"]) >= 16
+    (trial,) = entry["trials"]
+    assert len(trial["apart"]) == 20
+    assert min(trial["apart"]) >= 16
+    assert trial["solved"] > 0
+    run = json.loads((tmp_path / "evals.jsonl").read_text())["run"]
+    assert run["recordings"] == [run["settings"]["data"]["root"]] == ["room"]
+    assert str(tmp_path.parent) not in json.dumps(run)
     said = capsys.readouterr().out
     for name, rate in zip(("planned", "recorded actions"), ("planned", "recorded"), strict=True):
         (line,) = (line for line in said.splitlines() if line.strip().startswith(name))
         assert line.split()[len(name.split())] == f"{found[rate]:.0f}"
     table = said[said.index("tworoom: 20 goals") : said.index("standard error")]
     assert max(map(len, table.splitlines())) <= 80
-    with av.open(str(tmp_path / "closed_loop/0.mp4")) as video:
+    with av.open(str(tmp_path / "closed_loop/0_25.mp4")) as video:
         shape = {frame.to_ndarray(format="rgb24").shape for frame in video.decode(video=0)}
     assert shape == {(2 * SIZE, 8 * SIZE, 3)}
 
@@ -143,6 +151,62 @@ def test_the_same_again(room, tmp_path):
     assert rates(tmp_path / "a")[1] == rates(tmp_path / "b")[1]
 
 
+def test_goals_and_seeds_compile_no_more_and_processes_change_nothing(room, tmp_path, caplog):
+    few = "eval.env_episodes=6", "eval.env_goal=15"
+    compiled = []
+    for name, *overrides in (
+        ("one",),
+        ("more", "eval.env_goals=2", "eval.env_seeds=2"),
+        ("shared", "eval.env_goals=2", "eval.env_seeds=2", "data.workers=2", "data.frames=6"),
+    ):
+        caplog.clear()
+        with jax.log_compiles():
+            evaluate(config(room, *few, *overrides), tmp_path / name)
+        told = [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
+        compiled.append(sum("jit(plan)" in text for text in told))
+    assert compiled == [2, 2, 2]  # a plan from nothing, and one from the rest of the last
+    _, entry = rates(tmp_path / "more")
+    assert rates(tmp_path / "shared")[1] == entry  # starts do not depend on data.frames
+    assert rates(tmp_path / "one")[1]["trials"] == entry["trials"][:1]
+    trials = entry["trials"]
+    found = [(trial["goal"], trial["seed"]) for trial in trials]
+    assert found == [(goal, seed) for goal in (15, 30) for seed in (42, 43)]
+    assert trials[0]["clips"] != trials[1]["clips"]
+    near, far = (np.mean([trial["apart"] for trial in trials[i : i + 2]]) for i in (0, 2))
+    assert near < far
+    for name in FOUND:
+        for trial in trials:
+            usual, strict = trial["official"][name], trial["strict"][name]
+            assert len(usual) == 6
+            assert all(a >= b for a, b in zip(usual, strict, strict=True))
+    assert [trial["familiar"] for trial in trials] == [0] * 4
+    assert {path.name for path in (tmp_path / "more/closed_loop").iterdir()} == {
+        *("0_15.mp4", "0_30.mp4")
+    }
+
+
+def test_the_stricter_rule_has_to_hold(room, tmp_path, monkeypatch):
+    """A rule that counts every second step never holds for two."""
+    steps = iter(range(10**9))
+    monkeypatch.setattr(TwoRoom, "reached_strictly", lambda env: next(steps) // 6 % 2 == 0)
+    strict = []
+    for count in (1, 2):
+        monkeypatch.setattr(TwoRoom, "strict_steps", count)
+        evaluate(config(room, "eval.env_episodes=6"), tmp_path)
+        strict.append(rates(tmp_path)[1]["trials"][0]["strict"]["still"])
+    assert strict == [[1] * 6, [0] * 6]
+
+
+def test_episodes_that_begin_like_a_training_episode_are_counted(room, tmp_path, capsys):
+    """Two recordings of one seed, of which other episodes are held out."""
+    record(tmp_path / "half", env="tworoom", policy="expert", episodes=7, steps=60, size=SIZE)
+    both = f"data.mixture={room}:0.5,{tmp_path / 'half'}:0.5"
+    evaluate(config(room, "data.root=", both, "eval.env_episodes=6"), tmp_path)
+    (trial,) = rates(tmp_path)[1]["trials"]
+    assert trial["familiar"] > 0
+    assert f"warning: {trial['familiar']} of 6" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "names"),
     [
@@ -150,6 +214,10 @@ def test_the_same_again(room, tmp_path):
         ("eval.env_goal=26", ("eval.env_goal", "26", "5")),
         ("eval.env_episodes=100000", ("eval.env_episodes", "100000")),
         ("eval.env_episodes=0", ("eval.env_episodes", "0")),
+        ("data.ends=repeat", ("data.ends", "repeat", "drop", "eval.env")),
+        ("eval.env_goals=0", ("eval.env_goals", "0")),
+        ("eval.env_seeds=0", ("eval.env_seeds", "0")),
+        ("eval.env_goals=3", ("eval.env_goal", "75", "55")),
         ("eval.env_plan=quick", ("quick", "short")),
         ("eval.labels=action", ("eval.env", "observation.state", "2")),
     ],

@@ -17,6 +17,7 @@ from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo, evaluate, plan
 from wmjax.data import __main__ as data
+from wmjax.evals import __main__ as evals
 from wmjax.viz import __main__ as viz
 from wmjax.weights import __main__ as weights
 
@@ -44,6 +45,7 @@ DOORS = {
     "wmjax.main": main,
     "wmjax.bench": bench,
     "wmjax.data": data,
+    "wmjax.evals": evals,
     "wmjax.serve": serve,
     "wmjax.viz": viz,
     "wmjax.weights": weights,
@@ -174,7 +176,8 @@ def runnable():
         doing = any(word.startswith("--mode") for word in words)
         needs_weights = "import" in words or any(HUB in word for word in words)
         first = "record" not in words
-        return first, words[0] != "wmjax.main" or doing or needs_weights, needs_weights, words
+        later = words[0] != "wmjax.main" or doing or needs_weights
+        return first, later, needs_weights, words[0] == "wmjax.evals", words
 
     return sorted(alone, key=place)
 
@@ -216,6 +219,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
             argv += ["--episodes=20", "--steps=60", "--workers=1"]
         if "--config.data.root=ROOM" in argv:
             argv += ["--config.eval.env_episodes=2", "--config.eval.env_plan=fast,samples=16"]
+        if "--config.eval.env_goals=3" in argv:
+            argv += ["--config.eval.env_goals=2", "--config.eval.env_seeds=1"]
         if module in ("wmjax.main", "wmjax.bench"):
             argv += [] if "--list" in argv else known(argv, small)
         if module == "wmjax.bench":

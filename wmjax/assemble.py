@@ -292,7 +292,7 @@ def make_pipeline(
     height, width = data_settings.size(data)
     source = source or setup.sources[split]
     return Pipeline(
-        source.of_frames(frames) if frames else source,
+        source.of_frames(max(frames, source.frames)) if frames else source,
         setup.masks,
         height=height,
         width=width,
@@ -339,7 +339,8 @@ def open_evaluators(
     open_batches, shows: see evals.Context.
     """
     plain, (_, sources, masks, steps, _) = configs.plain(config), setup
-    context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows)
+    workers = count_workers(config.data)
+    context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows, workers)
     return evals.open_all(context, say)
 
 
