@@ -1,16 +1,34 @@
-"""A model's plans as a policy of stable-worldmodel's World, which evaluates them.
+"""Models behind stable-worldmodel: plans for its World, costs for its solvers.
 
     model = wmjax.load("runs/pusht")
     world.set_policy(Harness(lambda goal: model.policy(goal, plan="short")))
     world.evaluate(dataset=..., ...)
 
-World asks for two methods only, so nothing of stable-worldmodel is imported.
+    CEMSolver(cost=Cost(lambda *shown: model.cost(*shown, plan="lewm")), ...)
+
+World asks for two methods of a policy, a solver for one of a cost, so nothing of stable-worldmodel
+is imported before `check`.
 """
 
+import contextlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from wmjax.errors import UserError
+
+# Environment -> its name in World, where each number of World's state is in ours, and the setting
+# that sizes its pictures; "": World resizes them.
+WORLDS = {
+    "swm/PushT-v1": ("swm/PushT-v1", (0, 1, 4, 5, 6, 2, 3), "resolution"),
+    "tworoom": ("swm/TwoRoom-v1", (0, 1), ""),
+}
+_SET = [
+    {"method": f"_set_{name}", "args": {name: {"value": name}}} for name in ("state", "goal_state")
+]
 
 
 class Harness:
@@ -32,9 +50,10 @@ class Harness:
         self.env, self._policy = env, None
 
     def get_action(self, info: Mapping[str, Any], **_: Any) -> np.ndarray:
-        """Return an action for each environment, (N, A).
+        """Return an action for each environment, (N, A), float64.
 
         info: `pixels` and `goal`, uint8 (N, 1, height, width, 3), and `proprio`, the robot's state.
+        Nothing else is read: World's `action` may be one that the policy did not choose.
         """
         goal = np.asarray(info["goal"])[:, -1]
         if self._policy is None or not np.array_equal(goal, self._goal):
@@ -45,4 +64,101 @@ class Harness:
         if meta["state_size"]:
             state = np.asarray(info["proprio"], np.float32)
             shown = {meta["cameras"][0]: pictures, "state": state.reshape(len(pictures), -1)}
-        return np.asarray(self._policy.act(shown))
+        # Some simulators add the action to the state in the action's precision.
+        return np.asarray(self._policy.act(shown), np.float64)
+
+
+class Cost:
+    """The cost of plans for a solver of stable-worldmodel.
+
+    cost: takes pictures and goals, uint8 (B, height, width, 3), and S plans for each in the model's
+    units, (B, S, H, P x A); returns (B, S).
+    """
+
+    def __init__(self, cost: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> None:
+        self._cost = cost
+
+    def get_cost(self, info: Mapping[str, Any], action_candidates: Any) -> Any:
+        """Return costs, a tensor (B, S).
+
+        info: `pixels` and `goal`, tensors (B, S, 1, height, width, 3), the same for all S.
+        """
+        pictures, goals = (info[key][:, 0, -1].cpu().numpy() for key in ("pixels", "goal"))
+        cost_BS = self._cost(pictures, goals, action_candidates.cpu().numpy())
+        return action_candidates.new_tensor(np.asarray(cost_BS))
+
+
+class _Tasks:
+    """A dataset for World: two rows for each episode, its start and its goal."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+        self.column_names, self._columns = list(columns), columns
+
+    def load_chunk(self, episodes: Any, starts: Any, ends: Any) -> list[dict[str, Any]]:
+        """Return the rows of each episode as tensors; World takes the first and the last."""
+        from torch import tensor
+
+        return [{name: tensor(rows[i]) for name, rows in self._columns.items()} for i in episodes]
+
+
+def check(env: str) -> Any:
+    """Return the class World; UserError without it, or for an environment that it does not have."""
+    if env not in WORLDS:
+        raise UserError(f"eval.env={env!r} with evaluator harness: wanted {' or '.join(WORLDS)}")
+    try:
+        from stable_worldmodel import World
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"evaluator harness: there is no module {error.name}; wanted stable-worldmodel and "
+            "what its environments need"
+        ) from None
+    return World
+
+
+def evaluate(
+    policy: Any, env: str, pictures: np.ndarray, states: np.ndarray, own: int, goal: int
+) -> np.ndarray:
+    """Let World play episodes, each from a start to a goal; return which reached it, (N,).
+
+    pictures: recorded, of start and goal, uint8 (N, 2, size, size, 3). states: the same of the
+    environment `env`, (N, 2, numbers), whose first `own` are the robot's. goal: steps between the
+    two; twice as many are allowed.
+    """
+    count, size = len(pictures), pictures.shape[2]
+    name, order, sized = WORLDS[env]
+    world = check(env)(
+        name,
+        num_envs=count,
+        image_shape=(size, size),
+        max_episode_steps=2 * goal,
+        **({sized: size} if sized else {}),
+    )
+    columns = {
+        "pixels": np.moveaxis(pictures, -1, 2),
+        "state": states[:, :, list(order)],
+        "proprio": states[:, :, :own],
+    }
+    world.set_policy(policy)
+    try:
+        found = world.evaluate(
+            dataset=_Tasks(columns),
+            episodes_idx=list(range(count)),
+            start_steps=[0] * count,
+            goal_offset=goal,
+            eval_budget=2 * goal,
+            callables=_SET,
+        )
+    finally:
+        world.close()
+    return np.asarray(found["episode_successes"], bool)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what plays; of a package that is not installed, its folder."""
+    import stable_worldmodel
+
+    found = {"stable-worldmodel": str(Path(stable_worldmodel.__file__).parent)}
+    for name in ("stable-worldmodel", "torch", "gymnasium", "pymunk"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,9 +1,9 @@
 """How often plans reach their goal in a simulator: closed loop, beside simple policies.
 
 The protocol of stable-worldmodel: a start and a goal are two states of a held-out episode, so many
-steps apart; twice as many steps are allowed; the goal counts at any step. Starts that count as the
-goal already are left out. Beside the plans act: the recorded actions, which show what is possible,
-uniform random actions, and no action.
+steps apart; twice as many steps are allowed; the goal counts at any step. The pictures of start and
+goal are the recorded ones. Starts that count as the goal already are left out. Beside the plans
+act: the recorded actions, which show what is possible, uniform random actions, and no action.
 """
 
 import functools
@@ -17,11 +17,12 @@ import numpy as np
 
 from wmjax.actor import Actor
 from wmjax.data.media.encode import write_video
-from wmjax.data.media.transforms import centre_cropped, frame_size
+from wmjax.data.media.transforms import FULL_BOX, centre_cropped, crop_and_scale, frame_size
 from wmjax.envs.base import Environment, make
 from wmjax.errors import UserError, check_above
 from wmjax.evals import Context, Report, Unavailable
 from wmjax.models.acting import ActingModel
+from wmjax.planning.policy import Policy
 from wmjax.run.console import say
 from wmjax.step import TrainState
 
@@ -29,6 +30,9 @@ SEED = 42  # of the choice of episodes, as in the protocol
 SHOWN, KEPT = 8, 24  # episodes of the video, and of those that they are chosen from
 SOUND = 80  # % that the recorded actions reach, where the data is of the simulator
 STATE, WORLD = "observation.state", "observation.environment_state"
+
+# (what the robots show, step) -> an action for each, (episodes, A)
+Act = Callable[[Any, int], np.ndarray]
 
 
 class Task(NamedTuple):
@@ -41,6 +45,9 @@ class Task(NamedTuple):
 
 class ClosedLoop:
     """The evaluator of eval.env; `closed_loop` in eval.evaluators."""
+
+    name = "closed_loop"  # of its figures, its entry in evals.jsonl and its folder of videos
+    about: Mapping[str, Any] = {}  # more for the entry
 
     def __init__(self, context: Context) -> None:
         settings, blueprint = context.config["eval"], context.steps.blueprint
@@ -103,13 +110,24 @@ class ClosedLoop:
         )
 
     @functools.cached_property
-    def _environments(self) -> list[Environment]:
-        """A simulator for each task, with pictures of the recorded size."""
-        height, width = frame_size(self._source[0]["frames_VT"][0][0])
+    def _pictures(self) -> np.ndarray:
+        """The recorded pictures of start and goal of each task, (episodes, 2, height, width, 3)."""
+        pairs = []
+        for task in self._tasks:
+            frames = self._source[task.clip]["frames_VT"][0]
+            pair = frames[0], frames[self._goal // self._source.stride]
+            pairs.append(crop_and_scale(pair, FULL_BOX, *frame_size(pair[0])))
+        height, width = pairs[0].shape[1:3]
         if height != width:
             found = f"found {height} x {width}"
             raise UserError(f"eval.env={self._name!r}: wanted square pictures, {found}")
-        return [make(self._name, "eval.env", size=height) for _ in range(self._count)]
+        return np.stack(pairs)
+
+    @functools.cached_property
+    def _environments(self) -> list[Environment]:
+        """A simulator for each task, with pictures of the recorded size."""
+        size = self._pictures.shape[2]
+        return [make(self._name, "eval.env", size=size) for _ in range(self._count)]
 
     def _recorded(self, task: Task) -> np.ndarray:
         """Return the actions between start and goal, (steps, A)."""
@@ -117,7 +135,7 @@ class ClosedLoop:
         return action_TPA.reshape(-1, action_TPA.shape[-1])[: self._goal]
 
     def __call__(self, step: int, state: TrainState) -> Report:
-        say(f"closed loop: {self._count} episodes of {self._name} ...")
+        say(f"{self.name}: {self._count} episodes of {self._name} ...")
         tasks, weights = self._tasks, (state.params, state.frozen, state.target)
         env = self._environments[0]
         if not self._simple:  # played once, because they do not depend on the state
@@ -130,60 +148,61 @@ class ClosedLoop:
                 "random": self._play(lambda *_: rng.uniform(low, high, still.shape)),
                 "still": self._play(lambda *_: still),
             }
-        policy = self._policy(weights)
         pictures: list[np.ndarray] = []
-        found = {"planned": self._play(policy, pictures), **self._simple}
+        found = {"planned": self._play(self._planned(weights), pictures), **self._simple}
         self._show(step, found["planned"], pictures)
         apart = np.array([env.apart(task.start, task.goal) for task in tasks])
         rates = {
-            f"closed_loop/{name}": 100 * float(reached.mean()) for name, reached in found.items()
+            f"{self.name}/{name}": 100 * float(reached.mean()) for name, reached in found.items()
         }
         entry = {
-            "closed_loop": {
+            self.name: {
                 "env": self._name,
                 "plan": self._plan,
                 "goal": self._goal,
+                "seed": self._seed,
+                **self.about,
                 "apart": apart.tolist(),
                 **{name: reached.tolist() for name, reached in found.items()},
             }
         }
         return Report(rates, self._table(found, apart), entry=entry)
 
-    def _policy(self, weights: Any) -> Callable[[np.ndarray, int], np.ndarray]:
-        """Return a function of (pictures, step) that plans for all episodes together."""
-        goals = []
-        for env, task in zip(self._environments, self._tasks, strict=True):
-            env.set_state(task.goal)
-            goals.append(env.picture())
-        name = self._source.datasets[0].name
-        policy = self._actor.policy(
-            weights, {env.camera: np.stack(goals)}, self._plan, name, "recorded", self._seed
-        )
+    def _policy(self, weights: Any, goals: np.ndarray) -> Policy:
+        """Return a policy that plans for all episodes together toward pictures of their goals."""
+        name, env = self._source.datasets[0].name, self._environments[0]
+        shown = {env.camera: goals}
+        policy = self._actor.policy(weights, shown, self._plan, name, "recorded", self._seed)
         policy.check(env.fps)
-        own = len(env.robot_names)
+        return policy
 
-        def act(pictures: np.ndarray, _: int) -> np.ndarray:
-            states = np.stack([env.state[:own] for env in self._environments])
-            return policy.act({env.camera: pictures, "state": states})
+    def _planned(self, weights: Any) -> Act:
+        """Return a function that plans for all episodes together."""
+        policy = self._policy(weights, self._pictures[:, 1])
+        return lambda shown, _: policy.act(shown)
 
-        return act
+    def _shown(self, step: int) -> dict[str, np.ndarray]:
+        """Return what the robots see before a step: pictures and their own states."""
+        envs, own = self._environments, len(self._environments[0].robot_names)
+        pictures = np.stack([env.picture() for env in envs]) if step else self._pictures[:, 0]
+        states = [env.state for env in envs] if step else [task.start for task in self._tasks]
+        return {envs[0].camera: pictures, "state": np.stack(states)[:, :own]}
 
-    def _play(
-        self,
-        act: Callable[[np.ndarray, int], np.ndarray],
-        kept: list[np.ndarray] | None = None,
-    ) -> np.ndarray:
-        """Return which episodes reached their goal, (episodes,); kept: gets the first pictures."""
+    def _play(self, act: Act, kept: list[np.ndarray] | None = None) -> np.ndarray:
+        """Return which episodes reached their goal, (episodes,).
+
+        kept: gets the first pictures; None: the actions do not depend on what is seen.
+        """
         for env, task in zip(self._environments, self._tasks, strict=True):
             env.set_goal(task.goal)
             env.set_state(task.start)
         reached = np.zeros(self._count, bool)
         for t in range(2 * self._goal):
-            pictures = np.zeros(0)
+            shown = {}
             if kept is not None:
-                pictures = np.stack([env.picture() for env in self._environments])
-                kept.append(pictures[:KEPT])
-            action_NA = act(pictures, t)
+                shown = self._shown(t)
+                kept.append(shown[self._environments[0].camera][:KEPT])
+            action_NA = act(shown, t)
             for i, env in enumerate(self._environments):
                 env.step(action_NA[i])
                 reached[i] |= env.reached()
@@ -217,16 +236,13 @@ class ClosedLoop:
         missed, done = (np.flatnonzero(reached[:KEPT] == which) for which in (False, True))
         fails = missed[: max(SHOWN // 2, SHOWN - len(done))]
         chosen = [*done[: SHOWN - len(fails)], *fails]
-        goals = []
-        for i in chosen:
-            self._environments[i].set_state(self._tasks[i].goal)
-            goals.append(self._environments[i].picture())
+        goals = self._pictures[chosen, 1]
 
         def frame(seen: np.ndarray) -> np.ndarray:
             picture = np.concatenate([np.concatenate(row, axis=1) for row in (seen[chosen], goals)])
             return picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
 
-        folder = Path(self._workdir) / "closed_loop"
+        folder = Path(self._workdir) / self.name
         folder.mkdir(exist_ok=True)
         fps = Fraction(self._environments[0].fps).limit_denominator(1000)
         write_video(folder / f"{step}.mp4", map(frame, pictures), fps)
