@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from recordings import refused
+from test_actor import SHORT, actor
 
-from wmjax.envs.harness import Harness
+from wmjax.envs.harness import Harness, check
 
 
 class Told:
@@ -61,3 +63,37 @@ def test_a_model_with_a_state_is_shown_it(policies):
     assert set(shown) == {"observation.image", "state"}
     np.testing.assert_array_equal(shown["state"], state[:, 0])
     assert shown["state"].dtype == np.float32
+
+
+def test_what_world_writes_into_its_arrays_changes_no_plan(policies):
+    made, seen = harness(policies), info(1, 5)
+    made.set_env(object())
+    made.get_action(seen)
+    seen["goal"][:] = 7  # a simulator's own goal, as in World's step; it puts ours back after that
+    made.get_action(info(2, 5))
+    assert len(policies) == 1
+    assert policies[0].goal.max() == 5
+
+
+@pytest.mark.parametrize("action", [np.nan, 3.0])
+def test_an_action_that_world_tells_changes_no_plan(action):
+    """At a start, World may tell NaN, or the recorded action, which gives the answer away."""
+    act, params = actor()
+
+    def toward(goal):
+        return act.policy(params, goal, SHORT, "", "recorded", 0)
+
+    def first(**more):
+        made = Harness(toward)
+        made.set_env(object())
+        return made.get_action(info(1, 5, proprio=np.zeros((3, 1, 2)), **more))
+
+    wanted = first()
+    assert wanted.shape == (3, 2)
+    assert np.all(np.isfinite(wanted))
+    np.testing.assert_array_equal(first(action=np.full((3, 1, 2), action)), wanted)
+
+
+def test_an_environment_that_world_does_not_have_is_refused():
+    with refused("eval.env", "mine:Mine", "tworoom"):
+        check("mine:Mine")

@@ -26,8 +26,12 @@ WORLDS = {
     "swm/PushT-v1": ("swm/PushT-v1", (0, 1, 4, 5, 6, 2, 3), "resolution"),
     "tworoom": ("swm/TwoRoom-v1", (0, 1), ""),
 }
-_SET = [
-    {"method": f"_set_{name}", "args": {name: {"value": name}}} for name in ("state", "goal_state")
+# What World calls on a simulator before an episode, where it has the method. A new space first: in
+# the old one the block still moves, and contacts are remembered.
+_SET: list[dict[str, Any]] = [
+    {"method": "_setup"},
+    {"method": "_set_state", "args": {"state": {"value": "state"}}},
+    {"method": "_set_goal_state", "args": {"goal_state": {"value": "goal_state"}}},
 ]
 
 
@@ -55,7 +59,7 @@ class Harness:
         info: `pixels` and `goal`, uint8 (N, 1, height, width, 3), and `proprio`, the robot's state.
         Nothing else is read: World's `action` may be one that the policy did not choose.
         """
-        goal = np.asarray(info["goal"])[:, -1]
+        goal = info["goal"][:, -1].copy()  # World writes into its arrays
         if self._policy is None or not np.array_equal(goal, self._goal):
             self._policy, self._goal = self._toward(goal), goal
         meta = self._policy.meta
