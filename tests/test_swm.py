@@ -31,6 +31,7 @@ pytestmark = [
 ]
 
 SIZE, COUNT, GOAL = 64, 20, 25
+CAMERA = "observation.image"
 TINY = (
     *("width=48", "depth=2", "heads=3", "embedding=32", "projector=64", "head_width=32"),
     *("predictor_depth=1", "predictor_heads=2", "predictor_head_width=16", "predictor_hidden=64"),
@@ -62,6 +63,19 @@ def run(pusht, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     assert train(config, workdir) == 0
     return config, workdir
+
+
+def sensitive(workdir):
+    """Load a run whose predictions depend on actions: the layer that reads them begins at zero."""
+    model = wmjax.load(workdir)
+    rng = np.random.default_rng(0)
+
+    def drawn(path, leaf):
+        reads = "modulation" in jax.tree_util.keystr(path)
+        return jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype) if reads else leaf
+
+    model.params = jax.tree_util.tree_map_with_path(drawn, model.params)
+    return model
 
 
 def entry(workdir):
@@ -176,12 +190,13 @@ def test_their_cem_over_our_cost_is_ours(run, monkeypatch, preset):
     import gymnasium
     import torch
 
-    model = wmjax.load(run[1])
-    pictures, _ = episodes()
+    model = sensitive(run[1])
+    pictures, states = episodes()
     settings = search.parse(f"{preset},head=false")
     P, A = model._blueprint.abstract.block
     keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(7), row))(jnp.arange(COUNT))
-    (seen, wanted, *_), _ = model._actor._arguments(pictures[:, 0], pictures[:, 1], "", None, 0)
+    shown = {CAMERA: pictures[:, 0], "state": states[:, 0, :4]}
+    (seen, wanted, *_), _ = model._actor._arguments(shown, pictures[:, 1], "", None, 0)
 
     ours = []
 
@@ -207,12 +222,12 @@ def test_their_cem_over_our_cost_is_ours(run, monkeypatch, preset):
             theirs.append(action_candidates.numpy().copy())
             return super().get_cost(info, action_candidates)
 
-    cost = Kept(lambda *shown: model.cost(*shown, plan=settings))
+    cost = Kept(model, settings)
     solver = solver_of_theirs(monkeypatch, settings, cost, lambda _: keys_B)
     space = gymnasium.spaces.Box(-1, 1, (COUNT, A))
     solver.configure(action_space=space, n_envs=COUNT, config=plan_config(settings, P))
-    shown = {"pixels": pictures[:, :1], "goal": pictures[:, 1:]}
-    found = solver({name: torch.tensor(value) for name, value in shown.items()})
+    info = {"pixels": pictures[:, :1], "goal": pictures[:, 1:], "proprio": states[:, :1, :4]}
+    found = solver({name: torch.tensor(value) for name, value in info.items()})
     assert len(theirs) == settings.iterations
     assert len(ours) == settings.iterations + 1  # the last is the plan itself
     for mine, other in zip(ours, theirs, strict=False):
@@ -255,7 +270,7 @@ def test_their_policy_and_solver_over_our_cost_act_as_our_policy(run, monkeypatc
     """20 episodes of 50 steps: queues, warm starts, replans and units are the same."""
     from stable_worldmodel.policy import WorldModelPolicy
 
-    model = wmjax.load(run[1])
+    model = sensitive(run[1])
     pictures, states = episodes()
     settings, seed = search.parse(PLAN), 3
     task = "swm/PushT-v1", pictures, states, 4, GOAL
@@ -267,17 +282,16 @@ def test_their_policy_and_solver_over_our_cost_act_as_our_policy(run, monkeypatc
     plans = iter(range(100))
 
     def keys_of(info):
-        """Ours of (seed, episode, plan, row); World drops the rows that have reached their goal."""
-        rows = [np.flatnonzero(np.all(pictures[:, 1] == goal, (1, 2, 3))) for goal in goals(info)]
+        """Ours of (seed, episode, plan, row); World drops rows that have reached their goal."""
+        goals = info["goal"][:, -1].numpy()
+        same = np.all(goals[:, None] == pictures[None, :, 1], axis=(2, 3, 4))
         key = jax.random.key(0)
         for number in (seed, 0, next(plans)):
             key = jax.random.fold_in(key, number)
-        return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows)[:, 0])
+        rows = jnp.asarray(np.argmax(same, axis=1))
+        return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
-    def goals(info):
-        return info["goal"][:, -1].numpy()
-
-    cost = harness.Cost(lambda *shown: model.cost(*shown, plan=settings))
+    cost = harness.Cost(model, settings)
     solver = solver_of_theirs(monkeypatch, settings, cost, keys_of)
     block = model._blueprint.abstract.block[0]
     scaled = {"action": Scaler(model)}
@@ -286,5 +300,5 @@ def test_their_policy_and_solver_over_our_cost_act_as_our_policy(run, monkeypatc
     mine, other = np.stack(ours.actions), np.stack(theirs.actions)
     assert mine.shape == other.shape == (2 * GOAL, COUNT, 2)
     going = np.isfinite(other)  # NaN: it has reached its goal
-    assert going.all(axis=(1, 2)).sum() >= 5
+    assert going.mean() > 0.5
     np.testing.assert_allclose(other[going], mine[going], atol=1e-3)

@@ -4,7 +4,7 @@
     world.set_policy(Harness(lambda goal: model.policy(goal, plan="short")))
     world.evaluate(dataset=..., ...)
 
-    CEMSolver(cost=Cost(lambda *shown: model.cost(*shown, plan="lewm")), ...)
+    CEMSolver(cost=Cost(model, plan="lewm"), ...)
 
 World asks for two methods of a policy, a solver for one of a cost, so nothing of stable-worldmodel
 is imported before `check`.
@@ -62,34 +62,37 @@ class Harness:
         goal = info["goal"][:, -1].copy()  # World writes into its arrays
         if self._policy is None or not np.array_equal(goal, self._goal):
             self._policy, self._goal = self._toward(goal), goal
-        meta = self._policy.meta
-        pictures = np.asarray(info["pixels"])[:, -1]
-        shown: Any = pictures
-        if meta["state_size"]:
-            state = np.asarray(info["proprio"], np.float32)
-            shown = {meta["cameras"][0]: pictures, "state": state.reshape(len(pictures), -1)}
+        shown = {self._policy.meta["cameras"][0]: info["pixels"][:, -1]}
+        if "proprio" in info:
+            shown["state"] = info["proprio"][:, -1]
         # Some simulators add the action to the state in the action's precision.
         return np.asarray(self._policy.act(shown), np.float64)
 
 
 class Cost:
-    """The cost of plans for a solver of stable-worldmodel.
+    """The cost of plans to a solver of stable-worldmodel. model: of wmjax.load; plan: as there."""
 
-    cost: takes pictures and goals, uint8 (B, height, width, 3), and S plans for each in the model's
-    units, (B, S, H, P x A); returns (B, S).
-    """
-
-    def __init__(self, cost: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> None:
-        self._cost = cost
+    def __init__(self, model: Any, plan: Any = "lewm") -> None:
+        self._model, self._plan = model, plan
+        self._camera = model.recordings[0]["cameras"][0]
 
     def get_cost(self, info: Mapping[str, Any], action_candidates: Any) -> Any:
-        """Return costs, a tensor (B, S).
+        """Return the costs of normalised blocks, tensors (B, S, H, P x A) -> (B, S).
 
-        info: `pixels` and `goal`, tensors (B, S, 1, height, width, 3), the same for all S.
+        info: tensors as Harness.get_action has them, with an axis S after the first, along which
+        they are the same.
         """
-        pictures, goals = (info[key][:, 0, -1].cpu().numpy() for key in ("pixels", "goal"))
-        cost_BS = self._cost(pictures, goals, action_candidates.cpu().numpy())
-        return action_candidates.new_tensor(np.asarray(cost_BS))
+        found = {
+            key: info[key][:, 0, -1].cpu().numpy()
+            for key in ("pixels", "goal", "proprio")
+            if key in info
+        }
+        shown, goal = {self._camera: found["pixels"]}, {self._camera: found["goal"]}
+        if "proprio" in found:
+            shown["state"] = found["proprio"]
+        blocks = action_candidates.cpu().numpy()
+        cost_BS = self._model.cost(shown, goal, blocks, plan=self._plan)
+        return action_candidates.new_tensor(cost_BS)
 
 
 class _Tasks:
