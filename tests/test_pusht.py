@@ -9,6 +9,7 @@ from recordings import refused
 from wmjax.envs import base
 
 HERE = importlib.util.find_spec("stable_worldmodel") is not None
+pytestmark = pytest.mark.filterwarnings("ignore")  # of its packages
 installed = pytest.mark.skipif(not HERE, reason="stable-worldmodel is not installed")
 
 

@@ -26,10 +26,10 @@ WORLDS = {
     "swm/PushT-v1": ("swm/PushT-v1", (0, 1, 4, 5, 6, 2, 3), "resolution"),
     "tworoom": ("swm/TwoRoom-v1", (0, 1), ""),
 }
-# What World calls on a simulator before an episode, where it has the method. A new space first: in
-# the old one the block still moves, and contacts are remembered.
+# What World calls on a simulator before an episode. The reset is the one of envs/swm.py: after
+# World's own, from a random seed, the block of Push-T may still move and contacts are remembered.
 _SET: list[dict[str, Any]] = [
-    {"method": "_setup"},
+    {"method": "reset", "args": {"seed": {"value": 0, "in_dataset": False}}},
     {"method": "_set_state", "args": {"state": {"value": "state"}}},
     {"method": "_set_goal_state", "args": {"goal_state": {"value": "goal_state"}}},
 ]
