@@ -79,8 +79,8 @@ class ClosedLoop:
                 "between two of a clip"
             )
         self._source = context.sources["validation"].of_frames(self._goal // stride + 1)
-        env = make(self._name, "eval.env", size=32)
-        self._tasks = self._choose(env)
+        self._env = make(self._name, "eval.env", size=32)
+        self._tasks = self._choose(self._env)
         self._simple: dict[str, np.ndarray] = {}
 
     def _choose(self, env: Environment) -> list[Task]:
@@ -137,7 +137,7 @@ class ClosedLoop:
     def __call__(self, step: int, state: TrainState) -> Report:
         say(f"{self.name}: {self._count} episodes of {self._name} ...")
         tasks, weights = self._tasks, (state.params, state.frozen, state.target)
-        env = self._environments[0]
+        env = self._env
         if not self._simple:  # played once, because they do not depend on the state
             rng = np.random.default_rng(SEED)
             low, high = env.lowest, env.highest
@@ -170,7 +170,7 @@ class ClosedLoop:
 
     def _policy(self, weights: Any, goals: np.ndarray) -> Policy:
         """Return a policy that plans for all episodes together toward pictures of their goals."""
-        name, env = self._source.datasets[0].name, self._environments[0]
+        name, env = self._source.datasets[0].name, self._env
         shown = {env.camera: goals}
         policy = self._actor.policy(weights, shown, self._plan, name, "recorded", self._seed)
         policy.check(env.fps)
@@ -183,10 +183,10 @@ class ClosedLoop:
 
     def _shown(self, step: int) -> dict[str, np.ndarray]:
         """Return what the robots see before a step: pictures and their own states."""
-        envs, own = self._environments, len(self._environments[0].robot_names)
+        envs, own = self._environments, len(self._env.robot_names)
         pictures = np.stack([env.picture() for env in envs]) if step else self._pictures[:, 0]
         states = [env.state for env in envs] if step else [task.start for task in self._tasks]
-        return {envs[0].camera: pictures, "state": np.stack(states)[:, :own]}
+        return {self._env.camera: pictures, "state": np.stack(states)[:, :own]}
 
     def _play(self, act: Act, kept: list[np.ndarray] | None = None) -> np.ndarray:
         """Return which episodes reached their goal, (episodes,).
@@ -201,7 +201,7 @@ class ClosedLoop:
             shown = {}
             if kept is not None:
                 shown = self._shown(t)
-                kept.append(shown[self._environments[0].camera][:KEPT])
+                kept.append(shown[self._env.camera][:KEPT])
             action_NA = act(shown, t)
             for i, env in enumerate(self._environments):
                 env.step(action_NA[i])
@@ -244,7 +244,7 @@ class ClosedLoop:
 
         folder = Path(self._workdir) / self.name
         folder.mkdir(exist_ok=True)
-        fps = Fraction(self._environments[0].fps).limit_denominator(1000)
+        fps = Fraction(self._env.fps).limit_denominator(1000)
         write_video(folder / f"{step}.mp4", map(frame, pictures), fps)
 
 

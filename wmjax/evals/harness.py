@@ -25,7 +25,7 @@ class InWorld(ClosedLoop):
 
     def _play(self, act: Act, kept: list[np.ndarray] | None = None) -> np.ndarray:
         states = np.stack([[task.start, task.goal] for task in self._tasks])
-        own = len(self._environments[0].robot_names)
+        own = len(self._env.robot_names)
         return evaluate(_Acts(act, kept), self._name, self._pictures, states, own, self._goal)
 
 
