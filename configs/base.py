@@ -141,7 +141,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "eval": {
                 # Evaluators, in this order: validation, pictures, probe; acting (for models that
-                # act), closed_loop (with env); or package.module:Name.
+                # act), closed_loop and harness (with env); or package.module:Name.
                 "evaluators": "validation,pictures,probe,acting,closed_loop",
                 "batches": 8,  # of held-out clips, the same in every validation
                 "probe_every": 10_000,  # steps between probes (and acting), one at the end; 0: none

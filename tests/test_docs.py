@@ -169,7 +169,7 @@ HUB = "facebook/vjepa2-vitl-fpc64-256"
 def runnable():
     """Yield the commands in an order in which each finds what it needs, trainings first."""
     whole = [words for words in COMMANDS if len(words) > 2 or words[1].startswith(("--", "run"))]
-    others = ("--coordinator", "mypackage", "wmjax.serve")  # have tests of their own
+    others = ("--coordinator", "mypackage", "wmjax.serve", "PUSH")  # have tests of their own
     alone = [words for words in whole if not any(o in word for word in words for o in others)]
 
     def place(words):

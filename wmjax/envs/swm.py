@@ -70,6 +70,7 @@ class PushT(Environment):
 
     def set_state(self, state: np.ndarray) -> None:
         x, y, vx, vy, *block = np.asarray(state, np.float64).tolist()
+        self._simulator.reset(seed=0)  # else the block still moves, and contacts are remembered
         self._simulator._set_state(np.array([x, y, *block, vx, vy]))
 
     def set_goal(self, state: np.ndarray) -> None:

@@ -23,6 +23,7 @@ EVALUATORS = {
     "probe": "wmjax.evals.probe:Probe",
     "acting": "wmjax.evals.acting:Acting",
     "closed_loop": "wmjax.evals.closed_loop:ClosedLoop",
+    "harness": "wmjax.evals.harness:InWorld",
 }
 
 

@@ -1,15 +1,15 @@
 """How often plans reach their goal in a simulator: closed loop, beside simple policies.
 
 The protocol of stable-worldmodel: a start and a goal are two states of a held-out episode, so many
-steps apart; twice as many steps are allowed; the goal counts at any step. Starts that count as the
-goal already are left out. The stricter rule of CLEAR-LeWM judges the same episodes. Beside the
-plans act: the recorded actions, which show what is possible, the simulator's random policy, and the
-action that stays in place.
+steps apart; twice as many steps are allowed; the goal counts at any step. The pictures of start and
+goal are the recorded ones. Starts that count as the goal already are left out. The stricter rule of
+CLEAR-LeWM judges the same episodes. Beside the plans act: the recorded actions, which show what is
+possible, the simulator's random policy, and the action that stays in place.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +19,14 @@ import numpy as np
 
 from wmjax.actor import Actor
 from wmjax.data.media.encode import write_video
-from wmjax.data.media.transforms import centre_cropped, frame_size
+from wmjax.data.media.transforms import FULL_BOX, centre_cropped, crop_and_scale, frame_size
 from wmjax.envs.base import make
 from wmjax.envs.pool import Simulators
 from wmjax.errors import UserError, check_above
 from wmjax.evals import Context, Report, Unavailable
 from wmjax.evals.table import RATES, SIMPLE, rates
 from wmjax.models.acting import ActingModel
+from wmjax.planning.policy import Policy
 from wmjax.run.console import say
 from wmjax.step import TrainState
 
@@ -39,9 +40,9 @@ TITLES = {"planned": "planned", **SIMPLE}
 class Trial(NamedTuple):
     """The episodes of one goal and seed: reach `goal_NS` from `start_NS`, states of a clip each.
 
-    solved: starts that were left out because they count as the goal. familiar: starts in episodes
-    that begin as a training episode does. strict_N: starts that count as the goal by the stricter
-    rule, which does not judge these episodes.
+    picture_N2HWC: the recorded ones, of start and goal. solved: starts that were left out because
+    they count as the goal. familiar: starts in episodes that begin as a training episode does.
+    strict_N: starts that count as the goal by the stricter rule, which leaves them out.
     """
 
     goal: int
@@ -49,16 +50,23 @@ class Trial(NamedTuple):
     clips: list[int]
     start_NS: np.ndarray
     goal_NS: np.ndarray
+    picture_N2HWC: np.ndarray
     solved: int
     familiar: int
     strict_N: np.ndarray
 
 
-Outcome = tuple[np.ndarray, np.ndarray]  # who reached the goal, by the usual and the stricter rule
+# Who reached the goal, by the usual and the stricter rule; None: it was not judged.
+Outcome = tuple[np.ndarray, np.ndarray | None]
+# (the simulators, or what stands for them, step) -> an action for each, (episodes, A)
+Act = Callable[[Any, int], np.ndarray]
 
 
 class ClosedLoop:
     """The evaluator of eval.env; `closed_loop` in eval.evaluators."""
+
+    name = "closed_loop"  # of its figures, its entry in evals.jsonl and its folder of videos
+    about: Mapping[str, Any] = {}  # more for the entry
 
     def __init__(self, context: Context) -> None:
         settings, blueprint = context.config["eval"], context.steps.blueprint
@@ -140,69 +148,69 @@ class ClosedLoop:
             picked.append((index, start, end, familiar, env.reached_strictly()))
             if len(picked) == self._count:
                 clips, starts, goals, known, strict = zip(*picked, strict=True)
-                states = np.stack(starts), np.stack(goals)
-                return Trial(goal, seed, [*clips], *states, solved, sum(known), np.array(strict))
+                pictures = np.stack([self._ends(source[clip], goal // stride) for clip in clips])
+                shown = np.stack(starts), np.stack(goals), pictures
+                return Trial(goal, seed, [*clips], *shown, solved, sum(known), np.array(strict))
         raise UserError(
             f"eval.env_episodes={self._count}: held-out episodes have {len(picked)} starts whose "
             f"goal, {goal} steps later, is another place"
         )
 
-    def _size(self) -> int:
-        """Return the side of the recorded pictures, in pixels."""
-        clip = self._held_out[0]
-        height, width = frame_size(clip["frames_VT"][0][0])
+    def _ends(self, clip: Mapping[str, Any], goal: int) -> np.ndarray:
+        """Return the first frame of a clip and its frame `goal`, uint8 (2, size, size, 3)."""
+        frames = clip["frames_VT"][0]
+        height, width = frame_size(frames[0])
         if height != width:
             found = f"found {height} x {width}"
             raise UserError(f"eval.env={self._name!r}: wanted square pictures, {found}")
-        return height
+        return crop_and_scale((frames[0], frames[goal]), FULL_BOX, height, width)
+
+    def _open(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the simulators, with pictures of the recorded size."""
+        size = self._trials[0].picture_N2HWC.shape[2]
+        processes = self._processes
+        return contextlib.closing(
+            Simulators(self._name, "eval.env", size=size, count=self._count, processes=processes)
+        )
 
     def __call__(self, step: int, state: TrainState) -> Report:
         trials, weights = self._trials, (state.params, state.frozen, state.target)
-        say(f"closed loop: {len(trials)} x {self._count} episodes of {self._name} ...")
-        with contextlib.closing(
-            Simulators(
-                self._name,
-                "eval.env",
-                size=self._size(),
-                count=self._count,
-                processes=self._processes,
-            )
-        ) as envs:
+        say(f"{self.name}: {len(trials)} x {self._count} episodes of {self._name} ...")
+        with self._open() as envs:
             played = [self._evaluate(envs, trial, weights, step) for trial in trials]
         row: dict[str, float] = {}
         texts = []
         for goal in dict.fromkeys(trial.goal for trial in trials):
             found, text = self._summary(goal, [each for each in played if each["goal"] == goal])
-            prefix = "closed_loop/" if goal == trials[0].goal else f"closed_loop/{goal}/"
+            prefix = f"{self.name}/" if goal == trials[0].goal else f"{self.name}/{goal}/"
             row |= {prefix + name: rate for name, rate in found.items()}
             texts.append(text)
         settings = dataclasses.asdict(self._actor.settings(self._plan))
-        entry = {"env": self._name, "plan": self._plan, "settings": settings, "trials": played}
-        return Report(row, "\n".join(texts), entry={"closed_loop": entry})
+        entry = {"env": self._name, "plan": self._plan, "settings": settings, **self.about}
+        return Report(row, "\n".join(texts), entry={self.name: entry | {"trials": played}})
 
-    def _evaluate(self, envs: Simulators, trial: Trial, weights: Any, step: int) -> dict[str, Any]:
+    def _evaluate(self, envs: Any, trial: Trial, weights: Any, step: int) -> dict[str, Any]:
         """Play a trial by every policy; return it as evals.jsonl has it: 1 for a goal reached."""
         key = trial.goal, trial.seed
         if key not in self._simple:
             rng = np.random.default_rng(trial.seed)
             action_TNA = self._recorded(trial)
 
-            def recorded(t: int) -> np.ndarray:
+            def recorded(envs: Any, t: int) -> np.ndarray:
                 return action_TNA[t] if t < trial.goal else envs.still()
 
-            def random(_: int) -> np.ndarray:
+            def random(*_: Any) -> np.ndarray:
                 return np.stack([self._env.random(rng) for _ in range(self._count)])
 
             self._simple[key] = {
                 "recorded": self._play(envs, trial, recorded),
                 "random": self._play(envs, trial, random),
-                "still": self._play(envs, trial, lambda _: envs.still()),
+                "still": self._play(envs, trial, lambda envs, _: envs.still()),
             }
-        policy = self._policy(envs, trial, weights)
         seen: list[np.ndarray] | None = [] if trial.seed == SEED else None
-        planned = self._play(envs, trial, policy, seen)
+        planned = self._play(envs, trial, self._planned(trial, weights), seen)
         if seen:
-            self._show(envs, trial, planned[0], seen, f"{step}_{trial.goal}.mp4")
+            self._show(trial, planned[0], seen, f"{step}_{trial.goal}.mp4")
         found = {"planned": planned, **self._simple[key]}
         ways = list(zip(trial.start_NS, trial.goal_NS, strict=True))
         return {
@@ -215,7 +223,11 @@ class ClosedLoop:
             "turned": [round(self._env.turned(*way), 3) for way in ways],
             "strict_at_start": trial.strict_N.astype(int).tolist(),
             "official": {name: usual.astype(int).tolist() for name, (usual, _) in found.items()},
-            "strict": {name: strict.astype(int).tolist() for name, (_, strict) in found.items()},
+            "strict": {
+                name: strict.astype(int).tolist()
+                for name, (_, strict) in found.items()
+                if strict is not None
+            },
         }
 
     def _recorded(self, trial: Trial) -> np.ndarray:
@@ -225,29 +237,29 @@ class ClosedLoop:
         rows = [action_TPA.reshape(-1, action_TPA.shape[-1])[: trial.goal] for action_TPA in clips]
         return np.stack(rows, axis=1)
 
-    def _policy(self, envs: Simulators, trial: Trial, weights: Any) -> Callable[[int], np.ndarray]:
-        """Return a function that plans for all episodes together."""
-        everyone, camera = np.ones(self._count, bool), self._env.camera
-        envs.put(trial.goal_NS, trial.goal_NS)
-        goals = {camera: envs.pictures(everyone)}
-        name = self._held_out.datasets[0].name
-        policy = self._actor.policy(weights, goals, self._plan, name, "recorded", trial.seed)
+    def _policy(self, weights: Any, goals: np.ndarray, seed: int) -> Policy:
+        """Return a policy that plans for all episodes together toward pictures of their goals."""
+        name, shown = self._held_out.datasets[0].name, {self._env.camera: goals}
+        policy = self._actor.policy(weights, shown, self._plan, name, "recorded", seed)
         policy.check(self._env.fps)
-        own = len(self._env.robot_names)
+        return policy
 
-        def act(_: int) -> np.ndarray:
+    def _planned(self, trial: Trial, weights: Any) -> Act:
+        """Return a function that plans."""
+        start_NHWC, goal_NHWC = np.moveaxis(trial.picture_N2HWC, 1, 0)
+        policy = self._policy(weights, goal_NHWC, trial.seed)
+        everyone, own = np.ones(self._count, bool), len(self._env.robot_names)
+
+        def act(envs: Simulators, t: int) -> np.ndarray:
             if not policy.due:
                 return policy.act(None)
-            return policy.act({camera: envs.pictures(everyone), "state": envs.states()[:, :own]})
+            pictures = envs.pictures(everyone) if t else start_NHWC
+            return policy.act({self._env.camera: pictures, "state": envs.states()[:, :own]})
 
         return act
 
     def _play(
-        self,
-        envs: Simulators,
-        trial: Trial,
-        act: Callable[[int], np.ndarray],
-        seen: list[np.ndarray] | None = None,
+        self, envs: Any, trial: Trial, act: Act, seen: list[np.ndarray] | None = None
     ) -> Outcome:
         """Return which episodes reached their goal; seen: gets the pictures of the first."""
         envs.put(trial.start_NS, trial.goal_NS)
@@ -255,8 +267,9 @@ class ClosedLoop:
         held = np.zeros(self._count, int)  # steps in a row
         for t in range(2 * trial.goal):
             if seen is not None:
-                seen.append(envs.pictures(np.arange(self._count) < KEPT))
-            usual, strict = envs.step(act(t))
+                first = np.arange(self._count) < KEPT
+                seen.append(envs.pictures(first) if t else trial.picture_N2HWC[:KEPT, 0])
+            usual, strict = envs.step(act(envs, t))
             held = np.where(strict, held + 1, 0)
             reached |= usual
             strictly |= held >= self._env.strict_steps
@@ -290,19 +303,15 @@ class ClosedLoop:
         share, solved = row["planned"] / 100, sum(trial["solved"] for trial in trials)
         lines += [
             f"  standard error of the first: {100 * np.sqrt(share * (1 - share) / count):.1f}",
-            f"  left out, because at the goal from the start: {solved}; of strict: {unjudged}",
+            f"  left out, because at the goal from the start: {solved}",
         ]
         if "strict" in found["planned"]:
             row["strict"] = found["planned"]["strict"]
+            lines[-1] += f"; of strict: {unjudged}"
         return row, "\n".join(lines)
 
     def _show(
-        self,
-        envs: Simulators,
-        trial: Trial,
-        reached: np.ndarray,
-        pictures: list[np.ndarray],
-        name: str,
+        self, trial: Trial, reached: np.ndarray, pictures: list[np.ndarray], name: str
     ) -> None:
         """Write a video of some episodes, half of them failures where there are as many.
 
@@ -311,14 +320,13 @@ class ClosedLoop:
         missed, done = (np.flatnonzero(reached[:KEPT] == which) for which in (False, True))
         fails = missed[: max(SHOWN // 2, SHOWN - len(done))]
         chosen = [*done[: SHOWN - len(fails)], *fails]
-        envs.put(trial.goal_NS, trial.goal_NS)
-        goals = envs.pictures(np.arange(self._count) < KEPT)[chosen]
+        goals = trial.picture_N2HWC[chosen, 1]
 
         def frame(seen: np.ndarray) -> np.ndarray:
             picture = np.concatenate([np.concatenate(row, axis=1) for row in (seen[chosen], goals)])
             return picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
 
-        folder = Path(self._workdir) / "closed_loop"
+        folder = Path(self._workdir) / self.name
         folder.mkdir(exist_ok=True)
         fps = Fraction(self._env.fps).limit_denominator(1000)
         write_video(folder / name, map(frame, pictures), fps)

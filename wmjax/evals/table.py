@@ -150,11 +150,12 @@ def rates(*runs: Sequence[Row], policy: str) -> Cells:
     for trials in runs:
         apart, unjudged = (_joined(trials, key) for key in ("apart", "strict_at_start"))
         usual, strict = (
-            np.concatenate([trial[rule][policy] for trial in trials])
+            np.concatenate([trial[rule].get(policy, []) for trial in trials])
             for rule in ("official", "strict")
         )
         thirds = [usual[part] for part in np.array_split(np.argsort(apart, kind="stable"), 3)]
-        for column, reached in zip(RATES, (usual, *thirds, strict[unjudged == 0]), strict=True):
+        judged = strict[unjudged == 0] if len(strict) else strict
+        for column, reached in zip(RATES, (usual, *thirds, judged), strict=True):
             if len(reached):
                 found.setdefault(column, []).append(100 * float(np.mean(reached)))
     return {
