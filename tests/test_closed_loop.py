@@ -13,7 +13,10 @@ from recordings import refused
 from wmjax import config as configs
 from wmjax.commands.evaluate import evaluate
 from wmjax.data.tools.record import record
+from wmjax.envs.pool import Simulators
 from wmjax.envs.tworoom import TwoRoom
+from wmjax.evals import harness
+from wmjax.evals.closed_loop import ClosedLoop
 from wmjax.models.acting import ActingModel
 from wmjax.types import WorldModelOutput
 
@@ -183,6 +186,64 @@ def test_goals_and_seeds_compile_no_more_and_processes_change_nothing(room, tmp_
     assert {path.name for path in (tmp_path / "more/closed_loop").iterdir()} == {
         *("0_15.mp4", "0_30.mp4")
     }
+
+
+def test_start_and_goal_are_the_recorded_pictures(room, tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(
+        ClosedLoop,
+        "_show",
+        lambda self, trial, _, seen, name: found.update(
+            first=seen[0], second=seen[1], recorded=trial.picture_N2HWC
+        ),
+    )
+    monkeypatch.setattr(TwoRoom, "picture", lambda self: np.zeros((SIZE, SIZE, 3), np.uint8))
+    evaluate(config(room, "eval.env_episodes=6"), tmp_path)
+    assert found["recorded"].shape == (6, 2, SIZE, SIZE, 3)
+    assert np.ptp(found["recorded"], axis=(2, 3, 4)).min() > 200
+    np.testing.assert_array_equal(found["first"], found["recorded"][:, 0])
+    assert not found["second"].any()
+
+
+def world(policy, env, pictures, states, own, goal):
+    """Play as World does: the policy is asked, the pictures after the first are the simulators'."""
+    envs = [TwoRoom(SIZE) for _ in pictures]
+    for env, (start, end) in zip(envs, states, strict=True):
+        env.set_goal(end)
+        env.set_state(start)
+    policy.set_env(envs)
+    reached, shown_NHWC = np.zeros(len(envs), bool), pictures[:, 0]
+    for _ in range(2 * goal):
+        state_NS = np.stack([env.state[:own] for env in envs])
+        info = {"pixels": shown_NHWC, "goal": pictures[:, 1], "proprio": state_NS}
+        actions = policy.get_action({name: value[:, None] for name, value in info.items()})
+        for env, action in zip(envs, actions, strict=True):
+            env.step(action)
+        reached |= [env.reached() for env in envs]
+        shown_NHWC = np.stack([env.picture() for env in envs])
+    return reached
+
+
+def test_the_evaluator_harness_plays_the_same_by_the_usual_rule_alone(room, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(harness, "check", lambda env: None)
+    monkeypatch.setattr(harness, "versions", lambda: {"stable-worldmodel": "9"})
+    monkeypatch.setattr(harness, "evaluate", world)
+    start = Simulators.__init__
+    monkeypatch.setattr(
+        Simulators, "__init__", lambda self, *a, **k: opened.append(self) or start(self, *a, **k)
+    )
+    both = "eval.evaluators=closed_loop,harness", "eval.env_episodes=6", "eval.env_goals=2"
+    evaluate(config(room, *both), tmp_path)
+    assert len(opened) == 1
+    row = json.loads((tmp_path / "evals.jsonl").read_text())
+    ours, theirs = row["closed_loop"], row["harness"]
+    assert theirs["stable-worldmodel"] == "9"
+    for mine, other in zip(ours["trials"], theirs["trials"], strict=True):
+        assert mine.pop("strict").keys() == set(FOUND)
+        assert other.pop("strict") == {}
+        assert mine == other
+    assert {"0_25.mp4", "0_50.mp4"} == {path.name for path in (tmp_path / "harness").iterdir()}
 
 
 def test_the_stricter_rule_has_to_hold(room, tmp_path, monkeypatch):

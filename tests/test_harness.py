@@ -1,5 +1,7 @@
 """The policy that stable-worldmodel's World calls: what it is shown, and when it plans anew."""
 
+import sys
+
 import numpy as np
 import pytest
 from recordings import refused
@@ -91,6 +93,12 @@ def test_an_action_that_world_tells_changes_no_plan(action):
     assert wanted.shape == (3, 2)
     assert np.all(np.isfinite(wanted))
     np.testing.assert_array_equal(first(action=np.full((3, 1, 2), action)), wanted)
+
+
+def test_without_stable_worldmodel_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_worldmodel", None)
+    with refused("harness", "stable_worldmodel", "'.[swm]'", lines=1):
+        check("tworoom")
 
 
 def test_an_environment_that_world_does_not_have_is_refused():
