@@ -108,6 +108,11 @@ def test_a_command_says_what_the_door_takes(words, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         if not any(word.startswith("--config=") for word in argv):  # of the command it belongs to
             argv.append("--config=vjepa2_aloha")
+        (name,) = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+        origins = tuple(f"--config.data.{key}=" for key in ("root", "repo_id", "mixture", "source"))
+        generated = configs.load(name, ()).data.source == "synthetic"
+        if not (generated or any(word.startswith(origins) for word in argv)):
+            argv.append(f"--config.data.root={PUSHT}")  # as in check_config
         assert main.run(argv) == 0
         for config in taken:
             check_config(config)
