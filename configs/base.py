@@ -127,7 +127,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "follow_links": False,  # True: links in a dataset may lead outside its folder
                 "val_share": 0.05,  # share of the episodes held out (at least one); 0: none
                 "threads": 16,  # clips read at once by threads: in validation, and with workers=0
-                "workers": empty(int),  # reader processes; empty: min(threads, cores); 0: none
+                # Processes that read clips, and that play simulators; empty: min(threads, cores);
+                # 0: none.
+                "workers": empty(int),
                 "prefetch": empty(int),  # clips read ahead; empty: two batches
                 "on_error": "raise",  # unreadable data: raise: stop; skip: leave it out
                 "max_skip_share": 0.05,  # skipped share (of at least 400 clips) that stops the run
@@ -162,7 +164,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "eval": {
                 # Evaluators, in this order: validation, pictures, probe; acting (for models that
-                # act), closed_loop (with env); or package.module:Name.
+                # act), closed_loop and harness (with env); or package.module:Name.
                 "evaluators": "validation,pictures,probe,acting,closed_loop",
                 "batches": 8,  # of held-out clips, the same in every validation
                 "probe_every": 10_000,  # steps between probes (and acting), one at the end; 0: none
@@ -173,6 +175,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "env": "",  # simulator of the recording, to act in: tworoom, package.module:Name
                 "env_episodes": 50,  # held-out starts that it acts from
                 "env_goal": 25,  # recorded steps from start to goal; twice as many are allowed
+                "env_goals": 1,  # 3: also goals twice and three times as far
+                "env_seeds": 1,  # each draws its own starts
                 "env_plan": "short",  # preset of planning, and keys: short,samples=128
             },
             "mesh": {

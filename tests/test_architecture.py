@@ -100,6 +100,7 @@ ARROWS: dict[str, set[str] | None] = {
         "plugins",
         "run.metrics",
         "run.console",
+        "run.files",
     },
     "weights": {"models", "nn", "hub", "run.saved", "run.files"},
     "viz": {"data", "masking", "inference", "sharding", "evals", "step", "run.files"},

@@ -356,7 +356,7 @@ def make_pipeline(
         "max_skip_share": data.max_skip_share,
     }
     clips = Pipeline(
-        source.of_frames(frames) if frames else source,
+        source.of_frames(max(frames, source.frames)) if frames else source,
         setup.masks,
         height=height,
         width=width,
@@ -412,7 +412,8 @@ def open_evaluators(
     """
     plain = configs.plain(config)
     own = setup.steps, setup.sources, setup.masks
-    context = evals.Context(*own, plain, workdir, open_batches, shows)
+    workers = count_workers(config.data)
+    context = evals.Context(*own, plain, workdir, open_batches, shows, workers)
     return evals.open_all(context, say)
 
 

@@ -23,6 +23,7 @@ EVALUATORS = {
     "probe": "wmjax.evals.probe:Probe",
     "acting": "wmjax.evals.acting:Acting",
     "closed_loop": "wmjax.evals.closed_loop:ClosedLoop",
+    "harness": "wmjax.evals.harness:InWorld",
 }
 
 
@@ -51,7 +52,8 @@ class Context(NamedTuple):
     masking.Masks. config: the whole configuration as plain dicts. open_batches(split, frames=0):
     iterator of the batches of a split, from its first clip, cropped to the centre; the evaluator
     closes it. frames: of longer clips, as far as the episodes allow (see Source.of_frames).
-    shows: True if the run has TensorBoard or W&B for pictures.
+    shows: True if the run has TensorBoard or W&B for pictures. workers: processes that an
+    evaluator may start; 0: none.
     """
 
     steps: Any
@@ -61,6 +63,7 @@ class Context(NamedTuple):
     workdir: Path
     open_batches: Callable[..., Any]
     shows: bool = False
+    workers: int = 0
 
 
 class Evaluator(Protocol):

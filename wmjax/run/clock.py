@@ -48,7 +48,7 @@ class Clock:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._origin = time.time() - time.perf_counter()
         began = process_began()
-        if (row := _row_of(path, step)) is not None:
+        if (row := row_of(path, step)) is not None:
             self._seconds |= row["seconds"]
             if not row["ended"]:
                 self._seconds["lost"] += _lost_since(row, began)
@@ -123,6 +123,7 @@ class Clock:
             return
         seconds = {phase: round(spent, 3) for phase, spent in self._seconds.items()}
         row = {"step": step, "until": round(until, 3), "ended": ended, "seconds": seconds}
+        row["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         if boot := _boot():
             uptime = time.clock_gettime(time.CLOCK_BOOTTIME) - (self._now() - until)
             row["boot"], row["uptime"] = boot, round(uptime, 3)
@@ -162,7 +163,7 @@ def _boot() -> str:
     return ""
 
 
-def _row_of(path: Path, step: int) -> dict[str, Any] | None:
+def row_of(path: Path, step: int) -> dict[str, Any] | None:
     """Return the last row of `step` or before; later rows are of steps that are done again."""
     found = None
     with contextlib.suppress(OSError):
