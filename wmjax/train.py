@@ -71,6 +71,11 @@ def train(
     num_steps = config.train.num_steps
     stop = StopSignal()
     watchdog = Watchdog(config.train.stuck_after, workdir / CHECKPOINTS, stop.give_up)
+
+    def enter(phase: str) -> None:
+        watchdog.enter(phase)
+        stop.phase = phase
+
     text = configs.to_json(config)
     owner = Owner(workdir, hashlib.sha256(text.encode()).hexdigest()[:12])
     with watchdog, owner, open_checkpoints(config, workdir, owner.check) as checkpoints:
@@ -90,7 +95,7 @@ def train(
             start,
             batch_size=config.data.batch_size,
             num_steps=num_steps,
-            changed=watchdog.enter,
+            changed=enter,
         )
         state, position = restore_or_init(config, checkpoints, setup)
         clock.peak = peak_flops(jax.tree.leaves(state)[0].sharding.device_set)
@@ -197,7 +202,7 @@ def loop(
         reporter.write(step, row | ({"peak_gb": memory} if memory else {}))
 
     def save(step: int) -> None:
-        with clock.phase("checkpoint"):
+        with clock.phase("checkpoint"), clock.recurring("save", config.checkpoint.every):
             statistics = jax.tree.map(as_plain, [*setup.sources["train"].statistics()])
             meta["statistics"] = statistics
             meta["data"] = setup.sources["train"].fingerprint()
@@ -259,7 +264,8 @@ def loop(
                 # Stopped: the next batch is not begun either, after a save.
                 with clock.phase("validation"), contextlib.suppress(Stopped):
                     for evaluator in due:
-                        reporter.tell(step, evaluator(step, state))
+                        with clock.recurring(evaluator, evaluator.every):
+                            reporter.tell(step, evaluator(step, state))
     return step
 
 

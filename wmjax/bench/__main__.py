@@ -5,6 +5,7 @@ Each prints one line of JSON. README.md in this folder explains the figures.
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,7 @@ def run(argv: list[str]) -> int:
         if flags.floor:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
     door.keep_compiled()
+    print(f"{flags.command}: compiling or opening, then timing ...", file=sys.stderr, flush=True)
     row = {"step": bench_step, "data": bench_data, "plan": bench_plan}[flags.command](config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     print(to_json(rounded))

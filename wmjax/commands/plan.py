@@ -112,6 +112,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     print(f"devices     {mesh.size} x {kind} ({axes})")
     print(f"parameters  {count / 1e6:,.0f} million")
     print(f"arithmetic  {flop / 1e12:,.1f} TFLOP a step of {config.data.batch_size} clips")
+    print("compiling the train step ...", flush=True)
     traced = cast(Any, steps.train).trace(steps.abstract, batch)
     try:
         compiled = traced.lower().compile()

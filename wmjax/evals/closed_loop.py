@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from wmjax.actor import Actor
 from wmjax.data.media.encode import write_video
@@ -183,7 +184,7 @@ class ClosedLoop:
             env.set_goal(task.goal)
             env.set_state(task.start)
         reached = np.zeros(self._count, bool)
-        for t in range(2 * self._goal):
+        for t in tqdm(range(2 * self._goal), unit="step", leave=False, disable=None):
             pictures = np.zeros(0)
             if kept is not None:
                 pictures = np.stack([env.picture() for env in self._environments])

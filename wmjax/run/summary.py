@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from wmjax import sharding
 from wmjax.run.console import clock
@@ -35,13 +34,17 @@ def notes_of(sources: Mapping[str, Any]) -> list[str]:
 
 
 def of_state(workdir: Path, state: Any) -> str:
-    """Describe the parameters, and where the files of the run are."""
+    """Describe the parameters, a line for each part, and where the files of the run are."""
     total, largest = sharding.device_bytes(state)
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
+    lines = [
+        f"  {part:12}{sum(leaf.size for leaf in jax.tree.leaves(tree)):>15,}{kind}"
+        for trees, kind in ((state.params, ""), (state.frozen, "  frozen"))
+        for part, tree in trees.items()
+    ]
     return "\n".join(
         [
-            parameter_overview.get_parameter_overview(state.params, include_stats=False),
-            *([f"frozen, besides: {frozen:,} numbers"] if frozen else []),
+            "parameters",
+            *lines,
             f"state: {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
             f"workdir: {workdir} (config.json, metrics.jsonl, checkpoints)",
         ]
@@ -61,11 +64,11 @@ def of_result(workdir: Path, step: int, last: Row, seconds: float, exported: boo
     }
     if exported:
         commands[f"python -m wmjax.weights export {workdir} OUT"] = "a model for transformers"
-    wide = max(map(len, commands))
     return "\n".join(
         [
-            f"done: step {step} after {clock(seconds)}  {describe(figures)}",
+            f"done: step {step} after {clock(seconds)}",
+            f"  {describe(figures)}",
             f"checkpoints and metrics.jsonl in {workdir}; next:",
-            *(f"  {command:{wide}}  {what}" for command, what in commands.items()),
+            *(f"  {what}:\n    {command}" for command, what in commands.items()),
         ]
     )
