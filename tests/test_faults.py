@@ -111,7 +111,9 @@ def interrupted(evaluator):
 
     def build(context):
         return evaluator(
-            context._replace(open_batches=lambda split: Interrupted(context.open_batches(split)))
+            context._replace(
+                open_batches=lambda split, **how: Interrupted(context.open_batches(split, **how))
+            )
         )
 
     return build

@@ -6,6 +6,7 @@ commands call this room.
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ from wmjax.run.console import say
 from wmjax.run.profile import parse_span
 from wmjax.step import RULES, Steps, build
 from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
+
+WORTH = 16  # clips that pay for the start of a process that reads them
 
 
 class Setup(NamedTuple):
@@ -281,14 +284,18 @@ def make_pipeline(
     held_out: bool,
     source: Source | None = None,
     frames: int = 0,
+    batches: int = 0,
 ) -> Pipeline:
     """Stream batches of a split from `position`, in clips.
 
     source: in place of that of the split. frames: of longer clips, where episodes allow them.
-
-    held_out: True crops to the centre, for evaluations; False crops at random, for training.
+    batches: how many; 0: endless. held_out: True crops to the centre, for evaluations; False crops
+    at random, for training. Processes read where each gets WORTH clips or more; else threads do,
+    because a process takes about a second to start.
     """
-    data = config.data
+    data, workers = config.data, count_workers(config.data)
+    if (held_out and batches * data.batch_size < WORTH * workers) or (not batches and held_out):
+        workers = 0
     height, width = data_settings.size(data)
     source = source or setup.sources[split]
     return Pipeline(
@@ -302,12 +309,12 @@ def make_pipeline(
         crop_scale=None if held_out else data.crop_scale,
         crop_aspect=data.crop_aspect,
         threads=data.threads,
-        # An evaluation reads a few batches only; starting processes would take longer.
-        workers=0 if held_out else count_workers(data),
+        workers=workers,
         prefetch=data.prefetch or 0,
         on_error=data.on_error,
         max_skip_share=data.max_skip_share,
         position=position,
+        batches=batches,
     )
 
 
@@ -339,6 +346,11 @@ def open_evaluators(
     open_batches, shows: see evals.Context.
     """
     plain, (_, sources, masks, steps, _) = configs.plain(config), setup
+    sizes = evals.sizes(plain["eval"], config.train.num_steps, config.data.batch_size)
+    if sizes != evals.sizes(plain["eval"], sys.maxsize, config.data.batch_size):
+        used = ", ".join(f"eval.{name}={size}" for name, size in sizes.items())
+        say(f"train.num_steps={config.train.num_steps} is short: evaluations use {used}")
+    plain["eval"] |= sizes
     context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows)
     return evals.open_all(context, say)
 

@@ -105,16 +105,14 @@ def train(
         for text in alarms.of_settings(configs.plain(config), sizes, tokens, bool(state.target)):
             say(f"warning: {text}")
 
-        def stream(
-            split: str, position: int = 0, held_out: bool = True, frames: int = 0
-        ) -> Batches:
+        def stream(split: str, position: int = 0, held_out: bool = True, **how: int) -> Batches:
             source, show = None, list[Any]()
             if not held_out and config.data.features:
                 source = stored()
             elif not held_out and config.data.cache:
                 source, *show = assemble.cached_source(config, setup, begin)
             pipeline = assemble.make_pipeline(
-                config, setup, split, position, held_out=held_out, source=source, frames=frames
+                config, setup, split, position, held_out=held_out, source=source, **how
             )
             return Batches(pipeline, stop, watchdog.beat, *show)
 
