@@ -294,7 +294,7 @@ def make_pipeline(
     because a process takes about a second to start.
     """
     data, workers = config.data, count_workers(config.data)
-    if (held_out and batches * data.batch_size < WORTH * workers) or (not batches and held_out):
+    if held_out and batches * data.batch_size < WORTH * workers:
         workers = 0
     height, width = data_settings.size(data)
     source = source or setup.sources[split]
