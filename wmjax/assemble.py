@@ -361,6 +361,17 @@ def make_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader:
     return Reader(setup.sources["train"], setup.masks, height=height, width=width, seed=config.seed)
 
 
+def abstract_batch(config: ml_collections.ConfigDict, setup: Setup) -> WorldModelInput:
+    """Return a batch of shapes, dtypes and shardings, without arrays."""
+    rows = sharding.batch_sharding(setup.mesh)
+    clip, B = make_reader(config, setup).dtype, config.data.batch_size
+    arrays = {
+        name: jax.ShapeDtypeStruct((B, *clip[name].shape), clip[name].base, sharding=rows)
+        for name in clip.names or ()
+    }
+    return WorldModelInput.of(arrays, list(setup.masks.sizes))
+
+
 def count_workers(data: ml_collections.ConfigDict) -> int:
     """Return data.workers, or min(data.threads, cores) where it is empty."""
     if data.workers is None or data.workers < 0:

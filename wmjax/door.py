@@ -277,8 +277,8 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
             raise
         exits.write_error(f"error: standard output: {error.strerror}")
         return ExitCode.MEND
-    except (RuntimeError, AssertionError):
-        if not (fault := _no_platform()):
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        if not (fault := _no_platform() or _no_memory(error)):
             raise
         exits.write_error(f"error: {fault}")
         return ExitCode.MEND
@@ -299,11 +299,21 @@ def _no_platform() -> str:
         try:
             sys.modules["jax"].devices()
         except (RuntimeError, AssertionError) as error:
+            why = f" ({reason(error)})" if str(error) else ""
             return (
-                f"JAX_PLATFORMS={asked!r}: {reason(error)}: wanted a platform that this machine "
-                "has, or an unset variable"
+                f"JAX_PLATFORMS={asked!r}: this jax has no such device here{why}\n"
+                "wanted its driver and the extra of it (cuda, tpu), or JAX_PLATFORMS=cpu"
             )
     return ""
+
+
+def _no_memory(error: Exception) -> str:
+    """Return two lines for an error of memory that ran out; '' for any other."""
+    if "jax" not in sys.modules:
+        return f"out of memory on the host: {reason(error)}" * isinstance(error, MemoryError)
+    from wmjax.run.memory import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:

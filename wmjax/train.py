@@ -23,7 +23,7 @@ from wmjax.assemble import Setup
 from wmjax.data.source import Source
 from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms
-from wmjax.run import agree, summary
+from wmjax.run import agree, memory, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
@@ -90,6 +90,13 @@ def train(
         say(summary.of_setup(setup.mesh, setup.sources, setup.masks))
         if start:
             say(f"resuming from step {start} in {workdir}")
+        if not config.data.features:  # else the step takes features
+            steps, batch = setup.steps, assemble.abstract_batch(config, setup)
+            flop = steps.blueprint.abstract.flops(batch)
+            if text := summary.of_slow_step(flop, assemble.count_cores()):
+                say(text)
+            traced = steps.train.trace(steps.abstract, batch)
+            memory.check_step(traced, steps.abstract, batch, setup.mesh)
         clock = Clock(
             workdir / "goodput.jsonl",
             start,
@@ -195,9 +202,9 @@ def loop(
     begun = time.perf_counter()
 
     def report(step: int, means: Any, counted: Row) -> None:
-        memory = peak_gb()
+        peak = peak_gb()
         row = fetch(means) | counted | clock.rates(step)
-        reporter.write(step, row | ({"peak_gb": memory} if memory else {}))
+        reporter.write(step, row | ({"peak_gb": peak} if peak else {}))
 
     def save(step: int) -> None:
         with clock.phase("checkpoint"), clock.recurring("save", config.checkpoint.every):

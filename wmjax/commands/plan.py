@@ -21,7 +21,6 @@ from wmjax import assemble, sharding
 from wmjax.commands import hlo
 from wmjax.errors import ExitCode, UserError, how_to_install, reason
 from wmjax.run import metrics
-from wmjax.types import WorldModelInput
 
 GIB = 2**30
 
@@ -101,7 +100,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     assemble.use_generated_data(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     setup = assemble.prepare(config, mesh=mesh)
-    steps, batch = setup.steps, abstract_batch(config, setup)
+    steps, batch = setup.steps, assemble.abstract_batch(config, setup)
 
     kind = devices[0].device_kind
     chip = next((CHIPS[name] for name in CHIPS if re.search(rf"\b{name}\b", kind)), None)
@@ -141,17 +140,6 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
         }
         _print_bound(seconds, flop / peak)
     return ExitCode.DONE if fits else ExitCode.DOES_NOT_FIT
-
-
-def abstract_batch(config: ml_collections.ConfigDict, setup: assemble.Setup) -> WorldModelInput:
-    """Return a batch of shapes, dtypes and shardings, without arrays."""
-    rows = sharding.batch_sharding(setup.mesh)
-    clip, B = assemble.make_reader(config, setup).dtype, config.data.batch_size
-    arrays = {
-        name: jax.ShapeDtypeStruct((B, *clip[name].shape), clip[name].base, sharding=rows)
-        for name in clip.names or ()
-    }
-    return WorldModelInput.of(arrays, list(setup.masks.sizes))
 
 
 def _told(error: str) -> str:

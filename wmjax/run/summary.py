@@ -12,6 +12,8 @@ from wmjax.run.console import clock
 from wmjax.run.reporter import describe
 from wmjax.types import Row
 
+CORE_FLOPS = 3e10  # a second and core, of float32 products in XLA
+
 
 def of_setup(mesh: jax.sharding.Mesh, sources: Mapping[str, Any], masks: Any) -> str:
     """Describe data, masks and devices."""
@@ -31,6 +33,18 @@ def of_setup(mesh: jax.sharding.Mesh, sources: Mapping[str, Any], masks: Any) ->
 def notes_of(sources: Mapping[str, Any]) -> list[str]:
     """Return the notes of the sources; where two splits of a dataset have the same one, once."""
     return list(dict.fromkeys(note for source in sources.values() for note in source.notes))
+
+
+def of_slow_step(flop: int, cores: int) -> str:
+    """Warn of a step that takes a minute or more on a CPU; '' for any other."""
+    seconds = flop / (cores * CORE_FLOPS)
+    if jax.default_backend() != "cpu" or seconds < 60:
+        return ""
+    return (
+        f"warning: {flop / 1e12:,.1f} TFLOP a step on a CPU of {cores} cores: about "
+        f"{clock(seconds)} a step\n"
+        "wanted a GPU or TPU, or a smaller model: model.size, data.batch_size, data.image_size"
+    )
 
 
 def of_state(workdir: Path, state: Any) -> str:
