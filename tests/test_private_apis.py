@@ -122,4 +122,4 @@ def test_the_parser_knows_its_flags_without_argparses_insides():
     cluster.add_flags(parser)
     parser.add_argument("--work-dir", metavar="DIR", required=True)
     known = {"--help", "--config", "--trust", "--coordinator", "--processes", "--process"}
-    assert set(door.known_flags(parser)) == known | {"--work-dir"}
+    assert set(door.known_flags(parser)) == known | {"--work-dir", "--version"}

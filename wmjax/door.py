@@ -61,7 +61,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="NAME",
         help="a shipped configuration (--list of wmjax.main names them), a .py file, or the "
-        "config.json of a run",
+        "folder or the config.json of a run",
     )
     parser.add_argument(
         "--trust",
@@ -110,6 +110,7 @@ def load(
         parser.error(f"needs --config=NAME; shipped: {', '.join(configs.list_configs())}")
     flags.config = configs.full_name(flags.config)
     config = configs.load(flags.config, overrides, flags.trust)
+    flags.changed = [f"{_PREFIX}{each}" for each in overrides]
     if config.train.deterministic:
         make_deterministic()
     return config

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 
 from wmjax import door
-from wmjax.errors import UserError
+from wmjax.errors import UserError, printable
 from wmjax.run.files import to_json
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def run(argv: list[str]) -> int:
         if flags.floor:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
     door.keep_compiled()
-    print(f"{flags.command}: compiling or opening, then timing ...", file=sys.stderr, flush=True)
+    named = " ".join([flags.config, *flags.changed])
+    print(printable(f"{flags.command} of {named}: compiling ..."), file=sys.stderr, flush=True)
     row = {"step": bench_step, "data": bench_data, "plan": bench_plan}[flags.command](config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     print(to_json(rounded))
