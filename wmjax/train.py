@@ -90,13 +90,10 @@ def train(
         say(summary.of_setup(setup.mesh, setup.sources, setup.masks))
         if start:
             say(f"resuming from step {start} in {workdir}")
-        if not config.data.features:  # else the step takes features
-            steps, batch = setup.steps, assemble.abstract_batch(config, setup)
-            flop = steps.blueprint.abstract.flops(batch)
-            if text := summary.of_slow_step(flop, assemble.count_cores()):
-                say(text)
-            traced = steps.train.trace(steps.abstract, batch)
-            memory.check_step(traced, steps.abstract, batch, setup.mesh)
+        steps, batch = setup.steps, assemble.abstract_batch(config, setup)
+        flop = steps.blueprint.abstract.flops(batch)
+        if text := summary.of_slow_step(flop, assemble.count_cores()):
+            say(text)
         clock = Clock(
             workdir / "goodput.jsonl",
             start,
@@ -105,6 +102,9 @@ def train(
             changed=enter,
         )
         state, position = restore_or_init(config, checkpoints, setup)
+        if not config.data.features:  # else the step takes features
+            traced = steps.train.trace(steps.abstract, batch)
+            memory.check_step(traced, steps.abstract, batch, setup.mesh)
         clock.peak = peak_flops(jax.tree.leaves(state)[0].sharding.device_set)
         write_config(config, workdir)
         say(summary.of_state(workdir, state))
