@@ -166,9 +166,13 @@ def get_config() -> ml_collections.ConfigDict:
                 # Evaluators, in this order: validation, pictures, probe; acting (for models that
                 # act), closed_loop and harness (with env); or package.module:Name.
                 "evaluators": "validation,pictures,probe,acting,closed_loop",
-                "batches": 8,  # of held-out clips, the same in every validation
+                # Held-out batches, the same in every validation; empty: 8, in a short run a tenth
+                # of its steps.
+                "batches": empty(int),
                 "probe_every": 10_000,  # steps between probes (and acting), one at the end; 0: none
-                "probe_clips": 512,  # training clips of a probe; held-out clips: half as many
+                # Training clips of a probe; held-out clips: half as many. Empty: 512, in a short
+                # run a tenth of the clips that it trains on.
+                "probe_clips": empty(int),
                 # Features that the probe predicts: names a,b; auto: the state, and
                 # observation.environment_state if recorded.
                 "labels": "auto",

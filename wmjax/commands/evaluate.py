@@ -40,8 +40,10 @@ def evaluate(
     for split, source in setup.sources.items():
         say(f"{split}: {source.describe()}")
 
-    def open_batches(split: str, frames: int = 0) -> Pipeline | Beside:
-        return assemble.make_pipeline(config, setup, split, held_out=True, frames=frames)
+    def open_batches(split: str, frames: int = 0, batches: int = 0) -> Pipeline | Beside:
+        return assemble.make_pipeline(
+            config, setup, split, held_out=True, frames=frames, batches=batches
+        )
 
     entry: dict[str, Any] = {"step": step, "run": describe(config, workdir, setup, step, state)}
     judge = Alarms(ema=bool(state.target))

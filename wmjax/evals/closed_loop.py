@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from wmjax.actor import Actor
 from wmjax.data.media.encode import write_video
@@ -265,7 +266,7 @@ class ClosedLoop:
         envs.put(trial.start_NS, trial.goal_NS)
         reached, strictly = np.zeros((2, self._count), bool)
         held = np.zeros(self._count, int)  # steps in a row
-        for t in range(2 * trial.goal):
+        for t in tqdm(range(2 * trial.goal), unit="step", leave=False, disable=None):
             if seen is not None:
                 first = np.arange(self._count) < KEPT
                 seen.append(envs.pictures(first) if t else trial.picture_N2HWC[:KEPT, 0])

@@ -46,6 +46,7 @@ class Clock:
         self._batch_size, self._num_steps = batch_size, num_steps
         self.step_flop, self.peak = 0, None  # type: int, float | None
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._recurring: dict[object, tuple[int, float]] = {}
         self._origin = time.time() - time.perf_counter()
         began = process_began()
         if (row := row_of(path, step)) is not None:
@@ -66,6 +67,13 @@ class Clock:
         finally:
             self._switch(outer)
 
+    @contextlib.contextmanager
+    def recurring(self, what: object, every: int) -> Iterator[None]:
+        """Measure work that is done every so many steps and after the last one, for eta_s."""
+        begun = self._now()
+        yield
+        self._recurring[what] = every, self._now() - begun
+
     def restart(self, step: int) -> None:
         """Begin a new interval of `rates` after `step`."""
         self._switch(self._phase)
@@ -75,7 +83,8 @@ class Clock:
         """Return the rates over the steps since the last interval, and begin a new one.
 
         Compilation, validation and saves do not count. data_wait: share of the time that was spent
-        waiting for clips.
+        waiting for clips. eta_s: until the end, with the recurring work that is due from this step
+        on; each is expected to take as long as last time.
         """
         self._switch(self._phase)
         begun, stepped, waited = self._interval
@@ -90,6 +99,10 @@ class Clock:
             "data_wait": waited / elapsed,
             "eta_s": (self._num_steps - step) * elapsed / steps,
         }
+        for every, seconds in self._recurring.values():
+            end = self._num_steps
+            due = end // every - (step - 1) // every + bool(end % every)
+            row["eta_s"] += due * seconds
         if self.peak and self.step_flop:
             row["mfu"] = steps * self.step_flop / elapsed / self.peak
         return row
