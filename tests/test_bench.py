@@ -230,3 +230,18 @@ def test_the_door_ends_with_a_line_and_code_2():
 def test_wrong_flags_are_named(words, said):
     with refused(*said):
         bench.run(words)
+
+
+def test_encoding_is_timed_of_a_configuration_and_of_weights(micro_run):
+    shape = "--clips=2", "--frames=4", "--size=32", "--calls=2", "--dtype=float32"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert bench.run(["encode", f"--weights={micro_run}", *shape]) == 0
+    rows = line("encode", *shape), json.loads(out.getvalue())
+    for row in rows:
+        assert (row["video_BTHWC"], row["tokens"]) == ([2, 4, 32, 32, 3], 32)
+        assert row["clips_per_s"] == pytest.approx(2e3 / row["ms"], rel=1e-4)
+        assert row["frames_per_s"] == pytest.approx(4 * row["clips_per_s"], rel=1e-4)
+        assert row["dtype"] == "float32"
+    assert rows[0].keys() == rows[1].keys()
+    with refused("--weights", "--config"):
+        bench.run(["encode", f"--weights={micro_run}", "--config=debug_world_model"])

@@ -26,8 +26,8 @@ class Compute:
     dtype: of matrix products; parameters stay float32.
     remat: what the backward pass recomputes: none; dots: all but the products with parameters;
     full: everything.
-    scan: True compiles one block and scans it over the depth; False unrolls the depth; None: True on
-    a CPU, where the compilation takes longer than short runs, else False.
+    scan: True compiles one block and scans it over the depth; False unrolls the depth; None: True
+    on a CPU, where compiling takes long, else False.
     attention: xla; cudnn or triton on GPUs; splash on TPUs; auto: the fastest that runs here.
     gelu: exact, or polynomial (within 1e-4); auto: polynomial in bfloat16, exact in float32.
     norm: xla, or fused (residual sum and norm in one GPU kernel); auto: fused where it runs.

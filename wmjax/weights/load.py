@@ -20,7 +20,7 @@ from wmjax.weights.pretrained import Pretrained
 from wmjax.weights.tables import TensorMap
 
 _THREADS = 4  # that read the layers of a parameter
-_COLUMNS = 8  # float32 of a cache line, half of it
+_COLUMNS = 8  # of float32, copied at once
 _SHOWN = 40  # most lines of names that one error lists
 _FLOATS = ("float32", "float16", "bfloat16")
 
