@@ -1,6 +1,7 @@
-"""The command line: `python -m wmjax.bench step`, `data`, `plan`, `encode`; --config as in training.
+"""The command line: `python -m wmjax.bench step`, `data`, `plan` and `encode`.
 
-Each prints one line of JSON. README.md in this folder explains the figures.
+Each takes --config as for training and prints one line of JSON. README.md in this folder explains
+the figures.
 """
 
 import argparse
@@ -156,8 +157,9 @@ def bench_plan(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> 
 def bench_encode(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
     """Time the encoder of weights, or of the configuration's model with random weights."""
     from wmjax import inference
-    from wmjax.bench.encode import encoder_of, time_encode
+    from wmjax.bench.encode import Encode, encoder_of, time_encode
 
+    encode: Encode
     if flags.weights:
         encode = inference.load(flags.weights, dtype=flags.dtype, trust=flags.trust).encode
     else:
