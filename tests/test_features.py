@@ -236,7 +236,7 @@ def test_two_processes_share_the_work(stored, tmp_path):
 
 def test_a_dataset_is_encoded_as_its_clips_are_and_resumed(micro_run, tmp_path, monkeypatch):
     model, root = wmjax.load(micro_run), DATA / "pusht_sim_v3"
-    asked = {"frames": 4, "size": 32, "fps": 5, "clips": 3}
+    asked = {"frames": 4, "size": 32, "fps": 4, "clips": 3}
     read, taken = RowFrames.read, []
 
     def counted(self, path, episode, steps, *picture):
@@ -245,7 +245,7 @@ def test_a_dataset_is_encoded_as_its_clips_are_and_resumed(micro_run, tmp_path, 
 
     monkeypatch.setattr(RowFrames, "read", counted)
     model.encode_dataset(root, tmp_path / "out", **asked)
-    source = LeRobotSource(root, frames=4, fps=5, ends="repeat", cameras="each")
+    source = LeRobotSource(root, frames=4, fps=4, ends="repeat", cameras="each")
     found = {path: np.load(path) for path in files(tmp_path / "out") if path.suffix == ".npy"}
     assert len(found) == len(source.takes())
     scale = Scaler(lambda h, w: centre_box(h, w, 1), 32, 32)
@@ -257,7 +257,7 @@ def test_a_dataset_is_encoded_as_its_clips_are_and_resumed(micro_run, tmp_path, 
             steps = [min(number * span + i * source.stride, take.frames - 1) for i in range(4)]
             clip = np.stack([take.read([step], scale)[0] for step in steps])
             wanted = np.asarray(model.encode(clip)).astype(np.float16)
-            np.testing.assert_allclose(stored[number], wanted, atol=4e-3)
+            np.testing.assert_allclose(stored[number], wanted, rtol=2e-3, atol=1e-4)
 
     gone = min(found)
     gone.unlink()
