@@ -15,7 +15,7 @@ import wmjax
 from wmjax import assemble, main, serve, train
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
-from wmjax.commands import demo, evaluate, plan
+from wmjax.commands import demo, encode, evaluate, plan
 from wmjax.data import __main__ as data
 from wmjax.viz import __main__ as viz
 from wmjax.weights import __main__ as weights
@@ -43,6 +43,7 @@ def commands(page):
 DOORS = {
     "wmjax.main": main,
     "wmjax.bench": bench,
+    "wmjax.commands.encode": encode,
     "wmjax.data": data,
     "wmjax.serve": serve,
     "wmjax.viz": viz,

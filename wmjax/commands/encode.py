@@ -5,13 +5,13 @@
 The same command resumes. See Model.encode_dataset in wmjax/inference.py.
 """
 
+import argparse
 from pathlib import Path
 
 from wmjax import door
 
 
-def run(argv: list[str]) -> int:
-    """Encode and return the exit code; UserError passes through."""
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = door.Parser(
         prog="python -m wmjax.commands.encode",
         description="Encode a LeRobot dataset into a folder; the same command resumes.",
@@ -39,7 +39,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", help="of matrix products: float32 (default) or bfloat16, faster on GPUs"
     )
-    asked = vars(parser.parse_args(argv))
+    return parser.parse_args(argv)
+
+
+def run(argv: list[str]) -> int:
+    """Encode and return the exit code; UserError passes through."""
+    asked = vars(parse(argv))
     door.keep_compiled()
     from wmjax.inference import load
 
