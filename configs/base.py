@@ -45,7 +45,9 @@ def get_config() -> ml_collections.ConfigDict:
                 # Recomputed in the backward pass: none (fastest); dots: all but the products with
                 # parameters; full: everything (least memory).
                 "remat": "dots",
-                "scan": True,  # True: scan over depth, compiles fast; False: unroll, faster steps
+                # True: scan over depth, compiles fast; False: unroll, faster steps; None: True on a
+                # CPU, else False.
+                "scan": True,
                 # auto: the fastest that runs here; xla; cudnn or triton (GPU); splash (TPU).
                 "attention": "auto",
                 "gelu": "auto",  # exact; polynomial: within 1e-4; auto: polynomial in bfloat16

@@ -20,6 +20,6 @@ from wmjax.config import get_config as get_base
 
 def get_config() -> ml_collections.ConfigDict:
     config = get_base("base")
-    config.model.update(scan=False, remat="none")  # fastest, most memory
+    config.model.update(scan=None, remat="none")  # fastest, most memory
     config.optim.update(learning_rate=4.6e-5, start_learning_rate=1e-6, ema=0.998)
     return config

@@ -29,7 +29,7 @@ from wmjax.config import get_config as get_base
 
 def get_config() -> ml_collections.ConfigDict:
     config = get_base("base")
-    config.model.update(size="small", patch=8, scan=False, remat="none")
+    config.model.update(size="small", patch=8, scan=None, remat="none")
     config.model.update(predictor_width=192, predictor_depth=6, predictor_heads=6)
     config.data.update(image_size=96, batch_size=64)
     config.optim.update(learning_rate=3e-4, start_learning_rate=1e-6, ema=0.999)

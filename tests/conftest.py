@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,7 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Programs here are compiled for a few small steps: optimising them takes longer than it saves.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if metadata.version("jaxlib").startswith("0.10."):  # compiles three times as fast; removed later
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+door.compile_fast()
 # Compiled programs are kept between runs in this checkout, so on this machine.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")

@@ -37,9 +37,11 @@ ARROWS: dict[str, set[str] | None] = {
     "initial": {"weights", "run.saved", "run.files", "step", "models"},
     "inference": {
         *("actor", "arrays", "weights", "models", "nn", "sharding", "data.media", "planning"),
+        *("features", "data.lerobot"),
     },
     "actor": {"arrays", "models", "planning"},
     "serve": {"door", "inference", "envs", "data.media"},
+    "encode": {"door", "inference"},
     "envs": {"plugins"},
     "run": set(),
     "run.checkpoint": {

@@ -240,3 +240,18 @@ def test_a_run_gives_its_configuration_and_flags_are_told(tmp_path, capsys, monk
     assert bench.run(["step", f"--config={tmp_path}", "--config.data.batch_size=2"]) == 0
     assert (seen[0].seed, seen[0].data.batch_size) == (7, 2)
     says(capsys.readouterr().err, tmp_path / "config.json", "--config.data.batch_size=2", lines=1)
+
+
+def test_encoding_is_timed_of_a_configuration_and_of_weights(micro_run):
+    shape = "--clips=2", "--frames=4", "--size=32", "--calls=2", "--dtype=float32"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert bench.run(["encode", f"--weights={micro_run}", *shape]) == 0
+    rows = line("encode", *shape), json.loads(out.getvalue())
+    for row in rows:
+        assert (row["video_BTHWC"], row["tokens"]) == ([2, 4, 32, 32, 3], 32)
+        assert row["clips_per_s"] == pytest.approx(2e3 / row["ms"], rel=1e-4)
+        assert row["frames_per_s"] == pytest.approx(4 * row["clips_per_s"], rel=1e-4)
+        assert row["dtype"] == "float32"
+    assert rows[0].keys() == rows[1].keys()
+    with refused("--weights", "--config"):
+        bench.run(["encode", f"--weights={micro_run}", "--config=debug_world_model"])

@@ -81,6 +81,7 @@ def test_overrides_take_the_type_of_the_key():
     assert config.train.num_steps == 7
     assert (config.train.eval_every, type(config.train.eval_every)) == (1000, int)
     assert config.model.scan is False
+    assert configs.load("vjepa2_aloha", ["model.scan=false"]).model.scan is False
     assert config.data.crop_scale == (0.5, 1.0)
     assert config.mask.short.blocks == 3
     assert config.data.root == "a=b"

@@ -12,7 +12,7 @@ from says import refused
 from shared_data import PUSHT
 
 import wmjax
-from wmjax import assemble, main, serve, train
+from wmjax import assemble, encode, main, serve, train
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo, evaluate, plan
@@ -46,6 +46,7 @@ def commands(page):
 DOORS = {
     "wmjax.main": main,
     "wmjax.bench": bench,
+    "wmjax.encode": encode,
     "wmjax.data": data,
     "wmjax.evals": evals,
     "wmjax.serve": serve,

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from says import lines_with
 
-from wmjax import assemble, features
+import wmjax
+from wmjax import assemble, encode, features
 from wmjax import config as configs
+from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.lerobot.frames import RowFrames
+from wmjax.data.media.transforms import Scaler, centre_box
+from wmjax.data.stored import Stored
 from wmjax.errors import UserError
 from wmjax.run.saved import Saved
 from wmjax.train import train
@@ -227,3 +231,45 @@ def test_two_processes_share_the_work(stored, tmp_path):
     for one, other in zip(ours, files(stored / "features")[1:], strict=True):
         assert (one.parent.name, one.name) == (other.parent.name, other.name)
         np.testing.assert_allclose(np.load(one), np.load(other), atol=4e-3)
+
+
+def test_a_dataset_is_encoded_as_its_clips_are_and_resumed(micro_run, tmp_path, monkeypatch):
+    model, root = wmjax.load(micro_run), DATA / "pusht_sim_v3"
+    asked = {"frames": 4, "size": 32, "fps": 4, "clips": 3}
+    read, taken = RowFrames.read, []
+
+    def counted(self, path, episode, steps, *picture):
+        taken.extend(steps)
+        return read(self, path, episode, steps, *picture)
+
+    monkeypatch.setattr(RowFrames, "read", counted)
+    model.encode_dataset(root, tmp_path / "out", **asked)
+    source = LeRobotSource(root, frames=4, fps=4, ends="repeat", cameras="each")
+    found = {path: np.load(path) for path in files(tmp_path / "out") if path.suffix == ".npy"}
+    assert len(found) == len(source.takes())
+    scale = Scaler(lambda h, w: centre_box(h, w, 1), 32, 32)
+    span = 4 * source.stride
+    for take in source.takes():
+        stored = found[Stored(tmp_path / "out", ()).path(*take[:3])]
+        assert len(stored) == -(-take.frames // span)
+        for number in (0, len(stored) - 1):
+            steps = [min(number * span + i * source.stride, take.frames - 1) for i in range(4)]
+            clip = np.stack([take.read([step], scale)[0] for step in steps])
+            wanted = np.asarray(model.encode(clip)).astype(np.float16)
+            np.testing.assert_allclose(stored[number], wanted, rtol=2e-3, atol=1e-4)
+
+    gone = min(found)
+    gone.unlink()
+    taken.clear()
+    flags = [f"--{name}={value}" for name, value in asked.items()]
+    assert encode.run([str(micro_run), str(root), str(tmp_path / "out"), *flags]) == 0
+    np.testing.assert_array_equal(np.load(gone), found[gone])
+    (episode,) = [t for t in source.takes() if Stored(tmp_path / "out", ()).path(*t[:3]) == gone]
+    assert 0 < len(taken) <= -(-episode.frames // source.stride) + 1  # of one episode, each once
+
+    for other, name in (({"size": 48}, "size in pixels"), ({"fps": 10}, "stride")):
+        with pytest.raises(UserError, match=name):
+            model.encode_dataset(root, tmp_path / "out", **asked | other)
+    model.params = jax.tree.map(lambda x: x + 1, model.params)
+    with pytest.raises(UserError, match="encoder"):
+        model.encode_dataset(root, tmp_path / "out", **asked)

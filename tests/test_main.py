@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import cluster
 import micro
@@ -19,7 +20,7 @@ from says import holds, lines_with, refused, says, suggests
 
 import wmjax
 from wmjax import config as configs
-from wmjax import main
+from wmjax import door, main
 from wmjax.run import console, manifest
 
 DOORS = ("wmjax.viz", "wmjax.data", "wmjax.weights", "wmjax.evals", "wmjax.bench")
@@ -391,6 +392,16 @@ def test_determinism_is_asked_for_before_the_devices_start(tmp_path, flags, job)
     assert done.returncode == 0, done.stderr
     options = next(dump.glob("*train_step*debug_options")).read_text()
     assert "xla_gpu_deterministic_ops: true" in options
+
+
+@pytest.mark.skipif(not metadata.version("jaxlib").startswith("0.10."), reason="its flag")
+@pytest.mark.parametrize("asked", ["", "--xla_cpu_use_fusion_emitters=true"])
+def test_a_users_flags_of_xla_stay(monkeypatch, asked):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to= {asked}")
+    for _ in range(2):
+        door.compile_fast()
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags == ["--xla_dump_to=", asked or "--xla_cpu_use_fusion_emitters=false"]
 
 
 @pytest.mark.parametrize("asked", ["cuda", "nonsense"])

@@ -122,6 +122,16 @@ def compilations(workdir):
         jax.monitoring.unregister_event_duration_listener(note)
 
 
+def test_three_programs_are_compiled_before_the_first_step_is_done(tmp_path):
+    before = []
+    jax.clear_caches()
+    with compilations(tmp_path) as compiled:
+        config = micro.config("train.num_steps=1")
+        micro.train(config, tmp_path, on_step=lambda *_: before.extend(compiled))
+    functions = "convert_element_type", "init", "train_step"
+    assert before == [(0, f"jit({name})") for name in functions]
+
+
 def test_two_hundred_steps_compile_the_step_once(tmp_path):
     with compilations(tmp_path) as compiled:
         assert micro.train(micro.config("train.num_steps=201"), tmp_path) == 0

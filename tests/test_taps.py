@@ -80,3 +80,12 @@ def test_taps_before_the_last_layer_leave_the_rest_out():
     graph, params = stack(DEPTH, scan=True, remat="none")
     whole, part = (outputs(graph, taps)(params) for taps in ((2, 3, 4), (2, 3)))
     np.testing.assert_allclose(part, whole[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize(("scan", "blocks"), [(True, 1), (False, DEPTH), (None, 1)])
+def test_a_cpu_compiles_one_block_unless_it_is_told_to_unroll(scan, blocks):
+    graph, params = stack(DEPTH, scan=scan, remat="none")
+    program = outputs(graph, ()).lower(params).as_text()
+    graph, params = stack(1, scan=False, remat="none")
+    one = outputs(graph, ()).lower(params).as_text()
+    assert program.count("dot_general") == blocks * one.count("dot_general")

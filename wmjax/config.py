@@ -289,6 +289,9 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     node[leaf] = _parse(key, text, current, node.get_type(leaf))
 
 
+_BOOLS = {"true": True, "false": False}
+
+
 def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
     """Convert `text` to the type of the key; empty text gives None where the key may be empty."""
     if wanted is str:
@@ -296,13 +299,15 @@ def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
     if not text and _may_be_empty(key):
         return None
     if wanted is type(None):  # the default is None, so the type is unknown
+        if text.lower() in _BOOLS:
+            return _BOOLS[text.lower()]
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
             return text
     try:
         if wanted is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            return (_BOOLS | {"1": True, "0": False})[text.lower()]
         if wanted is tuple:
             return _parse_tuple(text, current)
         if wanted is int and (number := float(text)).is_integer() and abs(number) < 2**53:

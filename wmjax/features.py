@@ -1,15 +1,15 @@
-"""Computes what a frozen encoder gives for every training frame, once, into data.features.
+"""Computes what an encoder gives for every frame or clip of recordings, once, into a folder.
 
-A train step then reads features in place of video. The folder's `features.json` says what they were
-computed from; a run with another encoder, size or recording is refused. An episode's file is
-written whole, so a stopped run goes on where it was.
+With data.features a train step then reads features in place of video. The folder's `features.json`
+says what they were computed from; another encoder, size or recording is refused. An episode's file
+is written whole, so a stopped run goes on where it was.
 """
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def stored_source(
     picture = jax.ShapeDtypeStruct((1, 1, spec.height, spec.width, 3), np.uint8)
     found = jax.eval_shape(encode, steps.abstract, picture)
     stored = Stored(folder.expanduser().absolute(), found.shape[1:])
-    _check_key(stored.folder, key)
+    where = f"data.features={str(folder)!r}"
+    _check_key(stored.folder, key, where)
     takes = [take for take in source.takes() if not stored.path(*take[:3]).exists()]
     if takes:
         rows = sharding.batch_sharding(steps.mesh)
@@ -95,13 +96,69 @@ def stored_source(
             placed = jax.make_array_from_process_local_data(rows, video)
             return _local_rows(jitted(state, placed))[: len(some)]
 
-        _compute(stored, takes, encoded, begin, shape=shape, threads=threads, skip=skip)
+        _compute(*(stored, takes, encoded, begin, where), shape=shape, threads=threads, skip=skip)
     return source.from_stored(stored)
 
 
-def _check_key(folder: Path, key: dict[str, Any]) -> None:
+def of_dataset(
+    encode: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    settings: Mapping[str, Any],
+    source: Source,
+    folder: Path,
+    *,
+    clips: int,
+    size: tuple[int, int],
+    threads: int,
+) -> None:
+    """Encode whole recordings, clip after clip, into a folder; compute only what it lacks.
+
+    encode(params, video_BTHWC): features BND. settings: what else they depend on. source: its
+    frames and stride are those of a clip; a last clip repeats its last frame. clips: encoded at
+    once. size: height and width in pixels. Raises UserError for a folder of other features.
+    """
+    video = (clips, source.frames, *size, 3)
+    jitted = jax.jit(lambda params, video: encode(params, video).astype(Stored.dtype))
+    found = jax.eval_shape(jitted, params, jax.ShapeDtypeStruct(video, np.uint8))
+    stored = Stored(folder.expanduser().absolute(), found.shape[1:])
+    clip = {"frames of a clip": source.frames, "stride": source.stride, "size in pixels": [*size]}
+    key = {"encoder": _digest(flatten_dict(params, sep="/")), **settings, **clip}
+    _check_key(stored.folder, key | source.fingerprint(), str(folder))
+    takes = [take for take in source.takes() if not stored.path(*take[:3]).exists()]
+
+    def encoded(some: np.ndarray) -> np.ndarray:
+        padded = np.zeros(video, np.uint8)
+        padded[: len(some)] = some
+        return np.asarray(jitted(params, padded))[: len(some)]
+
+    if takes:
+        _compute(
+            stored,
+            [_in_clips(take, source.frames, source.stride) for take in takes],
+            encoded,
+            lambda: None,
+            str(folder),
+            shape=video,
+            threads=threads,
+            skip=False,
+            unit="clip",
+        )
+
+
+def _in_clips(take: Take, frames: int, stride: int) -> Take:
+    """Return a take whose frames are clips, one after another, that cover it all."""
+
+    def read(numbers: Sequence[int], picture: Callable[[Any], Any]) -> list[np.ndarray]:
+        steps = np.asarray(numbers)[:, None] * frames * stride + np.arange(frames) * stride
+        wanted, at = np.unique(np.minimum(steps, take.frames - 1), return_inverse=True)
+        return [*np.stack(take.read(wanted.tolist(), picture))[at.reshape(steps.shape)]]
+
+    return take._replace(frames=-(-take.frames // (frames * stride)), read=read)
+
+
+def _check_key(folder: Path, key: dict[str, Any], where: str) -> None:
     """Write the key of a new folder, or raise UserError where the folder has another one."""
-    where, path = f"data.features={str(folder)!r}", folder / KEY
+    path = folder / KEY
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists() and any(folder.iterdir()):
@@ -127,31 +184,34 @@ def _compute(
     takes: Sequence[Take],
     encode: Callable[[np.ndarray], np.ndarray],
     begin: Callable[[], None],
+    where: str,
     *,
     shape: tuple[int, ...],
     threads: int,
     skip: bool,
+    unit: str = "frame",
 ) -> None:
     """Encode the frames of takes and store the features; each process has its share of the takes.
 
-    encode: at most `shape[0]` pictures of `shape[1:]`; all processes call it equally often.
+    encode: at most `shape[0]` pictures, or clips, of `shape[1:]`; all processes call it equally
+    often. where: begins errors. unit: what the pictures are.
     """
     frames = sum(take.frames for take in takes)
     size = frames * math.prod(stored.shape) * stored.dtype.itemsize
     free = shutil.disk_usage(stored.folder).free
     if free < _SPARE * size:
         raise UserError(
-            f"data.features={str(stored.folder)!r}: {frames:,} frames need {size / 1e9:.2f} GB, "
+            f"{where}: {frames:,} {unit}s need {size / 1e9:.2f} GB, "
             f"the disk has {free / 1e9:.2f} GB"
         )
-    say(f"computing features of {frames:,} frames: {size / 1e9:.2f} GB in {stored.folder}")
+    say(f"computing features of {frames:,} {unit}s: {size / 1e9:.2f} GB in {stored.folder}")
     share = [takes[i :: jax.process_count()] for i in range(jax.process_count())]
     rounds = max(sum(-(-take.frames // shape[0]) for take in part) for part in share)
     done: list[np.ndarray] = []
     unread: set[Path] = set()  # files of takes that cannot be read
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=frames, unit="frame", disable=None) as bar,
+        tqdm(total=frames, unit=unit, disable=None) as bar,
     ):
         own = share[jax.process_index()]
         parts = _read_ahead(pool, 2 * threads, own, shape)
@@ -182,7 +242,7 @@ def _read_ahead(
 
     Where they cannot be read: black ones, and the error.
     """
-    most, height, width, _ = shape
+    most, *_, height, width, _ = shape
 
     def read(take: Take, numbers: range) -> Part:
         scale = Scaler(lambda h, w: centre_box(h, w, width / height), height, width)

@@ -189,6 +189,55 @@ class Model:
         features_BND = self._encode(self.params, video_BTHWC)
         return features_BND[0] if single else features_BND
 
+    def encode_dataset(
+        self,
+        root: str | Path,
+        out: str | Path,
+        *,
+        frames: int | None = None,
+        size: Size | None = None,
+        fps: float = 4.0,
+        cameras: str = "each",
+        clips: int = 8,
+        threads: int = 8,
+    ) -> None:
+        """Write what `encode` gives for all clips of a LeRobot dataset; the same call resumes.
+
+        `OUT/DATASET+CAMERA/EPISODE.npy` is float16 (clips, tokens, width). Clips follow one another
+        without overlap; the last repeats the episode's last frame. `OUT/features.json` says what
+        they are of. An episode's file is written whole. Frames are cropped to the centre and
+        scaled as held-out clips in training, whatever crop_pct.
+
+        root: the dataset's folder. frames, size: of a clip; None: as in training. fps: highest
+        frame rate; every ceil(recorded fps / fps)-th frame is taken. cameras: each, or names: a,b.
+        clips: encoded at once. threads: that decode. Raises UserError for a folder of other
+        features, such as those of another encoder.
+        """
+        from wmjax import features
+        from wmjax.data.lerobot import LeRobotSource
+
+        frames, size = frames or self._clip.get("frames"), size or self._clip.get("size")
+        if not frames or not size:
+            raise UserError(f"{self._where}: does not say its clips; give frames= and size=")
+        if min(clips, threads) < 1:
+            raise UserError(f"clips={clips}, threads={threads}: wanted 1 or more")
+        height, width = (size, size) if isinstance(size, int) else size
+        self.token_grid(frames, height, width)  # raises before the dataset is read
+        source = LeRobotSource(root, frames=frames, fps=fps, ends="repeat", cameras=cameras)
+        features.of_dataset(
+            self._encode,
+            {part: self.params[part] for part in self.params if part in self._blueprint.shapes},
+            {
+                **{f"model.{k}": v for k, v in base.function_of(self._blueprint.settings).items()},
+                "model.dtype": self._blueprint.compute.dtype,
+            },
+            source,
+            Path(out),
+            clips=clips,
+            size=(height, width),
+            threads=threads,
+        )
+
     def predict(
         self,
         video: Any,

@@ -1,6 +1,7 @@
-"""The command line: `python -m wmjax.bench step`, `data` and `plan`, with --config as for training.
+"""The command line: `python -m wmjax.bench step`, `data`, `plan` and `encode`.
 
-Each prints one line of JSON. README.md in this folder explains the figures.
+Each takes --config as for training and prints one line of JSON. README.md in this folder explains
+the figures.
 """
 
 import argparse
@@ -20,10 +21,14 @@ from wmjax.run.files import to_json
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from wmjax.models.base import Blueprint
+
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
     parser = door.parser("python -m wmjax.bench", "Measure a configuration on this machine.")
-    commands = parser.add_subparsers(dest="command", metavar="{step,data,plan}", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="{step,data,plan,encode}", required=True
+    )
     step = commands.add_parser("step", help="time the train step on clips of noise")
     step.add_argument(
         "--steps", type=int, default=20, metavar="N", help="steps that are timed; default: 20"
@@ -56,12 +61,37 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDic
     plan.add_argument(
         "--batch", type=int, default=1, metavar="B", help="robots planned for at once; default: 1"
     )
-    for command in (step, data, plan):
+    encode = commands.add_parser("encode", help="time load(...).encode on clips of noise")
+    encode.add_argument(
+        "--weights",
+        metavar="SRC",
+        help="in place of --config: weights that wmjax.load accepts; default: random ones",
+    )
+    encode.add_argument(
+        "--clips", type=int, default=8, metavar="B", help="clips at once; default: 8"
+    )
+    encode.add_argument(
+        "--frames", type=int, default=16, metavar="T", help="frames of a clip; default: 16"
+    )
+    encode.add_argument(
+        "--size", type=int, default=256, metavar="PIXELS", help="of a frame's side; default: 256"
+    )
+    encode.add_argument(
+        "--dtype", default="bfloat16", help="of matrix products: bfloat16 (default) or float32"
+    )
+    encode.add_argument(
+        "--calls", type=int, default=20, metavar="N", help="calls that are timed; default: 20"
+    )
+    for command in (step, data, plan, encode):
         door.add_config(command)
     flags, overrides = door.parse(parser, argv)
-    for name in ("steps", "views", "batches", "plans", "batch"):
+    for name in (*("steps", "views", "batches", "plans", "batch"), *("clips", "frames", "calls")):
         if getattr(flags, name, 1) < 1:
             raise UserError(f"--{name}={getattr(flags, name)}: wanted 1 or more")
+    if flags.command == "encode" and flags.weights:
+        if flags.config or overrides:
+            raise UserError("--weights and --config: wanted one of them")
+        return flags, ml_collections.ConfigDict()
     return flags, door.load(parser, flags, overrides)
 
 
@@ -127,20 +157,41 @@ def bench_data(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> 
 
 def bench_plan(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
     """Time planning with random weights of the configuration's model; no dataset is opened."""
+    from wmjax.bench.plan import time_plan
+    from wmjax.planning.search import parse as parse_plan
+
+    settings = parse_plan(flags.plan)
+    return time_plan(*_random(config), settings, batch=flags.batch, count=flags.plans)
+
+
+def bench_encode(config: ml_collections.ConfigDict, flags: argparse.Namespace) -> dict[str, Any]:
+    """Time the encoder of weights, or of the configuration's model with random weights."""
+    from wmjax import inference
+    from wmjax.bench.encode import Encode, encoder_of, time_encode
+
+    encode: Encode
+    if flags.weights:
+        encode = inference.load(flags.weights, dtype=flags.dtype, trust=flags.trust).encode
+    else:
+        config.data.update(batch_size=flags.clips, frames=flags.frames, image_size=flags.size)
+        config.model.update(dtype=flags.dtype, remat="none")
+        encode = encoder_of(*_random(config))
+    shape = flags.clips, flags.frames, flags.size, flags.size, 3
+    return time_encode(encode, shape, flags.calls) | {"dtype": flags.dtype}
+
+
+def _random(config: ml_collections.ConfigDict) -> tuple["Blueprint", Any]:
+    """Return the blueprint of the configuration's model, and random parameters."""
     import jax
     from flax import nnx
 
     from wmjax import assemble
-    from wmjax.bench.plan import time_plan
     from wmjax.models.base import split
-    from wmjax.planning.search import parse as parse_plan
 
     assemble.use_generated_data(config)
     source = assemble.make_generator(config, "train")
     blueprint = assemble.make_blueprint(config, source)
-    init = jax.jit(lambda: split(blueprint.create(nnx.Rngs(config.seed)))[1])
-    settings = parse_plan(flags.plan)
-    return time_plan(blueprint, init(), settings, batch=flags.batch, count=flags.plans)
+    return blueprint, jax.jit(lambda: split(blueprint.create(nnx.Rngs(config.seed)))[1])()
 
 
 def run(argv: list[str]) -> int:
@@ -152,9 +203,10 @@ def run(argv: list[str]) -> int:
         if flags.floor:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
     door.keep_compiled()
-    named = " ".join([flags.config, *flags.changed])
+    named = " ".join([flags.config or flags.weights, *flags.changed])
     print(printable(f"{flags.command} of {named}: compiling ..."), file=sys.stderr, flush=True)
-    row = {"step": bench_step, "data": bench_data, "plan": bench_plan}[flags.command](config, flags)
+    benches = {"step": bench_step, "data": bench_data, "plan": bench_plan, "encode": bench_encode}
+    row = benches[flags.command](config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     print(to_json(rounded))
     return 0

@@ -97,6 +97,8 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     devices = find_devices(topology)
     if devices[0].platform == "tpu" and config.model.attention == "auto":
         config.model.attention = "splash"
+    if config.model.scan is None:
+        config.model.scan = devices[0].platform == "cpu"
     assemble.use_generated_data(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     setup = assemble.prepare(config, mesh=mesh)

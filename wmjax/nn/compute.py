@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from wmjax.errors import check_choice
@@ -11,7 +12,7 @@ from wmjax.errors import check_choice
 CHOICES = {
     "dtype": ("bfloat16", "float32"),
     "remat": ("none", "dots", "full"),
-    "scan": (True, False),
+    "scan": (True, False, None),
     "attention": ("auto", "xla", "cudnn", "triton", "splash"),
     "gelu": ("auto", "exact", "polynomial"),
     "norm": ("auto", "xla", "fused"),
@@ -25,7 +26,8 @@ class Compute:
     dtype: of matrix products; parameters stay float32.
     remat: what the backward pass recomputes: none; dots: all but the products with parameters;
     full: everything.
-    scan: True compiles one block and scans it over the depth; False unrolls the depth.
+    scan: True compiles one block and scans it over the depth; False unrolls the depth; None: True
+    on a CPU, where compiling takes long, else False.
     attention: xla; cudnn or triton on GPUs; splash on TPUs; auto: the fastest that runs here.
     gelu: exact, or polynomial (within 1e-4); auto: polynomial in bfloat16, exact in float32.
     norm: xla, or fused (residual sum and norm in one GPU kernel); auto: fused where it runs.
@@ -35,7 +37,7 @@ class Compute:
 
     dtype: str = "float32"
     remat: str = "none"
-    scan: bool = True
+    scan: bool | None = True
     attention: str = "auto"
     gelu: str = "auto"
     norm: str = "auto"
@@ -52,3 +54,8 @@ class Compute:
     @property
     def product_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+    @property
+    def scans(self) -> bool:
+        """Whether stacks are scanned over their depth here."""
+        return jax.default_backend() == "cpu" if self.scan is None else self.scan

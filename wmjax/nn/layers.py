@@ -254,7 +254,7 @@ def run_with_past(
     def one(x_BND: jax.Array, layer: tuple[nnx.State, Past]) -> tuple[jax.Array, Past]:
         return nnx.merge(graphdef, layer[0]).with_past(split_rows(x_BND), table, layer[1])
 
-    if blocks.compute.scan:
+    if blocks.compute.scans:
         return jax.lax.scan(one, x_BND, (params, past))
     pasts = []
     for number in range(_depth(blocks)):
@@ -293,13 +293,13 @@ def run_with_taps(
         if compute.remat == "none":
             return block
         # Inside a scan nothing can be merged with the forward pass, and the guard against it costs.
-        return jax.checkpoint(block, policy=REMAT[compute.remat], prevent_cse=not compute.scan)
+        return jax.checkpoint(block, policy=REMAT[compute.remat], prevent_cse=not compute.scans)
 
     block, last = one(whole), one(layout)
     leaves, structure = jax.tree.flatten(params)
     spans = list(pairwise((0, *taps)))
     outputs = []
-    if compute.scan:
+    if compute.scans:
         for start, end in spans:
             apart = bool(layout.tails) and end == taps[-1]  # its last block has another layout
             scanned = _layers(params, slice(start, end - apart))
