@@ -10,7 +10,7 @@ from wmjax import assemble
 from wmjax import config as configs
 from wmjax.data.pipeline import Pipeline
 from wmjax.errors import UserError
-from wmjax.evals import names
+from wmjax.evals import names, verdict
 from wmjax.evals.alarms import Alarms
 from wmjax.run import agree
 from wmjax.run.console import say
@@ -42,6 +42,7 @@ def evaluate(
         return assemble.make_pipeline(config, setup, split, held_out=True, frames=frames)
 
     entry: dict[str, Any] = {"step": step}
+    row: dict[str, float] = {}
     judge = Alarms(ema=bool(state.target))
     say("compiling and reading clips ...")
     for evaluator in assemble.open_evaluators(config, setup, workdir, open_batches):
@@ -51,8 +52,12 @@ def evaluate(
         for warning in judge(step, found.row):
             say(f"warning: step {step}: {warning}")
         entry |= found.entry or found.row
+        row |= found.row
+    entry["verdict"] = {f.key: f.better for f in verdict.findings(row)}
     append_evaluation(workdir, entry)
     say(f"added to {workdir / EVALUATIONS}; what each figure means: wmjax/evals/README.md")
+    if said := verdict.text(row, step):
+        say(said)
     return 0
 
 
