@@ -32,6 +32,8 @@ class Clock:
     give the MFU, the share of the peak that the products of the steps reach.
     """
 
+    _counted = False  # whether a clock of this process has counted the process's start
+
     def __init__(
         self,
         path: Path,
@@ -47,7 +49,10 @@ class Clock:
         self.step_flop, self.peak = 0, None  # type: int, float | None
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._origin = time.time() - time.perf_counter()
-        began = process_began()
+        # What a process did before its first clock is a start; before a later one, as in a
+        # notebook, it was counted or belongs to no run.
+        began = time.time() if Clock._counted else process_began()
+        Clock._counted = True
         if (row := _row_of(path, step)) is not None:
             self._seconds |= row["seconds"]
             if not row["ended"]:
