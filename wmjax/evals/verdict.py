@@ -41,8 +41,8 @@ def _goals(row: Mapping[str, float]) -> Iterator[Finding]:
             yield Finding(f"goals/{name}", better, than)
 
 
-def _labels(row: Mapping[str, float]) -> list[str]:
-    """Return the labels of the probe."""
+def labels(row: Mapping[str, float]) -> list[str]:
+    """Return the labels that the probe predicted."""
     names = (name.removeprefix("probe/") for name in row if name.startswith("probe/"))
     return [name.removesuffix("/trained") for name in names if name.endswith("/trained")]
 
@@ -51,7 +51,7 @@ def _probes(row: Mapping[str, float]) -> Iterator[Finding]:
     for name, than in FEATURES.items():
         pairs = [
             (row[f"probe/{label}/trained"], row[f"probe/{label}/{name}"])
-            for label in _labels(row)
+            for label in labels(row)
             if f"probe/{label}/{name}" in row
         ]
         if pairs:
@@ -106,7 +106,7 @@ def _figures(row: Mapping[str, float]) -> Iterator[str]:
             if f"closed_loop/{name}" in row
         )
         yield f"goals reached in the simulator: {row[PLANNED]:.0f} % ({', '.join(rates)})"
-    for label in _labels(row):
+    for label in labels(row):
         scores = (
             f"{than} {row[f'probe/{label}/{name}']:.2f}"
             for name, than in FEATURES.items()

@@ -1,0 +1,24 @@
+"""LeWM in TwoRoom, small: a laptop's CPU records, trains and plans in minutes. The first run.
+
+    python -m wmjax.main --config=configs/lewm_tworoom_cpu.py
+
+It records its own data: episodes of a simulator in NumPy, in which a dot walks through a door
+between two rooms.
+"""
+
+import ml_collections
+
+from wmjax.config import get_config as get_base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = get_base("lewm_tworoom")
+    config.model.update(width=96, depth=3, heads=3, patch=16, embedding=64, projector=256)
+    config.model.update(predictor_depth=2, predictor_heads=4, predictor_head_width=16)
+    config.model.update(predictor_hidden=256, head_width=256, projections=256, dtype="float32")
+    config.data.update(record="tworoom:240", root="runs/tworoom_32px", image_size=32, frames=4)
+    config.data.update(cache="device", threads=4)
+    config.optim.update(learning_rate=1e-3, schedule_steps=1_000)
+    config.train.update(num_steps=1_000, log_every=50, eval_every=1_000)
+    config.eval.update(batches=2, probe_clips=128, env_plan="short,samples=100,elites=10")
+    return config
