@@ -53,5 +53,5 @@ def test_it_runs_from_top_to_bottom(monkeypatch):
     assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1))
     shown = [output for cell in ran for output in cell.outputs if "data" in output]
     kinds = [kind for output in shown for kind in output["data"]]
-    assert kinds.count("image/png") >= 3  # curves, masks, components
+    assert kinds.count("image/png") >= 4  # curves, probe, roll-outs, energies
     assert any("video" in output["data"].get("text/html", "") for output in shown)
