@@ -20,5 +20,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(cache="device", threads=4)
     config.optim.update(learning_rate=1e-3, schedule_steps=1_000)
     config.train.update(num_steps=1_000, log_every=50, eval_every=1_000)
-    config.eval.update(batches=2, probe_clips=128, env_plan="short,samples=100,elites=10")
+    config.eval.update(evaluators="validation,pictures,acting,closed_loop", batches=2)
+    config.eval.update(env_plan="short,horizon=5,samples=100,elites=10")
     return config

@@ -41,6 +41,7 @@ def test_a_model_that_learned_is_better_than_every_baseline():
         ({"probe/observation.state/trained": 0.85}, {"probe/pixels"}),
         ({"probe/observation.state/trained": -0.35}, {"probe/random", "probe/pixels"}),
         ({"acting/error/1": 0.97}, {"foresight/copy", "foresight/shuffled"}),
+        ({"acting/error/1": 0.0}, set()),
         ({"acting/shuffled/1": 0.1}, {"foresight/shuffled"}),
         ({"validation/relative": 0.97}, {"mean"}),
         ({"validation/relative": math.nan}, {"mean"}),

@@ -61,7 +61,7 @@ def _probes(row: Mapping[str, float]) -> Iterator[Finding]:
 
 def _foresight(row: Mapping[str, float]) -> Iterator[Finding]:
     for name, than in COPIES.items():
-        if ratio := _ahead(row, name):
+        if (ratio := _ahead(row, name)) is not None:
             yield Finding(f"foresight/{name}", ratio < 1 - SHARE, than)
 
 
@@ -114,7 +114,8 @@ def _figures(row: Mapping[str, float]) -> Iterator[str]:
         )
         trained = row[f"probe/{label}/trained"]
         yield f"R2 of {label} from its features: {trained:.2f} ({', '.join(scores)}; 1 is best)"
-    ratios = [(ratio, than) for name, than in COPIES.items() if (ratio := _ahead(row, name))]
+    each = ((_ahead(row, name), than) for name, than in COPIES.items())
+    ratios = [(ratio, than) for ratio, than in each if ratio is not None]
     if ratios:
         said = " and ".join(f"{ratio:.2f} x that of {than}" for ratio, than in ratios)
         yield f"error one block of actions ahead: {said}"

@@ -27,7 +27,7 @@ ul { margin: .3rem 0 1.5rem; padding-left: 1.2rem; }
 div { overflow-x: auto; } /* a phone scrolls pictures sideways, so that labels stay legible */
 div img { min-width: 44rem; }
 @media (max-width: 46rem) {
-  div::before { content: "scroll sideways \2192"; position: sticky; left: 0; color: var(--soft);
+  div::before { content: "scroll sideways →"; position: sticky; left: 0; color: var(--soft);
     font-size: .85rem; }
 }
 """
