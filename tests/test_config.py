@@ -69,6 +69,7 @@ def test_overrides_take_the_type_of_the_key():
         [
             "optim.learning_rate=3e-4",
             "train.num_steps=7",
+            "train.eval_every=1e3",
             "model.scan=false",
             "data.crop_scale=(0.5, 1)",
             "mask.short.blocks=3",
@@ -77,6 +78,7 @@ def test_overrides_take_the_type_of_the_key():
     )
     assert config.optim.learning_rate == 3e-4
     assert config.train.num_steps == 7
+    assert (config.train.eval_every, type(config.train.eval_every)) == (1000, int)
     assert config.model.scan is False
     assert config.data.crop_scale == (0.5, 1.0)
     assert config.mask.short.blocks == 3

@@ -181,7 +181,10 @@ def runnable():
 
 def known(argv, overrides):
     """Return the overrides whose key the model of the command's configuration has."""
-    (name,) = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    names = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    if not names:  # the run's own configuration, which was small
+        return []
+    (name,) = names
     model = configs.load(name.replace("my_robot.py", "vjepa2_aloha"), ()).model
     prefix = "--config.model."
     return [

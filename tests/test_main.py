@@ -1,6 +1,7 @@
 """The door: every mistake a user can make is a few lines and exit code 2, never a traceback."""
 
 import errno
+import importlib
 import json
 import os
 import platform
@@ -146,12 +147,69 @@ def test_list_and_help_answer(capsys):
         (["--confg=x"], ["--confg=x", "--config"]),
         (["vjepa2_aloha"], ["vjepa2_aloha", "--config=vjepa2_aloha"]),
         (["--data.fps=4"], ["--data.fps=4", "--config.data.fps=4"]),
+        (["--num_steps=5"], ["--num_steps=5", "--config.train.num_steps"]),
+        (["--stepz=5"], ["--stepz=5", "--config.train.num_steps"]),
         (["stray"], ["stray", "--config.KEY=VALUE"]),
         (["--config=x/debug.py"], ["--config=x/debug.py", *configs.list_configs()]),
     ],
 )
 def test_wrong_flags_are_named_with_what_was_meant(flags, said):
     says(answer(*flags), *said)
+
+
+@pytest.mark.parametrize("name", ["wmjax.main", *DOORS])
+def test_each_command_says_its_version(name, capsys):
+    with pytest.raises(SystemExit) as leave:
+        importlib.import_module(name if name == "wmjax.main" else f"{name}.__main__").run(
+            ["--version"]
+        )
+    assert leave.value.code == 0
+    assert capsys.readouterr().out.split() == ["wmjax", wmjax.__version__]
+
+
+def test_a_flag_of_a_tool_is_answered_with_the_nearest():
+    with refused("--decodee", "--decode"):
+        importlib.import_module("wmjax.data.__main__").run(["check", "x", "--decodee"])
+
+
+MISTAKES = """
+import sys
+from wmjax import main
+try:
+    main.run(sys.argv[1:])
+except Exception as error:
+    print(type(error).__name__, "jax" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config=debug_world_model", "--config.train.num_steps=many"],
+        ["--config=debug_world_model", "--config.data.frames=0"],
+        ["--config=vjepa2_aloha"],
+    ],
+)
+def test_a_mistake_is_found_before_jax_is_loaded(flags):
+    done = subprocess.run(
+        [sys.executable, "-c", MISTAKES, *flags], capture_output=True, text=True, cwd=micro.ROOT
+    )
+    assert done.stdout.split() == ["UserError", "False"]
+
+
+def test_a_python_without_its_packages_is_told_what_to_do():
+    command = [sys.executable, "-S", "-m", "wmjax.main", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=micro.ROOT)
+    assert done.returncode == 2
+    says(done.stderr, "jax", sys.executable, "pip install", lines=2)
+
+
+def test_an_old_python_is_named():
+    code = "import sys; sys.version_info = (3, 9, 0); import wmjax"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=micro.ROOT
+    )
+    says(done.stderr.splitlines()[-1], "ImportError", "3.11")
 
 
 def test_a_path_that_is_not_there_is_answered_with_the_nearest_name():

@@ -121,5 +121,5 @@ def test_the_parser_knows_its_flags_without_argparses_insides():
     door.add_config(parser)
     cluster.add_flags(parser)
     parser.add_argument("--work-dir", metavar="DIR", required=True)
-    known = {"--help", "--config", "--coordinator", "--processes", "--process", "--work-dir"}
-    assert set(door.known_flags(parser)) == known
+    known = {"--help", "--config", "--trust", "--coordinator", "--processes", "--process"}
+    assert set(door.known_flags(parser)) == known | {"--work-dir", "--version"}

@@ -6,12 +6,16 @@ is fast.
 
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036 - a checkout may meet any Python
+    raise ImportError("wmjax needs Python 3.11 or newer; this is " + sys.version.split()[0])
+
 # `python -m wmjax...` puts the current folder first, where a dataset's av.py or queue.py would run
 # in place of the library. It goes last: own sources and models are still found there.
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     sys.path.append(sys.path.pop(0))
 
 import importlib
+import importlib.util
 import re
 from typing import Any
 
@@ -19,6 +23,13 @@ from typing import Any
 # Python has found the module, in any program that imports wmjax.
 _module = sys.orig_argv[-len(sys.argv) :][:1] if sys.argv[:1] == ["-m"] else sys.argv[:1]
 if _module and re.fullmatch(r"(-m)?wmjax(\..*)?|.*/wmjax", _module[0]):
+    for _name in ("jax", "flax", "ml_collections", "numpy"):
+        if importlib.util.find_spec(_name) is None:
+            sys.stderr.write(
+                f"error: {_name} is not installed for {sys.executable}\n"
+                "in the folder of wmjax: pip install -e . or uv run python -m wmjax.main ...\n"
+            )
+            raise SystemExit(2)
     from wmjax.run import exits
 
     exits.catch_signals("interrupted", ctrl_c=True)

@@ -6,6 +6,7 @@ ConfigDict; every other room takes plain arguments.
 """
 
 import ast
+import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -156,6 +157,13 @@ def _adopt_source(config: ml_collections.ConfigDict) -> None:
             config.data[key] = value
 
 
+def check_data(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError for values of the data group that are wrong by themselves; loads no jax."""
+    from wmjax.data import settings
+
+    settings.check(config.data.to_dict())
+
+
 def from_plain(values: Mapping[str, Any], trust: Sequence[str]) -> ml_collections.ConfigDict:
     """Return the configuration of a run from its JSON; keys that are newer get their defaults.
 
@@ -226,6 +234,17 @@ def _read(path: Path, trust: Sequence[str]) -> ml_collections.ConfigDict:
         ) from error
 
 
+def keys_named(name: str) -> list[str]:
+    """Return the keys of base.py whose name, or a word of it, is nearest to `name`."""
+    keys: dict[str, list[str]] = {}
+    for key, _ in _leaves(get_config("base").to_dict()):
+        whole = key.rpartition(".")[2]
+        for word in {whole, *whole.split("_")}:
+            keys.setdefault(word, []).append(key)
+    near = [name] if name in keys else difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    return keys[near[0]] if near else []
+
+
 def _run(path: Path) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"_wmjax_config_{path.stem}", path)
     assert spec is not None
@@ -281,6 +300,8 @@ def _parse(key: str, text: str, current: Any, wanted: type) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if wanted is tuple:
             return _parse_tuple(text, current)
+        if wanted is int and (number := float(text)).is_integer() and abs(number) < 2**53:
+            return int(text) if text.lstrip("+-").isdigit() else int(number)  # as in 1e3
         return wanted(text)
     except (KeyError, ValueError, TypeError, SyntaxError):
         raise UserError(

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import ml_collections
 
+from wmjax import __version__
 from wmjax import config as configs
 from wmjax.errors import ExitCode, UserError, reason, suggest
 from wmjax.run import exits
@@ -39,7 +40,11 @@ keys of the configuration:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError: a line instead of a page of usage."""
+    """An ArgumentParser with --version that raises UserError: a line, not a page of usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self.add_argument("--version", action="version", version=f"wmjax {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\nsee {self.prog} --help")
@@ -52,7 +57,6 @@ def parser(prog: str, description: str, more: str = "") -> Parser:
         description=description,
         epilog=f"{_KEYS}\n{more}" if more else _KEYS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 
@@ -86,6 +90,25 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     return flags, overrides
 
 
+def parse_command(
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, argparse.ArgumentParser],
+    argv: list[str],
+) -> argparse.Namespace:
+    """Parse the command line of a door without a configuration; commands: its subparsers."""
+    flags, rest = parser.parse_known_args(argv)
+    if rest:
+        own = commands[flags.command]
+        own.error(f"{rest[0]}: unknown{_nearest_flag(own, rest[0].partition('=')[0])}")
+    return flags
+
+
+def _nearest_flag(parser: argparse.ArgumentParser, flag: str) -> str:
+    """Suggest a long flag; compared without the dashes, which all share."""
+    names = [known.removeprefix("--") for known in known_flags(parser)]
+    return suggest(flag.lstrip("-"), names).replace("mean ", "mean --")
+
+
 def known_flags(parser: argparse.ArgumentParser) -> list[str]:
     """Return the long flags of a parser, read from its usage line."""
     return ["--help", *re.findall(r"--[a-z][\w-]*", parser.format_usage())]
@@ -96,9 +119,12 @@ def _meant(parser: argparse.ArgumentParser, word: str) -> str:
     flag = word.partition("=")[0]
     if flag in configs.list_configs():
         return f" (did you mean --config={flag}?)"
-    if flag.startswith("--") and flag[2:].partition(".")[0] in configs.get_config("base"):
-        return f" (did you mean {_PREFIX}{word.removeprefix('--')}?)"
-    nearest = suggest(flag, known_flags(parser))
+    if flag.startswith("--"):
+        if flag[2:].partition(".")[0] in configs.get_config("base"):
+            return f" (did you mean {_PREFIX}{word.removeprefix('--')}?)"
+        if keys := configs.keys_named(flag[2:])[:3]:
+            return f" (did you mean {' or '.join(_PREFIX + key for key in keys)}?)"
+    nearest = _nearest_flag(parser, flag)
     return nearest or "; write keys of the configuration as --config.KEY=VALUE"
 
 

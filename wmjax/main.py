@@ -101,8 +101,11 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         workdir = flags.workdir or own
         check_workdir(workdir)
         refuse_links(workdir)
+        if flags.mode in ("train", "eval"):  # before jax is loaded, which takes seconds
+            configs.check_data(config)
     except UserError:
-        if flags.mode != "plan":  # the other processes, if there are any, wait for this one
+        # The other processes, if there are any, wait for this one.
+        if flags.mode != "plan" and not cluster.looks_alone(flags.coordinator):
             with contextlib.suppress(UserError):
                 start(flags.coordinator, flags.processes, flags.process)
         raise

@@ -26,7 +26,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = door.Parser(
         prog="python -m wmjax.data",
         description="Tools for LeRobot datasets, v2.0 to v3.0.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(
         dest="command", metavar="{transcode,record,check,stats}", required=True
@@ -90,7 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             action="store_true",
             help="links in the dataset may lead outside its folder (default: an error)",
         )
-    return parser.parse_args(argv)
+    return door.parse_command(parser, commands.choices, argv)
 
 
 def statistics(root: Path, state: str, action: str, follow_links: bool = False) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -64,6 +65,13 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
         process_id=process,
         cluster_detection_method="deactivate",
     )
+
+
+def looks_alone(coordinator: str | None) -> bool:
+    """Return, without jax, whether nothing hints at other processes: a flag, a cluster or a TPU."""
+    hints = ("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR", "TPU_", "MEGASCALE_")
+    hinted = any(name.startswith(hints) for name in os.environ)
+    return coordinator is None and not hinted and importlib.util.find_spec("libtpu") is None
 
 
 def ending_together(run: Callable[[list[str]], int]) -> Callable[[list[str]], int]:

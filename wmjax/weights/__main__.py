@@ -23,7 +23,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = door.Parser(
         prog="python -m wmjax.weights",
         description="Convert weights: to and from transformers, from Meta's files, from a run.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="{import,export,show}", required=True)
     source = (
@@ -82,7 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             metavar="N",
             help="which of the probes of a .pt file of Meta's evaluations; default: 0, the first",
         )
-    return parser.parse_args(argv)
+    return door.parse_command(parser, commands.choices, argv)
 
 
 def import_folder(source: Pretrained, folder: Path) -> None:
