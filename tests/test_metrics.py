@@ -62,7 +62,7 @@ def test_rates_count_steps_waits_and_leave_out_pauses(clock_at):
 
 def test_only_the_first_run_of_a_process_counts_its_start(clock_at, tmp_path, monkeypatch):
     _, now = clock_at
-    monkeypatch.setattr(run_clock.Clock, "_counted", False)
+    monkeypatch.setattr(run_clock.Clock, "counted", False)
     monkeypatch.setattr(run_clock, "process_began", lambda: now[0] - 40)
 
     def starts(name, step):

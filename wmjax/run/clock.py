@@ -32,7 +32,7 @@ class Clock:
     give the MFU, the share of the peak that the products of the steps reach.
     """
 
-    _counted = False  # whether a clock of this process has counted the process's start
+    counted = False  # whether a clock of this process has counted the process's start
 
     def __init__(
         self,
@@ -51,8 +51,8 @@ class Clock:
         self._origin = time.time() - time.perf_counter()
         # What a process did before its first clock is a start; before a later one, as in a
         # notebook, it was counted or belongs to no run.
-        began = time.time() if Clock._counted else process_began()
-        Clock._counted = True
+        began = time.time() if Clock.counted else process_began()
+        Clock.counted = True
         if (row := _row_of(path, step)) is not None:
             self._seconds |= row["seconds"]
             if not row["ended"]:
