@@ -42,6 +42,12 @@ def test_it_builds_at_full_size_without_a_number_in_memory(name):
     assert all(k and m for k, m in Masks(config.mask, assemble.token_grid(config)).sizes.values())
 
 
+def test_a_configuration_from_python_is_as_complete_as_from_the_command_line():
+    config = wmjax.get_config("lewm_tworoom_cpu")
+    assemble.check(config)
+    assert config == configs.load("lewm_tworoom_cpu")
+
+
 # What every micro run varies; and those that, shrunk, differ from others in values alone.
 EVERYWHERE = {"debug_world_model", "vjepa2_cooldown", "vjepa2_small"} | {
     *("lewm_lerobot", "lewm_tworoom", "lewm_tworoom_cpu", "vjepa2_ac_droid"),

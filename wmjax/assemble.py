@@ -95,7 +95,11 @@ def prepare(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for wrong values, before any data is read; each room checks its own keys."""
+    """Raise UserError for wrong values, before any data is read; each room checks its own keys.
+
+    The model group gets the keys of its family that a file leaves out, as from get_config.
+    """
+    configs.override(config, ())
     values = config.to_dict()
     data_settings.check(values["data"])
     Compute.of(values["model"])
