@@ -18,8 +18,12 @@ def get_config() -> ml_collections.ConfigDict:
             # The encoder of init_from to start both the encoder and its EMA target from, where it
             # has several: target_encoder (EMA), encoder (trained). Empty: each from its own.
             "init_encoder": "",
+            # Parts of init_from to load, as in encoder,predictor; the others get random weights.
+            # Empty: all that the model has too.
+            "init_parts": "",
             "model": {
-                "name": "vjepa2",  # vjepa2, or package.module:Name of a model of your own
+                # vjepa2, vjepa21, vjepa2_ac, lewm; package.module:Name of a model of your own
+                "name": "vjepa2",
                 "size": "large",  # tiny, small, base, large, huge, giant, gigantic
                 "width": empty(int),  # of the encoder; empty: given by size
                 "depth": empty(int),  # empty: given by size
@@ -29,8 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "tubelet": 2,  # frames of a patch
                 "pretrained": "",  # image model to start the encoder from: a folder or OWNER/NAME
                 "position_grid": empty(int),  # set by pretrained: side of its position table
-                # tiled (V-JEPA 2), interleaved (2.1). No RoPE, fixed embeddings are added: sincos,
-                # sincos_uniform (V-JEPA 1 with uniform_power).
+                # tiled (V-JEPA 2), interleaved (a true rotation). No RoPE, fixed embeddings are
+                # added: sincos, sincos_uniform (V-JEPA 1 with uniform_power).
                 "rope": "tiled",
                 "predictor_width": 384,
                 "predictor_depth": 12,
@@ -71,6 +75,25 @@ def get_config() -> ml_collections.ConfigDict:
                     "cell": 1,
                     "context": 16 / 256,
                     "target": 176 / 256,
+                },
+            },
+            # Pictures beside the clips, for a model with model.image_loss: a batch of each a step.
+            "images": {
+                # frames: of the recordings that the clips are from; or a folder of JPEG and PNG
+                # files. Empty: none.
+                "source": "",
+                "batch_size": 36,  # pictures a step, over all devices
+                "size": 256,  # height and width in pixels
+                "mask": {  # as `mask`, on the grid of a picture
+                    "spread": {
+                        "strategy": "multi_block",
+                        "blocks": 10,
+                        "scale": 0.15,
+                        "aspect": (0.75, 1.5),
+                        "cell": 1,
+                        "context": 40 / 256,
+                        "target": 150 / 256,
+                    },
                 },
             },
             "data": {

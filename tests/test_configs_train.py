@@ -24,6 +24,10 @@ PARAMETERS = {  # encoder and predictor with ten mask tokens, from the reference
     "vjepa2_low_mem": 303_885_312 + 22_086_016,
     "vjepa2_small": 24_261_696,
     "vjepa2_world_model": 86_236_416 + 21_889_152,
+    "vjepa21_aloha": 304_680_960 + 29_041_024,
+    "vjepa21_base": 86_833_152 + 26_318_976,
+    "vjepa21_cooldown": 304_680_960 + 29_041_024,
+    "vjepa21_small": 25_447_872,
 }
 
 
@@ -35,10 +39,10 @@ WITHOUT_POSES = {"vjepa2_ac_droid": ("model.action=difference",)}
 def test_it_builds_at_full_size_without_a_number_in_memory(name):
     config = configs.load(name, WITHOUT_POSES.get(name, ()))
     assemble.use_generated_data(config)
-    config.data.batch_size = 96  # of eight devices
+    config.data.batch_size = config.images.batch_size = 96  # of eight devices
     state = assemble.prepare(config).steps.abstract
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name]
-    assert config.mask or config.model.name != "vjepa2"
+    assert config.mask or config.model.name not in ("vjepa2", "vjepa21")
     assert all(k and m for k, m in Masks(config.mask, assemble.token_grid(config)).sizes.values())
 
 
@@ -51,6 +55,7 @@ def test_a_configuration_from_python_is_as_complete_as_from_the_command_line():
 # What every micro run varies; and those that, shrunk, differ from others in values alone.
 EVERYWHERE = {"debug_world_model", "vjepa2_cooldown", "vjepa2_small"} | {
     *("lewm_lerobot", "lewm_tworoom", "lewm_tworoom_cpu", "vjepa2_ac_droid"),
+    *("vjepa21_aloha", "vjepa21_cooldown", "vjepa21_small"),
 }
 
 
@@ -70,6 +75,8 @@ def test_it_trains_two_steps_at_a_reduced_size(name, tmp_path):
         *("model.dtype=float32", "init_from=", "optim.accumulate=1"),
         *WITHOUT_POSES.get(name, ()),
     ]
+    if "levels" in keys:  # V-JEPA 2.1 takes features at four depths
+        shrunk += ["model.depth=4", "images.size=64", "images.batch_size=8"]
     shrunk = [o for o in shrunk if not o.startswith("model.") or o[6:].partition("=")[0] in keys]
     assert micro.train(configs.load(name, shrunk), tmp_path) == 0
     assert [row["step"] for row in micro.rows(tmp_path)] == [1, 2]

@@ -14,7 +14,7 @@ from wmjax.weights import open_pretrained
 torch = pytest.importorskip("torch", reason="torch is not installed")
 import vjepa1  # noqa: E402  needs torch
 
-VIDEO = np.random.default_rng(0).normal(size=(2, 4, 12, 12, 3)).astype(np.float32)
+VIDEO = np.random.default_rng(0).uniform(-1.5, 2, (2, 4, 12, 12, 3)).astype(np.float32)
 CONTEXT, TARGET = np.array([0, 3, 4, 9, 17]), np.array([1, 8, 12])
 
 
@@ -265,11 +265,6 @@ def test_init_encoder_chooses_the_encoder(tmp_path):
 @pytest.mark.parametrize(
     ("saved", "named"),
     [
-        ({"ema_encoder": {"norms_block.0.weight": 4}}, ["V-JEPA 2.1"]),
-        ({"target_encoder": {"module.backbone.img_mod_embed": 4}}, ["V-JEPA 2.1"]),
-        ({"patch_embed_img.proj.weight": 4}, ["V-JEPA 2.1"]),
-        ({"predictor": {"module.action_encoder.weight": 4}}, ["V-JEPA 2-AC"]),
-        ({"state_encoder.weight": 4}, ["V-JEPA 2-AC"]),
         ({"classifiers": [{"module.verb_classifier.weight": 4}]}, ["EPIC-KITCHENS-100"]),
         ({"classifiers": [{"module.action_classifier.weight": 4}]}, ["EPIC-KITCHENS-100"]),
     ],

@@ -22,13 +22,14 @@ from wmjax.data.lerobot.hub import download
 from wmjax.data.lerobot.recording import Recording
 from wmjax.data.lerobot.via_lerobot import LeRobotReader
 from wmjax.data.mixture import Mixture
-from wmjax.data.pipeline import Pipeline
+from wmjax.data.pictures import PictureFolder
+from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.data.reader import Reader
 from wmjax.data.source import Source
 from wmjax.data.synthetic import FPS, SyntheticSource
 from wmjax.data.tools.record import record
 from wmjax.data.windows import stride_for
-from wmjax.errors import UserError, check_above, check_choice, check_least
+from wmjax.errors import UserError, check_above, check_choice, check_least, check_range
 from wmjax.evals import health, prediction, video
 from wmjax.masking import Masks
 from wmjax.models.base import (
@@ -42,17 +43,32 @@ from wmjax.nn.compute import Compute
 from wmjax.run.console import say
 from wmjax.run.profile import parse_span
 from wmjax.step import RULES, Steps, build
-from wmjax.types import TokenGrid, WorldModelInput, WorldModelOutput
+from wmjax.types import IMAGES, TokenGrid, WorldModelInput, WorldModelOutput
+
+IMAGE_SEED = 1_000_003  # added to the seed, so that pictures have crops and masks of their own
 
 
 class Setup(NamedTuple):
-    """What a run needs: mesh, sources of clips, masks and compiled steps."""
+    """What a run needs: mesh, sources of clips, masks and compiled steps.
+
+    sources: by split; those of pictures beside the clips as in "train images". image_masks: of
+    these pictures; None: there are none.
+    """
 
     mesh: jax.sharding.Mesh
-    sources: dict[str, Source]  # by split
+    sources: dict[str, Source]
     masks: Masks
     steps: Steps
     rules: int = RULES
+    image_masks: Masks | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells whether the data of training are the same as before."""
+        found = self.sources["train"].fingerprint()
+        if self.image_masks is None:
+            return found
+        images = self.sources[f"train {IMAGES}"].fingerprint()
+        return found | {f"{IMAGES}: {key}": value for key, value in images.items()}
 
 
 def prepare(
@@ -89,9 +105,15 @@ def prepare(
     sharding.check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     if sources is None:
         sources = make_sources(config, splits)
-    blueprint = make_blueprint(config, sources["train"])
+    blueprint, image_masks = make_blueprint(config, sources["train"]), None
+    if config.images.source:
+        images = config.images
+        key = "images.batch_size"
+        sharding.check_batch(mesh, images.batch_size, config.optim.accumulate, key)
+        image_masks = make_image_masks(config)
+        sources = sources | make_image_sources(config, sources)
     masks, steps = make_masks(config, rules), make_steps(config, blueprint, mesh, rules)
-    return Setup(mesh, sources, masks, steps, rules)
+    return Setup(mesh, sources, masks, steps, rules, image_masks)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -106,13 +128,22 @@ def check(config: ml_collections.ConfigDict) -> None:
     token_grid(config)  # checks the keys of the model and the size of the clips
     optim.check(values["optim"])
     evals.check(values["eval"])
-    if config.init_from and config.model.pretrained:
+    if config.init_from and config.model.get("pretrained"):
         raise UserError(
             f"init_from={config.init_from!r} with model.pretrained={config.model.pretrained!r}: "
             "wanted only one of them"
         )
-    if config.init_encoder and not config.init_from:
-        raise UserError(f"init_encoder={config.init_encoder!r} without init_from: wanted both")
+    for key in ("init_encoder", "init_parts"):
+        if config[key] and not config.init_from:
+            raise UserError(f"{key}={config[key]!r} without init_from: wanted both")
+    weight = config.model.get("image_loss", 0.0)
+    if bool(weight) != bool(config.images.source):
+        raise UserError(
+            f"images.source={config.images.source!r} with model.image_loss={weight:g}: wanted a "
+            "source and a weight above 0 (model.name=vjepa21), or neither"
+        )
+    check_range("images.batch_size", config.images.batch_size, 1, 2**20)
+    check_range("images.size", config.images.size, 1, 2**13)
     if config.data.source == "synthetic":
         check_choice("eval.labels", config.eval.labels, ("auto", "state"))
     parse_span(config.train.profile)
@@ -154,6 +185,8 @@ def use_generated_data(config: ml_collections.ConfigDict) -> None:
     config.data.update(features="", cache="", record="")
     config.data.update(stride=config.data.stride or 1)
     config.data.members = ml_collections.ConfigDict()
+    if config.images.source:
+        config.images.source = "frames"
     config.eval.labels = "auto"
 
 
@@ -192,6 +225,29 @@ def make_masks(config: ml_collections.ConfigDict, rules: int = RULES) -> Masks:
         )
     specs = config.mask.to_dict()
     return Masks(specs if rules > 1 else masking.with_rounded_times(specs, grid), grid)
+
+
+def make_image_masks(config: ml_collections.ConfigDict) -> Masks:
+    """Build the masks of the pictures beside the clips."""
+    model, size = config.model.to_dict(), config.images.size
+    grid = family_named(model["name"]).token_grid(settings_of(model), 1, size, size)
+    try:
+        return Masks(config.images.mask.to_dict(), grid)
+    except UserError as error:  # masking does not know whose masks these are
+        raise UserError(f"images.{error}") from None
+
+
+def make_image_sources(
+    config: ml_collections.ConfigDict, sources: dict[str, Source]
+) -> dict[str, Source]:
+    """Open the pictures of each split: frames of the clips' recordings, or a folder."""
+    if config.images.source == "frames":
+        found = {split: source.single_frames() for split, source in sources.items()}
+    else:
+        root = Path(config.images.source).expanduser()
+        first = PictureFolder(root, split="train", val_share=config.data.val_share)
+        found = {split: first.of_split(split) for split in sources}
+    return {f"{split} {IMAGES}": source for split, source in found.items()}
 
 
 def make_generator(config: ml_collections.ConfigDict, split: str, views: int = 1) -> Source:
@@ -310,34 +366,50 @@ def make_pipeline(
     held_out: bool,
     source: Source | None = None,
     frames: int = 0,
-) -> Pipeline:
-    """Stream batches of a split from `position`, in clips.
+) -> Pipeline | Beside:
+    """Stream batches of a split from `position`, in clips, with pictures beside them if any.
 
     source: in place of that of the split. frames: of longer clips, where episodes allow them.
 
     held_out: True crops to the centre, for evaluations; False crops at random, for training.
     """
-    data = config.data
+    data, images = config.data, config.images
     height, width = data_settings.size(data)
     source = source or setup.sources[split]
-    return Pipeline(
+    shared = {
+        "sharding": sharding.batch_sharding(setup.mesh),
+        "crop_scale": None if held_out else data.crop_scale,
+        "crop_aspect": data.crop_aspect,
+        "threads": data.threads,
+        "on_error": data.on_error,
+        "max_skip_share": data.max_skip_share,
+    }
+    clips = Pipeline(
         source.of_frames(frames) if frames else source,
         setup.masks,
         height=height,
         width=width,
         batch_size=data.batch_size,
         seed=config.seed,
-        sharding=sharding.batch_sharding(setup.mesh),
-        crop_scale=None if held_out else data.crop_scale,
-        crop_aspect=data.crop_aspect,
-        threads=data.threads,
         # An evaluation reads a few batches only; starting processes would take longer.
         workers=0 if held_out else count_workers(data),
         prefetch=data.prefetch or 0,
-        on_error=data.on_error,
-        max_skip_share=data.max_skip_share,
         position=position,
+        **shared,
     )
+    if setup.image_masks is None:
+        return clips
+    pictures = Pipeline(
+        setup.sources[f"{split} {IMAGES}"],
+        setup.image_masks,
+        height=images.size,
+        width=images.size,
+        batch_size=images.batch_size,
+        seed=config.seed + IMAGE_SEED,
+        position=position // data.batch_size * images.batch_size,
+        **shared,
+    )
+    return Beside(clips, IMAGES, pictures)
 
 
 def cached_source(
@@ -367,8 +439,9 @@ def open_evaluators(
 
     open_batches, shows: see evals.Context.
     """
-    plain, (_, sources, masks, steps, _) = configs.plain(config), setup
-    context = evals.Context(steps, sources, masks, plain, workdir, open_batches, shows)
+    plain = configs.plain(config)
+    own = setup.steps, setup.sources, setup.masks
+    context = evals.Context(*own, plain, workdir, open_batches, shows)
     return evals.open_all(context, say)
 
 
@@ -376,6 +449,14 @@ def make_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader:
     """Return a reader of training clips, cropped to the centre."""
     height, width = data_settings.size(config.data)
     return Reader(setup.sources["train"], setup.masks, height=height, width=width, seed=config.seed)
+
+
+def make_image_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader | None:
+    """Return a reader of the pictures beside training clips, cropped to the centre; None: none."""
+    if setup.image_masks is None:
+        return None
+    side, source = config.images.size, setup.sources[f"train {IMAGES}"]
+    return Reader(source, setup.image_masks, height=side, width=side, seed=config.seed)
 
 
 def count_workers(data: ml_collections.ConfigDict) -> int:

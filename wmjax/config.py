@@ -172,10 +172,13 @@ def from_plain(values: Mapping[str, Any], trust: Sequence[str]) -> ml_collection
     """
     check_trust("model.name", values["model"].get("name", ""), trust)
     check_trust("data.source", values["data"]["source"], trust)
-    for name, spec in values["mask"].items():
-        check_trust(f"mask.{name}.strategy", spec.get("strategy", ""), trust)
+    of_images = values.get("images", {}).get("mask", {})  # absent in older runs
+    for group, masks in (("mask", values["mask"]), ("images.mask", of_images)):
+        for name, spec in masks.items():
+            check_trust(f"{group}.{name}.strategy", spec.get("strategy", ""), trust)
     config = get_config("base")
     config.update(values)
+    config.images.mask = ml_collections.ConfigDict(of_images)
     for group in ("mask", "model"):  # replaced, because their keys depend on the run
         config[group] = ml_collections.ConfigDict(_with_tuples(values[group]))
     return config

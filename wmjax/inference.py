@@ -127,8 +127,7 @@ class Model:
             params: base.Params, video_BTHWC: jax.Array, ids_BK: jax.Array, ids_BM: jax.Array
         ) -> jax.Array:
             model, _ = built(params)
-            grid = self.token_grid(*video_BTHWC.shape[1:4])
-            return model.predict(model.encode(video_BTHWC, ids_BK), ids_BK, ids_BM, grid)
+            return model.predict_from(video_BTHWC, ids_BK, ids_BM)
 
         def classify(params: base.Params, video_BTHWC: jax.Array) -> jax.Array:
             pooled_B1D = base.merge(graphs["pooler"], params["pooler"])(encode(params, video_BTHWC))
@@ -176,11 +175,12 @@ class Model:
         """Return float32 features of all tokens: (tokens, width), or (B, tokens, width).
 
         video: THWC or BTHWC, uint8 RGB or floats. Length and size must be multiples of tubelet and
-        patch. Tokens are ordered by time, row, column. size: height and width in pixels, or one
-        number for both, after a resize and a centre crop that keeps `crop_pct`; uint8 only. None:
-        the video's own size. normalized: of floats. True: (RGB - mean) / std of ImageNet's RGB in
-        0..1, as `preprocess` returns. False: RGB in 0..1. None: normalised, but values that may be
-        either, which all lie in -1..1, are refused.
+        patch. V-JEPA 2.1 also takes images: HWC, or clips of one frame. Tokens are ordered by time,
+        row, column. size: height and width in pixels, or one number for both, after a resize and a
+        centre crop that keeps `crop_pct`; uint8 only. None: the video's own size. normalized: of
+        floats. True: (RGB - mean) / std of ImageNet's RGB in 0..1, as `preprocess` returns. False:
+        RGB in 0..1. None: normalised, but values that may be either, which all lie in -1..1, are
+        refused.
 
         Raises UserError for values that are not what `normalized` says. Values are not checked
         under jit, where floats need `normalized`.
@@ -205,7 +205,7 @@ class Model:
         (B, M, width), to be compared with target_features. Raises UserError if the model does not
         predict masked tokens.
         """
-        if not hasattr(self._blueprint.family, "predict"):
+        if not hasattr(self._blueprint.family, "predict_from"):
             name = self._blueprint.family.__qualname__
             raise UserError(f"{self._where}: {name} does not predict masked tokens")
         if not self.complete:
@@ -343,7 +343,7 @@ class Model:
         size: height and width in pixels, or one number for both; None: as in training. Encoding the
         result equals encoding the uint8 video with the same size.
         """
-        frames = _checked(video)
+        frames = self._checked(video)
         if frames.dtype != np.uint8:
             raise UserError(f"video of {frames.dtype}: wanted uint8 for preprocess")
         if not size:
@@ -353,9 +353,16 @@ class Model:
         resized = _resized(frames, size, self.crop_pct)
         return np.asarray(_normalise(resized.astype(np.float32) / np.float32(255)))
 
+    def _checked(self, video: Any) -> Array:
+        """Return clips as _checked does; a picture, for a family that takes it, as a clip."""
+        if getattr(self._blueprint.family, "takes_pictures", False):
+            frames = as_array("video", video)
+            video = frames[None] if frames.ndim == 3 else frames
+        return _checked(video)
+
     def _clips(self, video: Any, size: Size | None, normalized: bool | None) -> tuple[Any, bool]:
         """Return a batch of resized clips, and whether the video was a single clip."""
-        frames = _checked(video)
+        frames = self._checked(video)
         if frames.dtype != np.uint8:
             if size is not None:
                 raise UserError(f"size={size} for video of {frames.dtype}: only uint8 is resized")

@@ -34,28 +34,34 @@ def position_grid(pretrained: str) -> int:
 
 
 def make_state(
-    steps: Steps, *, init_from: str, pretrained: str, init_encoder: str = ""
+    steps: Steps,
+    *,
+    init_from: str,
+    pretrained: str,
+    init_encoder: str = "",
+    init_parts: str = "",
 ) -> tuple[TrainState, str]:
     """Return the state before step 1, and lines that state its origin; '': random.
 
     init_from: weights that `wmjax.load` accepts. The optimiser state of a run is restored too, if
     it has the same optim.freeze. init_encoder: the encoder of these weights that starts both the
-    encoder and its EMA target, as in `wmjax.load`; '': each starts from its own. pretrained: an
+    encoder and its EMA target, as in `wmjax.load`; '': each starts from its own. init_parts: parts
+    of the weights to load, separated by commas; '': all that the model has too. pretrained: an
     image model that initialises the encoder. At most one of init_from and pretrained is given; '':
     none. Raises UserError if the weights do not fit the model.
     """
     if not (where := init_from or pretrained):
         return steps.init(), ""
     if not (Path(os.path.expanduser(where)) / "checkpoints").is_dir():
-        return _from_weights(steps, where, init_encoder)
+        return _from_weights(steps, where, init_encoder, init_parts)
     check_utf8(f"init_from={where}")
     saved = Saved(Path(os.path.expanduser(where)) / "checkpoints")
     config = saved.meta["config"]
     frozen = freeze_patterns(config["optim"].get("freeze", ""))
     if not steps.blueprint.is_of(config["model"]["name"]):
-        return _from_weights(steps, where, init_encoder)
-    if init_encoder or frozen != steps.blueprint.freeze:
-        state, origin = _from_weights(steps, where, init_encoder)
+        return _from_weights(steps, where, init_encoder, init_parts)
+    if init_encoder or init_parts or frozen != steps.blueprint.freeze:
+        state, origin = _from_weights(steps, where, init_encoder, init_parts)
     else:
         state = saved.restore(steps.abstract, f"init_from={where}")
         state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
@@ -67,7 +73,7 @@ def make_state(
     return state, "\n".join([origin, *(f"  unlike that run: {note}" for note in notes)])
 
 
-def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, str]:
+def _from_weights(steps: Steps, where: str, encoder: str, chosen: str) -> tuple[TrainState, str]:
     blueprint, abstract = steps.blueprint, steps.abstract
     package = blueprint.family.__module__.partition(".")[0]  # the user has named it already
     wanted = function_of(blueprint.settings)
@@ -81,10 +87,15 @@ def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, s
         return weights.open_pretrained(where, encoder=encoder, **given)
 
     source = target = open_encoder(encoder)
-    if not encoder and {"encoder", "target_encoder"} <= {*target.choices}:
+    if not encoder and "encoder" in target.choices and len(target.choices) > 1:
         source = open_encoder("encoder")
     shapes = combine(abstract.params, abstract.frozen)
-    shapes = {part: tree for part, tree in shapes.items() if part in source.parts}
+    parts = [part.strip() for part in chosen.split(",")] if chosen else source.parts
+    if missing := ", ".join(part for part in parts if part not in source.parts):
+        raise UserError(
+            f"init_parts={chosen!r}: {where} has no {missing}; it has {', '.join(source.parts)}"
+        )
+    shapes = {part: tree for part, tree in shapes.items() if part in parts}
     if not blueprint.is_of(source.model.get("name", "vjepa2")):
         shapes = {part: tree for part, tree in shapes.items() if part == "encoder"}
     if not shapes or ("encoder" not in shapes and not source.step):
@@ -95,8 +106,8 @@ def _from_weights(steps: Steps, where: str, encoder: str) -> tuple[TrainState, s
     # A copy, because the train step donates parameters and target.
     followed = jax.tree.map(jnp.copy, blueprint.abstract.followed(params))
     if target is not source:
-        parts = {path.partition("/")[0] for path in jax.tree.leaves(blueprint.followed_paths)}
-        own = {part: tree for part, tree in shapes.items() if part in parts}
+        top = {path.partition("/")[0] for path in jax.tree.leaves(blueprint.followed_paths)}
+        own = {part: tree for part, tree in shapes.items() if part in top}
         ema = weights.load(target, own, blueprint.settings)
         followed = blueprint.abstract.followed({**params, **ema})
     trained, frozen, ema = blueprint.divide(params, followed)

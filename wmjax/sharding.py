@@ -60,13 +60,15 @@ def arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
     )
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(
+    mesh: Mesh, batch_size: int, accumulate: int = 1, key: str = "data.batch_size"
+) -> None:
     """Raise UserError unless every device gets equally many clips of every microbatch."""
     unit = mesh.size * accumulate
     if batch_size % unit:
         microbatches = f" x optim.accumulate={accumulate}" if accumulate > 1 else ""
         raise UserError(
-            f"data.batch_size={batch_size}: not divisible by the {mesh.size} devices of the mesh"
+            f"{key}={batch_size}: not divisible by the {mesh.size} devices of the mesh"
             f"{microbatches}; nearest: {max(1, round(batch_size / unit)) * unit}"
         )
 

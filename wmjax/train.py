@@ -202,7 +202,7 @@ def loop(
         with clock.phase("checkpoint"):
             statistics = jax.tree.map(as_plain, [*setup.sources["train"].statistics()])
             meta["statistics"] = statistics
-            meta["data"] = setup.sources["train"].fingerprint()
+            meta["data"] = setup.fingerprint()
             meta["recordings"] = setup.sources["train"].recordings()
             checkpoints.save(step, state, {"position": batches.position}, meta, guard.proves)
             clock.save(step)
@@ -295,6 +295,7 @@ def restore_or_init(
             setup.steps,
             init_from=config.init_from,
             init_encoder=config.init_encoder,
+            init_parts=config.init_parts,
             pretrained=config.model.pretrained,
         )
         if origin:
@@ -310,7 +311,7 @@ def restore_or_init(
     setup.steps.blueprint.check_function(meta["config"]["model"], f"{checkpoints.folder}/{newest}")
     for line in configs.differences(meta["config"], configs.plain(config)):
         say(f"  changed since: {line}")
-    agree.check_same(meta, setup.sources["train"], strict=config.checkpoint.strict)
+    agree.check_same(meta, setup.fingerprint(), strict=config.checkpoint.strict)
     return state, data["position"]
 
 

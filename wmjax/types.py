@@ -22,6 +22,7 @@ import numpy as np
 from flax import struct
 
 Array = jax.Array | np.ndarray
+IMAGES = "images"  # name of a batch of pictures beside the clips
 TokenGrid = tuple[int, int, int]  # tubelets, rows, columns
 Row = dict[str, float]  # one report: figures by name
 

@@ -4,6 +4,7 @@ Each prints one line of JSON. README.md in this folder explains the figures.
 """
 
 import argparse
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -69,22 +70,30 @@ def bench_step(
     """Measure the train step of a configuration on noise; no dataset is opened."""
     from wmjax import assemble, sharding
     from wmjax.bench.step import random_batch, time_stages, time_step
+    from wmjax.types import IMAGES
 
     assemble.use_generated_data(config)
     source = assemble.make_generator(config, "train", flags.views)
     setup = assemble.prepare(config, mesh=mesh, sources={"train": source})
     reader = assemble.make_reader(config, setup)
 
-    def batch_of(clips: int) -> Any:
+    images, masks = assemble.make_image_reader(config, setup), setup.image_masks
+
+    def batch_of(share: int) -> Any:
         placed = sharding.batch_sharding(setup.mesh)
-        return random_batch(reader, setup.masks, clips, config.seed, placed)
+        clips, pictures = config.data.batch_size // share, config.images.batch_size // share
+        batch = random_batch(reader, setup.masks, clips, config.seed, placed)
+        if images is None or masks is None:
+            return batch
+        beside = random_batch(images, masks, pictures, config.seed, placed)
+        return dataclasses.replace(batch, beside={IMAGES: beside})
 
     steps, accumulate = setup.steps, config.optim.accumulate
-    batch = batch_of(config.data.batch_size)
+    batch = batch_of(1)
     flop = steps.blueprint.abstract.flops(batch)
     state, row = time_step(steps, steps.init(), batch, flop=flop, count=flags.steps)
     if flags.parts:
-        part = batch_of(config.data.batch_size // accumulate)
+        part = batch_of(accumulate)
         row |= time_stages(steps, state, part, accumulate=accumulate, count=flags.steps)
     return row
 

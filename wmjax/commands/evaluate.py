@@ -8,7 +8,7 @@ import ml_collections
 
 from wmjax import assemble
 from wmjax import config as configs
-from wmjax.data.pipeline import Pipeline
+from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.errors import UserError
 from wmjax.evals import names, verdict
 from wmjax.evals.alarms import Alarms
@@ -38,7 +38,7 @@ def evaluate(
     for split, source in setup.sources.items():
         say(f"{split}: {source.describe()}")
 
-    def open_batches(split: str, frames: int = 0) -> Pipeline:
+    def open_batches(split: str, frames: int = 0) -> Pipeline | Beside:
         return assemble.make_pipeline(config, setup, split, held_out=True, frames=frames)
 
     entry: dict[str, Any] = {"step": step}

@@ -19,9 +19,11 @@ import ml_collections
 
 from wmjax import assemble, sharding
 from wmjax.commands import hlo
+from wmjax.data.reader import Reader
 from wmjax.errors import ExitCode, UserError, how_to_install, reason
+from wmjax.masking import Masks
 from wmjax.run import metrics
-from wmjax.types import WorldModelInput
+from wmjax.types import IMAGES, WorldModelInput
 
 GIB = 2**30
 
@@ -145,12 +147,21 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
 def abstract_batch(config: ml_collections.ConfigDict, setup: assemble.Setup) -> WorldModelInput:
     """Return a batch of shapes, dtypes and shardings, without arrays."""
     rows = sharding.batch_sharding(setup.mesh)
-    clip, B = assemble.make_reader(config, setup).dtype, config.data.batch_size
-    arrays = {
-        name: jax.ShapeDtypeStruct((B, *clip[name].shape), clip[name].base, sharding=rows)
-        for name in clip.names or ()
-    }
-    return WorldModelInput.of(arrays, list(setup.masks.sizes))
+
+    def shapes(reader: Reader, masks: Masks, B: int) -> WorldModelInput:
+        clip = reader.dtype
+        arrays = {
+            name: jax.ShapeDtypeStruct((B, *clip[name].shape), clip[name].base, sharding=rows)
+            for name in clip.names or ()
+        }
+        return WorldModelInput.of(arrays, list(masks.sizes))
+
+    batch = shapes(assemble.make_reader(config, setup), setup.masks, config.data.batch_size)
+    reader, masks = assemble.make_image_reader(config, setup), setup.image_masks
+    if reader is None or masks is None:
+        return batch
+    images = shapes(reader, masks, config.images.batch_size)
+    return dataclasses.replace(batch, beside={IMAGES: images})
 
 
 def _told(error: str) -> str:

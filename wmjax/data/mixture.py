@@ -95,6 +95,9 @@ class Mixture(Source):
         most = min(source.of_frames(most).frames for source in self._sources)
         return self._of(source.of_frames(most) for source in self._sources)
 
+    def single_frames(self) -> "Mixture":
+        return self._of(source.single_frames() for source in self._sources)
+
     def from_stored(self, stored: Stored | Cached) -> "Mixture":
         other = self._of(source.from_stored(stored) for source in self._sources)
         other.stored = stored

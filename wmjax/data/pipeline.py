@@ -151,6 +151,43 @@ class Pipeline:
         self._iterator.close()
 
 
+class Beside:
+    """Batches of one stream, each with a batch of another stream beside it, under `name`.
+
+    Both give one batch a step, so the position of the first says where the second is.
+    """
+
+    def __init__(self, stream: Pipeline, name: str, other: Pipeline) -> None:
+        self._stream, self._name, self._other = stream, name, other
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        other = next(self._other)  # first: where it fails, the position has not advanced
+        return next(self._stream).replace(beside={self._name: other})
+
+    def report(self) -> dict[str, float]:
+        """Return the figures of both; those of the second as NAME/FIGURE."""
+        other = {f"{self._name}/{key}": value for key, value in self._other.report().items()}
+        return self._stream.report() | other
+
+    @property
+    def position(self) -> int:
+        """Clips of the first stream delivered so far."""
+        return self._stream.position
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers of both."""
+        return self._stream.worker_pids + self._other.worker_pids
+
+    def close(self) -> None:
+        """Stop the reading threads and processes of both."""
+        self._other.close()
+        self._stream.close()
+
+
 def _order(source: Source, seed: int) -> grain.MapDataset:
     """Return an endless stream of draws: each dataset shuffled anew in every pass, then mixed."""
     streams = [

@@ -69,6 +69,13 @@ class Source:
         """
         return self
 
+    def single_frames(self) -> "Source":
+        """Return the same recordings as clips of one frame: images."""
+        raise UserError(
+            f"images.source='frames': {type(self).__name__} does not define single_frames; wanted "
+            "a folder of pictures"
+        )
+
     def takes(self) -> list[Take]:
         """Return what each camera recorded of each episode of the split that holds a clip."""
         raise UserError(

@@ -58,6 +58,11 @@ class SyntheticSource(Source):
         other.frames = max(self.frames, most)
         return other
 
+    def single_frames(self) -> "SyntheticSource":
+        other = copy.copy(self)
+        other.frames = 1
+        return other
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return clip `index`, with uint8 HWC frames. Raises IndexError beyond the end."""
         if not 0 <= index < self.num_samples:

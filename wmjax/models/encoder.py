@@ -38,19 +38,16 @@ LARGEST = {  # of settings that somebody else may have written
     "mlp_ratio": 64,
     "patch": 2**10,
     "tubelet": 2**10,
-    "position_grid": 2**10,
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderSettings:
-    """Keys of the `model` group that families with a video encoder share; VJEPA2Settings has more.
+class EncoderSizes:
+    """Keys of the `model` group that families with a video encoder share.
 
     size: tiny, small, base, large, huge, giant or gigantic. width, depth, heads, mlp_ratio: in
     place of the size's; 0 or None: as the size says. patch: pixels of a patch, both ways. tubelet:
-    frames of a patch. rope: tiled (V-JEPA 2), interleaved (2.1), or in its place fixed embeddings,
-    sincos and sincos_uniform (V-JEPA 1 with uniform_power). position_grid: side of the learned
-    table of positions, which weights of an image model bring; rope is then the predictor's alone.
+    frames of a patch.
     """
 
     size: str = "large"
@@ -60,12 +57,9 @@ class EncoderSettings:
     mlp_ratio: float | None = None
     patch: int = 16
     tubelet: int = 2
-    rope: str = "tiled"
-    position_grid: int = 0
 
     def __post_init__(self) -> None:
         check_choice("model.size", self.size, list(SIZES))
-        check_choice("model.rope", self.rope, rope.KINDS)
         for key, most in LARGEST.items():
             least = 1 if key in ("patch", "tubelet") else 0
             check_range(f"model.{key}", getattr(self, key), least, most)
@@ -78,8 +72,30 @@ class EncoderSettings:
     @property
     def encoder_function(self) -> dict[str, Any]:
         """What decides what the encoder's parameters compute."""
-        keys = {key: getattr(self, key) for key in ("patch", "tubelet", "rope")}
-        return {**self.encoder, "position_grid": self.position_grid or 0, **keys}
+        return {**self.encoder, "patch": self.patch, "tubelet": self.tubelet}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSettings(EncoderSizes):
+    """Keys of V-JEPA 2's encoder; VJEPA2Settings has more.
+
+    rope: tiled (V-JEPA 2), interleaved (a true rotation), or in its place fixed embeddings, sincos
+    and sincos_uniform (V-JEPA 1 with uniform_power). position_grid: side of the learned table of
+    positions, which weights of an image model bring; rope is then the predictor's alone.
+    """
+
+    rope: str = "tiled"
+    position_grid: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("model.rope", self.rope, rope.KINDS)
+        check_range("model.position_grid", self.position_grid, 0, 2**10)
+
+    @property
+    def encoder_function(self) -> dict[str, Any]:
+        own = {"position_grid": self.position_grid or 0, "rope": self.rope}
+        return {**super().encoder_function, **own}
 
 
 class PatchEmbed(nnx.Module):

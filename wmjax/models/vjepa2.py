@@ -133,6 +133,14 @@ class VJEPA2(WorldModel):
         (prediction_BMD,) = self.predictor(context_BKD, [(context_ids_BK, target_ids_BM)], grid)
         return prediction_BMD.astype(jnp.float32)
 
+    def predict_from(
+        self, video_BTHWC: jax.Array, context_ids_BK: jax.Array, target_ids_BM: jax.Array
+    ) -> jax.Array:
+        """Return float32 features predicted for the target tokens of clips, seen in the context."""
+        context_BKD = self.encode(video_BTHWC, context_ids_BK)
+        grid = self.encoder.token_grid(*video_BTHWC.shape[1:4])
+        return self.predict(context_BKD, context_ids_BK, target_ids_BM, grid)
+
     def features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
         return merge(nnx.graphdef(self.encoder), target)(video_BTHWC)
 
@@ -142,19 +150,19 @@ class VJEPA2(WorldModel):
 
     def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
         del key  # nothing is drawn
-        video = _rows(batch)
+        video = rows_of(batch)
         valid_R = jnp.asarray(batch.observation.view_mask_BV).reshape(-1)
         grid = self.encoder.token_grid(*video.shape[1:4])
         full_BND = self.target_features(target, video)
 
-        masks = _mask_ids(batch)
+        masks = mask_ids_of(batch)
         predicted = self.predictor(self.encode_contexts(video, masks), masks, grid)
         terms = {}
         for name, z_BMD, (_, ids_BM) in zip(batch.target.names, predicted, masks, strict=True):
             z_BMD = z_BMD.astype(jnp.float32)
             h_BMD = jnp.take_along_axis(full_BND, ids_BM[:, :, None], axis=1)
             error_B = jnp.mean(jnp.abs(z_BMD - h_BMD) ** self.loss_exp, axis=(1, 2))
-            loss = _mean_of_valid(error_B, valid_R) / self.loss_exp
+            loss = mean_of_valid(error_B, valid_R) / self.loss_exp
             terms[name] = Term(loss, z_BMD, h_BMD, ids_BM, valid_R)
         mean = jnp.mean(jnp.stack([jnp.asarray(term.loss) for term in terms.values()]))
         return WorldModelOutput(mean, terms)
@@ -187,13 +195,13 @@ class VJEPA2(WorldModel):
         grid = self.encoder.token_grid(*clip)
 
         def target(model: VJEPA2, target: Params, batch: WorldModelInput, _: Any) -> Any:
-            return model.target_features(target, _rows(batch))
+            return model.target_features(target, rows_of(batch))
 
         def context(model: VJEPA2, _: Params, batch: WorldModelInput, __: Any) -> Any:
-            return (model.encode_contexts(_rows(batch), _mask_ids(batch)),)
+            return (model.encode_contexts(rows_of(batch), mask_ids_of(batch)),)
 
         def predictor(model: VJEPA2, _: Params, batch: WorldModelInput, features: Any) -> Any:
-            return model.predictor(features[0], _mask_ids(batch), grid)
+            return model.predictor(features[0], mask_ids_of(batch), grid)
 
         encoded = jax.ShapeDtypeStruct(
             (B * V, sum(ids.shape[1] for ids in batch.target.context_ids_BK), self.encoder.width),
@@ -206,20 +214,20 @@ class VJEPA2(WorldModel):
         }
 
 
-def _rows(batch: WorldModelInput) -> jax.Array:
+def rows_of(batch: WorldModelInput) -> jax.Array:
     """Return the clips with the views folded into the rows: (BV)THWC."""
     video = jnp.asarray(batch.observation.video_BVTHWC)
     return video.reshape(-1, *video.shape[2:])
 
 
-def _mask_ids(batch: WorldModelInput) -> MaskIds:
+def mask_ids_of(batch: WorldModelInput) -> MaskIds:
     """Return context and target ids of every mask by row: the views of an instant share them."""
     V = batch.observation.video_BVTHWC.shape[1]
     pairs = zip(batch.target.context_ids_BK, batch.target.target_ids_BM, strict=True)
     return [(jnp.repeat(k, V, axis=0), jnp.repeat(m, V, axis=0)) for k, m in pairs]
 
 
-def _mean_of_valid(value_B: jax.Array, valid_B: jax.Array) -> jax.Array:
+def mean_of_valid(value_B: jax.Array, valid_B: jax.Array) -> jax.Array:
     """Average over the rows whose view is valid."""
     weight_B = valid_B.astype(jnp.float32)
     return jnp.sum(value_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1.0)

@@ -24,6 +24,7 @@ from wmjax.models.acting import (
     weighted_mean,
 )
 from wmjax.models.base import InputSpec, Params, merge
+from wmjax.models.dense import DenseEncoder
 from wmjax.models.encoder import Encoder, EncoderSettings, token_grid
 from wmjax.nn import layers, norm, pose
 from wmjax.nn.compute import Compute
@@ -33,6 +34,7 @@ from wmjax.types import Array, Term, TokenGrid, WorldModelInput, WorldModelOutpu
 
 EPS = 1e-5  # of the layer norm on features, unlike the encoder's own
 ACTIONS = ("recorded", "difference", "pose")
+ENCODERS: dict[str, Any] = {"vjepa2": Encoder, "vjepa21": DenseEncoder}
 POSE = 7  # numbers of a pose: place 3, rotation 3, gripper 1
 
 
@@ -40,8 +42,9 @@ POSE = 7  # numbers of a pose: place 3, rotation 3, gripper 1
 class VJEPA2ACSettings(EncoderSettings):
     """Keys of the `model` group that belong to V-JEPA 2-AC, besides those of its encoder.
 
-    predictor_width, predictor_depth, predictor_heads: of the predictor. joint: True
-    trains the encoder too, with an EMA target; False: it is frozen.
+    encoder_kind: vjepa2, which sees a frame as a clip of equal frames; vjepa21, which sees it as an
+    image, with model.rope=interleaved. predictor_width, predictor_depth, predictor_heads: of the
+    predictor. joint: True trains the encoder too, with an EMA target; False: it is frozen.
     action: recorded: the recorded actions between two frames. difference: of the states of two
     frames. pose: the same for states of place, rotation (Euler x, y, z) and gripper, as in DROID.
     normalize: True: actions and states minus mean, over std; False: as recorded.
@@ -50,6 +53,7 @@ class VJEPA2ACSettings(EncoderSettings):
     keeps the last state.
     """
 
+    encoder_kind: str = "vjepa2"
     predictor_width: int = 1024
     predictor_depth: int = 24
     predictor_heads: int = 16
@@ -62,7 +66,9 @@ class VJEPA2ACSettings(EncoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("model.rope", self.rope, ("tiled", "interleaved"))
+        check_choice("model.encoder_kind", self.encoder_kind, list(ENCODERS))
+        kinds = {"vjepa2": ("tiled", "interleaved"), "vjepa21": ("interleaved",)}
+        check_choice("model.rope", self.rope, kinds[self.encoder_kind])
         check_choice("model.action", self.action, ACTIONS)
         for key in ("predictor_depth", "predictor_heads", "rollout"):
             check_range(f"model.{key}", getattr(self, key), 1, 2**10)
@@ -74,7 +80,8 @@ class VJEPA2ACSettings(EncoderSettings):
     def function(self) -> dict[str, Any]:
         """What decides what the parameters compute; the losses left out."""
         keys = ("predictor_width", "predictor_depth", "predictor_heads", "action", "normalize")
-        return {**self.encoder_function, **{key: getattr(self, key) for key in keys}}
+        own = {key: getattr(self, key) for key in (*keys, "encoder_kind")}
+        return {**self.encoder_function, **own}
 
 
 @struct.dataclass
@@ -116,7 +123,7 @@ class VJEPA2AC(ActingModel):
         rngs: nnx.Rngs,
     ):
         recorded = settings.action == "recorded"
-        self.encoder = Encoder.of(settings, compute, rngs)
+        self.encoder = ENCODERS[settings.encoder_kind].of(settings, compute, rngs)
         self.predictor = ACPredictor(
             rngs,
             encoder_width=settings.encoder["width"],
@@ -158,7 +165,9 @@ class VJEPA2AC(ActingModel):
         return self.settings.joint or not path.startswith("encoder/")
 
     def frozen_features(self) -> tuple[str, Mapping[str, Any]]:
-        return ("", {}) if self.settings.joint else ("encoder/", self.settings.encoder_function)
+        settings = self.settings
+        kind = {} if settings.encoder_kind == "vjepa2" else {"encoder_kind": settings.encoder_kind}
+        return ("", {}) if settings.joint else ("encoder/", {**settings.encoder_function, **kind})
 
     def followed(self, params: Params) -> Params:
         return params["encoder"]
@@ -170,12 +179,14 @@ class VJEPA2AC(ActingModel):
     def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(norm.layer_norm(self.features(target, video_BTHWC), EPS))
 
-    def _encode(self, encoder: Encoder, video_BTHWC: jax.Array) -> jax.Array:
-        """Return the features of each frame by itself, as a clip of one tubelet, BND."""
+    def _encode(self, encoder: Encoder | DenseEncoder, video_BTHWC: jax.Array) -> jax.Array:
+        """Return the features of each frame by itself, a clip of one tubelet or an image, BND."""
         B, T = video_BTHWC.shape[:2]
         frames = video_BTHWC.reshape(B * T, 1, *video_BTHWC.shape[2:])
-        still = jnp.broadcast_to(frames, (B * T, self.settings.tubelet, *frames.shape[2:]))
-        features = encoder(still)
+        if isinstance(encoder, Encoder):
+            still = B * T, self.settings.tubelet, *frames.shape[2:]
+            frames = jnp.broadcast_to(frames, still)
+        features = encoder(frames)
         return features.reshape(B, -1, features.shape[-1])
 
     def _of_views(self, features: Any, video_BVTHWC: Array) -> jax.Array:

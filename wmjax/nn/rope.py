@@ -41,6 +41,21 @@ def coordinates(ids_BN: jax.Array, grid: TokenGrid) -> Coordinates:
     )
 
 
+def scaled(coordinates: Coordinates, grid: TokenGrid, side: int) -> Coordinates:
+    """Return coordinates whose rows and columns span 0 to side - 1, whatever the grid.
+
+    As V-JEPA 2.1 (`interpolate_rope`), so that frames of any size use the angles of pretraining.
+    Time stays as it is; the only row of a grid stays at 0, where the reference divides by 0.
+    """
+    time_BN, row_BN, column_BN = coordinates
+    _, rows, columns = grid
+    return (
+        time_BN,
+        row_BN * (side - 1) / max(rows - 1, 1),
+        column_BN * (side - 1) / max(columns - 1, 1),
+    )
+
+
 def at_time(time_BN: jax.Array) -> Coordinates:
     """Return coordinates of tokens that have a time only, such as actions and states.
 

@@ -99,13 +99,13 @@ def same(values: Mapping[str, Any]) -> None:
     _meet(name)
 
 
-def check_same(meta: dict[str, Any], source: Source, *, strict: bool) -> None:
+def check_same(meta: dict[str, Any], data: Mapping[str, Any], *, strict: bool) -> None:
     """Warn where data or libraries are not those of the checkpoint; strict: raise UserError.
 
-    The first checkpoints of wmjax say nothing of either.
+    data: the fingerprint of the run's data. The first checkpoints of wmjax say nothing of either.
     """
     for what, now, follows in (
-        ("data", source.fingerprint(), "the clips are no longer those that an unbroken run gets"),
+        ("data", data, "the clips are no longer those that an unbroken run gets"),
         ("versions", versions(), "the last bits may differ from those of an unbroken run"),
     ):
         was = meta.get(what, now)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from wmjax.data.pipeline import Pipeline
+from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.errors import SIGNALS, ExitCode
 from wmjax.run import coordination
 from wmjax.run.console import say
@@ -142,7 +142,7 @@ class Batches:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Pipeline | Beside,
         stop: StopSignal,
         progress: Callable[[], None] = lambda: None,
         show: Callable[[WorldModelInput], WorldModelInput] = lambda batch: batch,

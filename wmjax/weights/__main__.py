@@ -16,6 +16,7 @@ from wmjax.weights.load import abstract_params, assemble, leaves_of, summarise
 from wmjax.weights.pretrained import CONFIG, Pretrained, open_pretrained
 from wmjax.weights.tables import matches
 
+META = ("vjepa2_ac", "vjepa21")  # exported for Meta's code, because transformers has none
 ITEM_BYTES = {"float16": 2, "bfloat16": 2}
 
 
@@ -114,7 +115,7 @@ def export_folder(
 ) -> str:
     """Write an imported folder, or a run's newest checkpoint, for transformers; return a line."""
     source = open_pretrained(folder, trust=trust)
-    if source.model.get("name") == "vjepa2_ac":
+    if source.model.get("name") in META:
         export_meta(source, out)
         return "\n".join(
             [f"wrote the weights of {folder} to {out}, for Meta's code", *source.notes]
@@ -207,7 +208,7 @@ def run(argv: list[str]) -> int:
         trust=tuple(flags.trust),
     )
     name = source.model.get("name", "vjepa2")
-    if flags.command == "import" and (name not in ("vjepa2", "vjepa2_ac") or source.statistics):
+    if flags.command == "import" and (name not in ("vjepa2", *META) or source.statistics):
         raise UserError(
             f"{flags.source}: a run of model.name={name!r} with statistics of its data: wmjax.load "
             "opens the workdir itself; wanted weights to import"

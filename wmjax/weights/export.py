@@ -14,8 +14,9 @@ from wmjax.nn.norm import EPS
 from wmjax.run.files import to_json
 from wmjax.weights.files import MODEL, write_safetensors, write_torch
 from wmjax.weights.load import abstract_params, assemble, describe, leaves_of, wanted
+from wmjax.weights.meta import EMA
 from wmjax.weights.pretrained import PREPROCESSORS, Pretrained
-from wmjax.weights.tables import VJEPA2, VJEPA2_CLASSIFIER, Format, meta_ac
+from wmjax.weights.tables import VJEPA2, VJEPA2_CLASSIFIER, Format, meta_ac, meta_dense
 
 
 def export(
@@ -74,36 +75,49 @@ def export(
 
 
 def export_meta(source: Pretrained, path: Path) -> None:
-    """Write a .pt file that Meta's V-JEPA 2-AC code reads: encoder, target_encoder and predictor.
+    """Write a .pt file that Meta's code of V-JEPA 2-AC or 2.1 reads: encoders and predictor.
 
     Needs torch. Raises UserError for a model that Meta's code would compute differently.
     """
+    name = source.model["name"]
     if path.suffix != ".pt":
-        raise UserError(f"{path}: a model of name vjepa2_ac: wanted OUT.pt, for Meta's code")
-    settings, spec = base.settings_of({"name": "vjepa2", **source.model}), source.spec
-    arrays = dict(assemble(source, leaves_of(abstract_params(source))))
+        raise UserError(f"{path}: a model of name {name}: wanted OUT.pt, for Meta's code")
+    settings = base.settings_of(source.model)
+    acts = name == "vjepa2_ac"
+    if acts:
+        _check_acting(source, settings)
+    levels = ["predictor.predictor_embed.0.weight"] * (not acts and settings.levels > 1)
+    form = meta_ac("encoder") if acts else meta_dense("encoder", levels)
+    tensors: dict[str, np.ndarray] = {}
+    rows = {row.path: row for row in form.rows}
+    for path_of, host in assemble(source, leaves_of(abstract_params(source))):
+        row = rows.get(path_of)
+        if row is None or not row.layout.write:
+            continue  # statistics, which are 0 and 1, and counts
+        layers = host if row.stacked else host[None]
+        for (named,), layer in zip(row.layer_names(len(layers)), layers, strict=True):
+            tensors[named] = row.layout.write(layer)
+    if acts:
+        width = tensors["predictor.action_encoder.bias"].shape[0]
+        unused = {"weight": (width, source.spec.state_size - 1), "bias": (width,)}
+        tensors |= {f"predictor.extrinsics_encoder.{k}": np.zeros(v) for k, v in unused.items()}
+    copies = ("target_encoder",) if acts else EMA
+    write_torch(path, tensors, dict.fromkeys(("encoder", *copies), "encoder"))
+
+
+def _check_acting(source: Pretrained, settings: Any) -> None:
+    """Raise UserError for a V-JEPA 2-AC that Meta's code would compute differently."""
+    spec = source.spec
     for what, found, fits in (
         ("model.action", settings.action, settings.action == "pose"),
         ("model.normalize", settings.normalize, not settings.normalize),
         ("cameras", spec.views, spec.views == 1),
         ("data.mixture: datasets", len(source.statistics), len(source.statistics) < 2),
         ("model.position_grid", settings.position_grid, not settings.position_grid),
+        ("model.encoder_kind", settings.encoder_kind, settings.encoder_kind == "vjepa2"),
     ):
         if not fits:
             raise UserError(f"{source.where}: {what}={found}: Meta's code has another")
-    rows = {row.path: row for row in meta_ac("encoder").rows}
-    tensors: dict[str, np.ndarray] = {}
-    for path_of, host in arrays.items():
-        row = rows.get(path_of)
-        if row is None or not row.layout.write:
-            continue  # statistics, which are 0 and 1
-        layers = host if row.stacked else host[None]
-        for (name,), layer in zip(row.layer_names(len(layers)), layers, strict=True):
-            tensors[name] = row.layout.write(layer)
-    width = tensors["predictor.action_encoder.bias"].shape[0]
-    unused = {"weight": (width, spec.state_size - 1), "bias": (width,)}
-    tensors |= {f"predictor.extrinsics_encoder.{k}": np.zeros(v) for k, v in unused.items()}
-    write_torch(path, tensors, {"encoder": "encoder", "target_encoder": "encoder"})
 
 
 def square_clip(

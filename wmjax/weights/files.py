@@ -31,6 +31,13 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
+class Named(NamedTuple):
+    """A tensor that is not read yet, by its name in a file."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
 def find(source: str) -> Path:
     """Return a path that exists, or else download the model OWNER/NAME from the Hub."""
     path = Path(os.path.expanduser(source))
@@ -71,6 +78,11 @@ def open_safetensors(folder: Path) -> Tensors:
         files = _shards(folder)
     else:
         raise UserError(f"{folder}: contains neither {MODEL} nor {_INDEX}")
+    return open_safetensors_files(files)
+
+
+def open_safetensors_files(files: Iterable[Path]) -> Tensors:
+    """Open the tensors of several files as one."""
     tensors, shard_of = Tensors({}, {}, lambda name: shard_of[name].get_tensor(name)), {}
     for file in files:
         try:
@@ -157,6 +169,15 @@ def torch_tensors(tensors: Mapping[str, Any]) -> Tensors:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
         read,
+    )
+
+
+def renamed(tensors: Tensors, names: Mapping[str, Named]) -> Tensors:
+    """Return the tensors under new names."""
+    return Tensors(
+        {new: old.shape for new, old in names.items()},
+        {new: tensors.dtypes[old.name] for new, old in names.items()},
+        lambda new: tensors.read(names[new].name),
     )
 
 

@@ -12,8 +12,9 @@ from wmjax.errors import UserError
 from wmjax.models import base
 from wmjax.models.base import Params, differences, function_of, settings_of
 from wmjax.models.classifier import AttentiveClassifier
-from wmjax.models.encoder import EncoderSettings
+from wmjax.models.encoder import EncoderSizes
 from wmjax.models.vjepa2 import VJEPA2Settings
+from wmjax.models.vjepa21 import VJEPA21Settings
 from wmjax.nn.compute import Compute
 from wmjax.weights.pretrained import Pretrained
 from wmjax.weights.tables import TensorMap
@@ -65,7 +66,7 @@ def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
     if not source.model:  # a probe alone
         return
     found = settings_of({"name": "vjepa2", **source.model}, source.trust)
-    share = isinstance(found, EncoderSettings) and isinstance(settings, EncoderSettings)
+    share = isinstance(found, EncoderSizes) and isinstance(settings, EncoderSizes)
     if type(found) is not type(settings) and share and parts == ("encoder",):
         ours = {k: v for k, v in settings.encoder_function.items() if k not in source.assumed}
         _same(source, ours, found.encoder_function)
@@ -77,8 +78,9 @@ def check(source: Pretrained, settings: Any, parts: tuple[str, ...]) -> None:
         )
     theirs, ours = function_of(found), dict(function_of(settings))
     skipped = {*source.assumed}
-    if isinstance(settings, VJEPA2Settings):
-        of_predictor = {key for key in ours if key.startswith("predictor_")} | {"mask_index"}
+    if isinstance(settings, VJEPA2Settings | VJEPA21Settings):
+        of_predictor = {"mask_index", "levels", "output_width"}
+        of_predictor |= {key for key in ours if key.startswith("predictor_")}
         ours["mask_index"] %= found.num_mask_tokens  # as assemble takes them
         if "predictor" not in parts:
             skipped |= of_predictor | ({"rope"} if theirs["position_grid"] else set())

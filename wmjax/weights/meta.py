@@ -27,11 +27,9 @@ _WRAPPERS = {
 }
 # Parts of names that only another model has.
 _OTHERS = {
-    **dict.fromkeys(
-        ("norms_block", "patch_embed_img", "img_mod_embed", "video_mod_embed"), "V-JEPA 2.1"
-    ),
     **dict.fromkeys(  # keys of config.json
-        ("use_rope_interleave", "use_modality_embeddings", "interpolate_rope"), "V-JEPA 2.1"
+        ("use_rope_interleave", "use_modality_embeddings", "interpolate_rope"),
+        "V-JEPA 2.1 in the layout of transformers",
     ),
     **dict.fromkeys(
         ("verb_classifier", "noun_classifier", "action_classifier"),
@@ -40,6 +38,8 @@ _OTHERS = {
 }
 _RELEASED_SIZES = {SIZES[size][:2] for size in ("large", "huge", "giant")}  # of V-JEPA 2
 _RELEASED_MASK_TOKENS = 10
+EMA = ("target_encoder", "ema_encoder")  # the second: of V-JEPA 2.1 base and large
+RAW = ".patch_embed.proj.weight"  # end of a name that only Meta's own layout has
 _PATCHES, _EMBED = "patch_embed.proj.weight", "predictor_embed.weight"
 _OF_PREDICTOR = re.compile(r"predictor_|mask_tokens\.")  # where both have one state dict
 
@@ -84,7 +84,8 @@ def refuse_other_models(where: str, names: Iterable[str]) -> None:
             if part in _OTHERS:
                 raise UserError(
                     f"{where}: {_OTHERS[part]}, as it has {name}: wmjax does not load this model; "
-                    "wanted V-JEPA 2, V-JEPA 2-AC, V-JEPA 1 or a video classification probe"
+                    "wanted V-JEPA 2, V-JEPA 2.1 or V-JEPA 2-AC as Meta has them, V-JEPA 1 or a "
+                    "video classification probe"
                 )
 
 
@@ -93,11 +94,11 @@ def choose_parts(
 ) -> Parts:
     """Find the encoder that is asked for, and the predictor.
 
-    saved: the file. named: its tensors, as plain_names returns. encoder: its name; "":
-    target_encoder (the EMA), or the only one. A state dict without a name is called encoder.
+    saved: the file. named: its tensors, as plain_names returns. encoder: its name; "": the EMA,
+    target_encoder or ema_encoder, or the only one. A state dict without a name is called encoder.
     """
     encoders = {prefix.rstrip(".") or "encoder": prefix for prefix in _prefixes(named, _PATCHES)}
-    wanted = encoder or "target_encoder"
+    wanted = encoder or next((name for name in EMA if name in encoders), EMA[0])
     if wanted not in encoders and not encoder and len(encoders) == 1:
         (wanted,) = encoders
     if wanted not in encoders:

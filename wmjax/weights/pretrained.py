@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ from flax.traverse_util import flatten_dict
 
 from wmjax.errors import UserError, check_above, check_choice
 from wmjax.models.base import Blueprint, InputSpec, freeze_patterns
+from wmjax.models.dense import TAPS
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD, SIZES
+from wmjax.nn import rope
 from wmjax.nn.compute import Compute
 from wmjax.nn.norm import EPS
 from wmjax.run.files import check_utf8
 from wmjax.run.saved import Saved
 from wmjax.weights import meta, tables
 from wmjax.weights.files import (
+    Named,
     Tensors,
     find,
     open_safetensors,
+    open_safetensors_files,
     open_torch,
     read_json,
+    renamed,
     torch_tensors,
 )
 from wmjax.weights.images import Pixels
@@ -103,8 +109,8 @@ def open_pretrained(
         if value is not None:
             check_above(key, value)
     path = find(str(source))
-    if path.is_file():
-        return _meta(path, encoder, heads, predictor_heads, probe)
+    if file := path if path.is_file() else _raw(path):
+        return _meta(file, encoder, heads, predictor_heads, probe)
     is_run = (path / "checkpoints").is_dir() and not (path / CONFIG).is_file()
     asked: dict[str, Any] = {"heads": heads, "predictor_heads": predictor_heads, "probe": probe}
     asked |= {} if is_run else {"encoder": encoder}
@@ -130,6 +136,16 @@ def open_pretrained(
             f"{path / 'config.json'}: model_type={kind!r}: wanted one of {', '.join(readers)}"
         )
     return readers[kind](path, config, open_safetensors(path))
+
+
+def _raw(folder: Path) -> Path | None:
+    """Return the weights of a folder that holds them under Meta's names; None: it does not."""
+    known = any((folder / name).exists() for name in ("checkpoints", CONFIG))
+    files = list(folder.glob("*.safetensors"))
+    if known or len(files) != 1:
+        return None
+    names = open_safetensors_files(files).shapes
+    return files[0] if any(f".{name}".endswith(meta.RAW) for name in names) else None
 
 
 def _own(folder: Path) -> Pretrained:
@@ -365,11 +381,17 @@ def _image(
 def _meta(
     path: Path, encoder: str, heads: int | None, predictor_heads: int | None, probe: int
 ) -> Pretrained:
-    if path.suffix not in (".pt", ".pth", ".tar"):
+    where, opened = str(path), None
+    if path.suffix == ".safetensors":
+        opened = open_safetensors_files([path])
+        saved: dict[str, Any] = {name: Named(name, shape) for name, shape in opened.shapes.items()}
+    elif path.suffix in (".pt", ".pth", ".tar"):
+        saved = open_torch(path)
+    else:
         raise UserError(
-            f"{path}: not a model; wanted a folder, OWNER/NAME on the Hub or a .pt file"
+            f"{path}: not a model; wanted a folder, OWNER/NAME on the Hub, or a file of Meta's "
+            "weights: .pt or .safetensors"
         )
-    saved, where = open_torch(path), str(path)
     if "classifiers" in saved:
         return _meta_classifier(where, saved, heads, probe)
     if probe:
@@ -377,12 +399,26 @@ def _meta(
     named = meta.plain_names(where, saved)
     meta.refuse_other_models(where, named)
     parts = meta.choose_parts(where, saved, named, encoder)
-    tensors = torch_tensors(parts.tensors)
+    tensors = torch_tensors(parts.tensors) if opened is None else renamed(opened, parts.tensors)
+    return of_meta(where, tensors, parts.encoder, parts.choices, heads, predictor_heads)
+
+
+def of_meta(
+    where: str,
+    tensors: Tensors,
+    encoder: str,
+    choices: tuple[str, ...],
+    heads: int | None,
+    predictor_heads: int | None,
+) -> Pretrained:
+    """Find which of Meta's models these tensors are; names: as meta.choose_parts returns."""
     acts = "predictor.action_encoder.weight" in tensors.shapes
-    model = _meta_sizes(where, tensors, parts.encoder, acts)
+    dense = f"{encoder}.patch_embed_img.proj.weight" in tensors.shapes
+    sizes = _dense_sizes if dense else partial(_meta_sizes, acts=acts)
+    model = sizes(where, tensors, encoder)
     released = {size[:2]: size[2] for size in SIZES.values()}.get((model["width"], model["depth"]))
-    notes, clip, assumed = [f"the encoder is {parts.encoder}"], {}, []
-    if positions := meta.fixed_positions(where, tensors, parts.encoder):
+    notes, clip, assumed = [f"the encoder is {encoder}"], {}, []
+    if positions := meta.fixed_positions(where, tensors, encoder):
         kind, (time, rows, _) = positions
         if meta.is_released(where, model):
             notes.append(
@@ -410,57 +446,80 @@ def _meta(
     if acts:
         choose("predictor_heads", predictor_heads, None, model["predictor_width"] // 64)
         notes.append("V-JEPA 2-AC: model.action='pose', actions and states as recorded")
-    elif (narrow := model.get("predictor_width")) and model["rope"] == "tiled":
+    elif (narrow := model.get("predictor_width")) and model.get("rope") not in rope.FIXED:
         choose("predictor_heads", predictor_heads, 12 if narrow == 384 else None, narrow // 32)
     elif narrow:  # V-JEPA 1 takes the encoder's
         known = None if assumed else model["heads"]
         choose("predictor_heads", predictor_heads, known, model["heads"])
+    table = (tables.meta_ac if acts else tables.meta)(encoder)
     return Pretrained(
         where,
-        (tables.meta_ac if acts else tables.meta)(parts.encoder),
+        tables.meta_dense(encoder, tensors.shapes) if dense else table,
         tensors,
         model,
         clip=clip,
         spec=_DROID if acts else _SPEC,
         assumed=tuple(assumed),
         notes=tuple(notes),
-        choices=parts.choices,
+        choices=choices,
     )
 
 
 def _meta_sizes(where: str, tensors: Tensors, encoder: str, acts: bool) -> dict[str, Any]:
     """Return the keys of `model` that the shapes of a checkpoint say; acts: V-JEPA 2-AC."""
-    shapes = tensors.shapes
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if len(shapes.get(name, ())) != rank:
-            raise UserError(
-                f"{where}: not a V-JEPA 2: {name} is {shapes.get(name, 'absent')}; wanted {rank} "
-                "axes"
-            )
-        return shapes[name]
-
-    width, _, tubelet, patch, _ = shape(f"{encoder}.patch_embed.proj.weight", 5)
-    hidden, _ = shape(f"{encoder}.blocks.0.mlp.fc1.weight", 2)
-    model = {
-        "width": width,
-        "depth": _count(shapes, f"{encoder}.blocks.*.norm1.weight"),
-        "mlp_ratio": hidden / width,
-        "patch": patch,
-        "tubelet": tubelet,
-        "rope": "tiled",
-    }
-    if any(name.startswith("predictor.") for name in shapes):
-        model |= {
-            "predictor_width": shape("predictor.predictor_embed.weight", 2)[0],
-            "predictor_depth": _count(shapes, "predictor.predictor_blocks.*.norm1.weight"),
-        }
+    model = {**_encoder_sizes(where, tensors, encoder), "rope": "tiled"}
+    if any(name.startswith("predictor.") for name in tensors.shapes):
+        model |= _predictor_sizes(where, tensors, "predictor.predictor_embed.weight")
         if acts:
             own = {"action": "pose", "normalize": False, "state_loss": 0.0}
             return {"name": "vjepa2_ac", **model, **own}
-        shape("predictor.mask_tokens.0", 3)
-        model |= _mask_tokens(_count(shapes, "predictor.mask_tokens.*"))
+        _shape(where, tensors, "predictor.mask_tokens.0", 3)
+        model |= _mask_tokens(_count(tensors.shapes, "predictor.mask_tokens.*"))
     return model
+
+
+def _dense_sizes(where: str, tensors: Tensors, encoder: str) -> dict[str, Any]:
+    """Return the keys of `model` that the shapes of a checkpoint of V-JEPA 2.1 say."""
+    shapes = tensors.shapes
+    model = {"name": "vjepa21", **_encoder_sizes(where, tensors, encoder)}
+    if any(name.startswith("predictor.") for name in shapes):
+        several = "predictor.predictor_embed.0.weight" in shapes
+        embed = f"predictor.predictor_embed.{'2.' if several else ''}weight"
+        outputs = _shape(where, tensors, "predictor.predictor_proj.weight", 2)[0]
+        levels = TAPS if several else 1
+        model |= _predictor_sizes(where, tensors, embed)
+        model |= _mask_tokens(_count(shapes, "predictor.mask_tokens.*"))
+        own = outputs == levels * model["width"]
+        model |= {"levels": levels, "teacher_width": 0 if own else outputs // levels}
+    return model
+
+
+def _encoder_sizes(where: str, tensors: Tensors, encoder: str) -> dict[str, Any]:
+    width, _, tubelet, patch, _ = _shape(where, tensors, f"{encoder}.patch_embed.proj.weight", 5)
+    hidden, _ = _shape(where, tensors, f"{encoder}.blocks.0.mlp.fc1.weight", 2)
+    return {
+        "width": width,
+        "depth": _count(tensors.shapes, f"{encoder}.blocks.*.norm1.weight"),
+        "mlp_ratio": hidden / width,
+        "patch": patch,
+        "tubelet": tubelet,
+    }
+
+
+def _predictor_sizes(where: str, tensors: Tensors, embed: str) -> dict[str, Any]:
+    return {
+        "predictor_width": _shape(where, tensors, embed, 2)[0],
+        "predictor_depth": _count(tensors.shapes, "predictor.predictor_blocks.*.norm1.weight"),
+    }
+
+
+def _shape(where: str, tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
+    found = tensors.shapes.get(name, ())
+    if len(found) != rank:
+        raise UserError(
+            f"{where}: not a V-JEPA 2: {name} is {found or 'absent'}; wanted {rank} axes"
+        )
+    return found
 
 
 def _mask_tokens(count: int) -> dict[str, int]:

@@ -4,11 +4,12 @@ One row serves reading and writing. Works on NumPy arrays; opens no file.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from wmjax.models.dense import TAPS
 from wmjax.weights import images
 
 Shape = tuple[int, ...]
@@ -141,6 +142,13 @@ def _tubelets(path: str, name: str) -> list[TensorMap]:
     ]
 
 
+def _modality(path: str, name: str) -> list[TensorMap]:
+    return [
+        TensorMap(f"{path}.video", (f"{name}.video_mod_embed",)),
+        TensorMap(f"{path}.image", (f"{name}.img_mod_embed",)),
+    ]
+
+
 def _patches(path: str, name: str, pixels: images.Pixels) -> list[TensorMap]:
     kernel = Layout(images.patch_shape, pixels.kernel)
     bias = Layout(SAME.file_shape, pixels.bias)
@@ -236,6 +244,38 @@ def meta(encoder: str) -> Format:
             *_linear("predictor.proj", "predictor.predictor_proj"),
         ),
         ignored=(f"{encoder}.pos_embed", "predictor.predictor_pos_embed"),
+    )
+
+
+def meta_dense(encoder: str, names: Container[str]) -> Format:
+    """Return the table of Meta's V-JEPA 2.1; names: of the tensors in the file.
+
+    The predictor of several levels reads them by two linear layers, that of one by one.
+    """
+    qkv, several = ("attn.qkv",), "predictor.predictor_embed.0.weight" in names
+    embed = "predictor.predictor_embed"
+    return Format(
+        f"V-JEPA 2.1 checkpoint of Meta, {encoder}",
+        (
+            *_tubelets("encoder.patch_embed", f"{encoder}.patch_embed.proj"),
+            *_tubelets("encoder.patch_embed_image", f"{encoder}.patch_embed_img.proj"),
+            *_modality("encoder.modality", encoder),
+            *_blocks("encoder.blocks", f"{encoder}.blocks.*", qkv, "attn.proj"),
+            *(
+                row
+                for tap in range(TAPS)
+                for row in _norm(f"encoder.norms.{tap}", f"{encoder}.norms_block.{tap}")
+            ),
+            *(_linear("predictor.mix", f"{embed}.0") if several else ()),
+            *_linear("predictor.embed", f"{embed}.2" if several else embed),
+            *_modality("predictor.modality", "predictor"),
+            TensorMap("predictor.mask_tokens", ("predictor.mask_tokens.*",)),
+            *_blocks("predictor.blocks", "predictor.predictor_blocks.*", qkv, "attn.proj"),
+            *_norm("predictor.norm", "predictor.predictor_norm"),
+            *_linear("predictor.proj", "predictor.predictor_proj"),
+            *_linear("predictor.proj_context", "predictor.predictor_proj_context"),
+        ),
+        zeros=("predictor.updates",) if "predictor.predictor_norm.weight" in names else (),
     )
 
 

@@ -119,6 +119,12 @@ class Recording(Source):
         other.use_split(self._split)
         return other
 
+    def single_frames(self) -> Self:
+        other = copy.copy(self)
+        other.frames = 1
+        other.use_split(self._split)
+        return other
+
     def use_split(self, split: str) -> None:
         """Take the episodes of a split, and cut them into windows."""
         self._split = split
