@@ -130,7 +130,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "follow_links": False,  # True: links in a dataset may lead outside its folder
                 "val_share": 0.05,  # share of the episodes held out (at least one); 0: none
                 "threads": 16,  # clips read at once by threads: in validation, and with workers=0
-                "workers": empty(int),  # reader processes; empty: min(threads, cores); 0: none
+                # Processes that read clips, and that play simulators; empty: min(threads, cores);
+                # 0: none.
+                "workers": empty(int),
                 "prefetch": empty(int),  # clips read ahead; empty: two batches
                 "on_error": "raise",  # unreadable data: raise: stop; skip: leave it out
                 "max_skip_share": 0.05,  # skipped share (of at least 400 clips) that stops the run
@@ -165,17 +167,23 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "eval": {
                 # Evaluators, in this order: validation, pictures, probe; acting (for models that
-                # act), closed_loop (with env); or package.module:Name.
+                # act), closed_loop and harness (with env); or package.module:Name.
                 "evaluators": "validation,pictures,probe,acting,closed_loop",
-                "batches": 8,  # of held-out clips, the same in every validation
+                # Held-out batches, the same in every validation; empty: 8, in a short run a tenth
+                # of its steps.
+                "batches": empty(int),
                 "probe_every": 10_000,  # steps between probes (and acting), one at the end; 0: none
-                "probe_clips": 512,  # training clips of a probe; held-out clips: half as many
+                # Training clips of a probe; held-out clips: half as many. Empty: 512, in a short
+                # run a tenth of the clips that it trains on.
+                "probe_clips": empty(int),
                 # Features that the probe predicts: names a,b; auto: the state, and
                 # observation.environment_state if recorded.
                 "labels": "auto",
                 "env": "",  # simulator of the recording, to act in: tworoom, package.module:Name
                 "env_episodes": 50,  # held-out starts that it acts from
                 "env_goal": 25,  # recorded steps from start to goal; twice as many are allowed
+                "env_goals": 1,  # 3: also goals twice and three times as far
+                "env_seeds": 1,  # each draws its own starts
                 "env_plan": "short",  # preset of planning, and keys: short,samples=128
             },
             "mesh": {

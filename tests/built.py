@@ -29,8 +29,8 @@ def settings(**group):
     return settings_of({"name": "vjepa2"} | group)
 
 
-def stream(config, split="train", position=0, *, held_out=None, setup=None):
+def stream(config, split="train", position=0, *, held_out=None, setup=None, **how):
     """Open the pipeline of a split, as training does."""
     setup = setup or assemble.prepare(config, (split,) if split == "train" else ("train", split))
     held_out = split != "train" if held_out is None else held_out
-    return assemble.make_pipeline(config, setup, split, position, held_out=held_out)
+    return assemble.make_pipeline(config, setup, split, position, held_out=held_out, **how)

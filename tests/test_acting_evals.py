@@ -126,7 +126,7 @@ def test_clips_are_as_long_as_half_of_the_episodes_allow():
     assert 4 < allowed < 17
     assert place.of_frames(17).frames == allowed
     assert len(place.of_frames(17)[0]["frames_VT"][0]) == allowed
-    assert place.of_frames(2).frames == 4
+    assert place.of_frames(2).frames == 2
     assert pusht.of_frames(17).frames == 17
     both = Mixture({"place": place, "pusht": pusht}, {"place": 1.0, "pusht": 1.0}).of_frames(17)
     assert both.frames == allowed

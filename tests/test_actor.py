@@ -131,6 +131,30 @@ def test_energies_are_distances_of_roll_outs():
     np.testing.assert_allclose(made.energy(params, SHOWN, picture(1), actions[2]), found[2])
 
 
+def test_the_cost_of_a_plan_is_the_searchs():
+    made, params = actor()
+    blocks, found = plan(made, params, SHOWN, picture(1))
+    cost = made.cost(params, SHOWN, picture(1), np.concatenate([blocks, 0 * blocks]), SHORT, "")
+    assert cost.shape == (2,)
+    assert cost[0] == pytest.approx(float(found.cost), rel=1e-4)
+    several = {"top": np.stack([SHOWN["top"]] * 2), "state": np.zeros((2, 2))}
+    actions = np.stack([blocks, 0 * blocks])
+    rows = made.cost(params, several, picture(1), actions, SHORT, "")
+    np.testing.assert_allclose(rows[:, 0], cost, rtol=1e-4)
+    with pytest.raises(UserError, match=r"shape \(1, 2, 5\): wanted \(plans, blocks, 6\)"):
+        made.cost(params, SHOWN, picture(1), blocks[..., 1:], SHORT, "")
+
+
+def test_the_action_before_the_first_is_zero_as_recorded():
+    made, params = actor()
+    seen, _ = made.observation(SHOWN)
+    model = base.merge(made._blueprint.graph, params)
+    latent = model.observe({}, jax.tree.map(jnp.asarray, seen))
+    nothing = np.tile(-np.divide(NUMBERS["mean"], NUMBERS["std"]), 3).astype(np.float32)
+    wanted = model.action_encoder(jnp.asarray(nothing[None, None]))[:, 0]
+    np.testing.assert_allclose(latent.previous_BD, wanted, atol=1e-5)
+
+
 def test_a_policy_replans_when_its_blocks_are_done():
     made, params = actor()
     policy = made.policy(params, picture(1), SHORT, "", "recorded", 0)

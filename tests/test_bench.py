@@ -18,6 +18,7 @@ from says import refused, says, suggests
 from shared_data import PUSHT
 
 from wmjax import assemble, sharding
+from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.bench import data as data_bench
 from wmjax.bench.step import random_batch
@@ -230,3 +231,12 @@ def test_the_door_ends_with_a_line_and_code_2():
 def test_wrong_flags_are_named(words, said):
     with refused(*said):
         bench.run(words)
+
+
+def test_a_run_gives_its_configuration_and_flags_are_told(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(configs.to_json(micro.config("seed=7")))
+    seen = []
+    monkeypatch.setattr(bench, "bench_step", lambda config, flags: seen.append(config) or {})
+    assert bench.run(["step", f"--config={tmp_path}", "--config.data.batch_size=2"]) == 0
+    assert (seen[0].seed, seen[0].data.batch_size) == (7, 2)
+    says(capsys.readouterr().err, tmp_path / "config.json", "--config.data.batch_size=2", lines=1)

@@ -3,6 +3,7 @@
 import json
 
 import av
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from recordings import refused
 from wmjax import config as configs
 from wmjax.commands.evaluate import evaluate
 from wmjax.data.tools.record import record
+from wmjax.envs.pool import Simulators
 from wmjax.envs.tworoom import TwoRoom
+from wmjax.evals import harness
+from wmjax.evals.closed_loop import ClosedLoop
 from wmjax.models.acting import ActingModel
 from wmjax.types import WorldModelOutput
 
@@ -94,8 +98,10 @@ def config(room, *overrides):
 
 
 def rates(workdir):
+    """Return the rates of the first trial, and the entry in evals.jsonl."""
     entry = json.loads((workdir / "evals.jsonl").read_text().splitlines()[-1])["closed_loop"]
-    return {name: 100 * np.mean(entry[name]) for name in FOUND}, entry
+    reached = entry["trials"][0]["official"]
+    return {name: 100 * np.mean(reached[name]) for name in FOUND}, entry
 
 
 def test_a_model_that_knows_reaches_its_goals_and_the_table_says_so(room, tmp_path, capsys):
@@ -105,15 +111,20 @@ def test_a_model_that_knows_reaches_its_goals_and_the_table_says_so(room, tmp_pa
     assert found["planned"] >= 80
     assert found["still"] == 0
     assert found["random"] < 60
-    assert len(entry["apart"]) == 20
-    assert min(entry["apart"]) >= 16
+    (trial,) = entry["trials"]
+    assert len(trial["apart"]) == 20
+    assert min(trial["apart"]) >= 16
+    assert trial["solved"] > 0
+    run = json.loads((tmp_path / "evals.jsonl").read_text())["run"]
+    assert run["recordings"] == [run["settings"]["data"]["root"]] == ["room"]
+    assert str(tmp_path.parent) not in json.dumps(run)
     said = capsys.readouterr().out
     for name, rate in zip(("planned", "recorded actions"), ("planned", "recorded"), strict=True):
         (line,) = (line for line in said.splitlines() if line.strip().startswith(name))
         assert line.split()[len(name.split())] == f"{found[rate]:.0f}"
     table = said[said.index("tworoom: 20 goals") : said.index("standard error")]
     assert max(map(len, table.splitlines())) <= 80
-    with av.open(str(tmp_path / "closed_loop/0.mp4")) as video:
+    with av.open(str(tmp_path / "closed_loop/0_25.mp4")) as video:
         shape = {frame.to_ndarray(format="rgb24").shape for frame in video.decode(video=0)}
     assert shape == {(2 * SIZE, 8 * SIZE, 3)}
 
@@ -143,6 +154,120 @@ def test_the_same_again(room, tmp_path):
     assert rates(tmp_path / "a")[1] == rates(tmp_path / "b")[1]
 
 
+def test_goals_and_seeds_compile_no_more_and_processes_change_nothing(room, tmp_path, caplog):
+    few = "eval.env_episodes=6", "eval.env_goal=15"
+    compiled = []
+    for name, *overrides in (
+        ("one",),
+        ("more", "eval.env_goals=2", "eval.env_seeds=2"),
+        ("shared", "eval.env_goals=2", "eval.env_seeds=2", "data.workers=2", "data.frames=6"),
+    ):
+        caplog.clear()
+        with jax.log_compiles():
+            evaluate(config(room, *few, *overrides), tmp_path / name)
+        told = [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
+        compiled.append(sum("jit(plan)" in text for text in told))
+    assert compiled == [2, 2, 2]  # a plan from nothing, and one from the rest of the last
+    _, entry = rates(tmp_path / "more")
+    assert rates(tmp_path / "shared")[1] == entry  # starts do not depend on data.frames
+    assert rates(tmp_path / "one")[1]["trials"] == entry["trials"][:1]
+    trials = entry["trials"]
+    found = [(trial["goal"], trial["seed"]) for trial in trials]
+    assert found == [(goal, seed) for goal in (15, 30) for seed in (42, 43)]
+    assert trials[0]["clips"] != trials[1]["clips"]
+    near, far = (np.mean([trial["apart"] for trial in trials[i : i + 2]]) for i in (0, 2))
+    assert near < far
+    for name in FOUND:
+        for trial in trials:
+            usual, strict = trial["official"][name], trial["strict"][name]
+            assert len(usual) == 6
+            assert all(a >= b for a, b in zip(usual, strict, strict=True))
+    assert [trial["familiar"] for trial in trials] == [0] * 4
+    assert {path.name for path in (tmp_path / "more/closed_loop").iterdir()} == {
+        *("0_15.mp4", "0_30.mp4")
+    }
+
+
+def test_start_and_goal_are_the_recorded_pictures(room, tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(
+        ClosedLoop,
+        "_show",
+        lambda self, trial, _, seen, name: found.update(
+            first=seen[0], second=seen[1], recorded=trial.picture_N2HWC
+        ),
+    )
+    monkeypatch.setattr(TwoRoom, "picture", lambda self: np.zeros((SIZE, SIZE, 3), np.uint8))
+    evaluate(config(room, "eval.env_episodes=6"), tmp_path)
+    assert found["recorded"].shape == (6, 2, SIZE, SIZE, 3)
+    assert np.ptp(found["recorded"], axis=(2, 3, 4)).min() > 200
+    np.testing.assert_array_equal(found["first"], found["recorded"][:, 0])
+    assert not found["second"].any()
+
+
+def world(policy, env, pictures, states, own, goal):
+    """Play as World does: the policy is asked, the pictures after the first are the simulators'."""
+    envs = [TwoRoom(SIZE) for _ in pictures]
+    for env, (start, end) in zip(envs, states, strict=True):
+        env.set_goal(end)
+        env.set_state(start)
+    policy.set_env(envs)
+    reached, shown_NHWC = np.zeros(len(envs), bool), pictures[:, 0]
+    for _ in range(2 * goal):
+        state_NS = np.stack([env.state[:own] for env in envs])
+        info = {"pixels": shown_NHWC, "goal": pictures[:, 1], "proprio": state_NS}
+        actions = policy.get_action({name: value[:, None] for name, value in info.items()})
+        for env, action in zip(envs, actions, strict=True):
+            env.step(action)
+        reached |= [env.reached() for env in envs]
+        shown_NHWC = np.stack([env.picture() for env in envs])
+    return reached
+
+
+def test_the_evaluator_harness_plays_the_same_by_the_usual_rule_alone(room, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(harness, "check", lambda env: None)
+    monkeypatch.setattr(harness, "versions", lambda: {"stable-worldmodel": "9"})
+    monkeypatch.setattr(harness, "evaluate", world)
+    start = Simulators.__init__
+    monkeypatch.setattr(
+        Simulators, "__init__", lambda self, *a, **k: opened.append(self) or start(self, *a, **k)
+    )
+    both = "eval.evaluators=closed_loop,harness", "eval.env_episodes=6", "eval.env_goals=2"
+    evaluate(config(room, *both), tmp_path)
+    assert len(opened) == 1
+    row = json.loads((tmp_path / "evals.jsonl").read_text())
+    ours, theirs = row["closed_loop"], row["harness"]
+    assert theirs["stable-worldmodel"] == "9"
+    for mine, other in zip(ours["trials"], theirs["trials"], strict=True):
+        assert mine.pop("strict").keys() == set(FOUND)
+        assert other.pop("strict") == {}
+        assert mine == other
+    assert {"0_25.mp4", "0_50.mp4"} == {path.name for path in (tmp_path / "harness").iterdir()}
+
+
+def test_the_stricter_rule_has_to_hold(room, tmp_path, monkeypatch):
+    """A rule that counts every second step never holds for two."""
+    steps = iter(range(10**9))
+    monkeypatch.setattr(TwoRoom, "reached_strictly", lambda env: next(steps) // 6 % 2 == 0)
+    strict = []
+    for count in (1, 2):
+        monkeypatch.setattr(TwoRoom, "strict_steps", count)
+        evaluate(config(room, "eval.env_episodes=6"), tmp_path)
+        strict.append(rates(tmp_path)[1]["trials"][0]["strict"]["still"])
+    assert strict == [[1] * 6, [0] * 6]
+
+
+def test_episodes_that_begin_like_a_training_episode_are_counted(room, tmp_path, capsys):
+    """Two recordings of one seed, of which other episodes are held out."""
+    record(tmp_path / "half", env="tworoom", policy="expert", episodes=7, steps=60, size=SIZE)
+    both = f"data.mixture={room}:0.5,{tmp_path / 'half'}:0.5"
+    evaluate(config(room, "data.root=", both, "eval.env_episodes=6"), tmp_path)
+    (trial,) = rates(tmp_path)[1]["trials"]
+    assert trial["familiar"] > 0
+    assert f"warning: {trial['familiar']} of 6" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "names"),
     [
@@ -150,6 +275,10 @@ def test_the_same_again(room, tmp_path):
         ("eval.env_goal=26", ("eval.env_goal", "26", "5")),
         ("eval.env_episodes=100000", ("eval.env_episodes", "100000")),
         ("eval.env_episodes=0", ("eval.env_episodes", "0")),
+        ("data.ends=repeat", ("data.ends", "repeat", "drop", "eval.env")),
+        ("eval.env_goals=0", ("eval.env_goals", "0")),
+        ("eval.env_seeds=0", ("eval.env_seeds", "0")),
+        ("eval.env_goals=3", ("eval.env_goal", "75", "55")),
         ("eval.env_plan=quick", ("quick", "short")),
         ("eval.labels=action", ("eval.env", "observation.state", "2")),
     ],

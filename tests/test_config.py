@@ -43,7 +43,8 @@ def test_a_file_of_the_users_own_is_run(tmp_path):
 def test_the_configuration_of_a_run_is_read_with_the_types_of_its_keys(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(configs.to_json(configs.load("vjepa2_aloha", ["seed=7"])))
-    found = configs.load(str(path), ["mask.short.aspect=(0.5, 2)"])
+    assert configs.full_name(str(tmp_path)) == str(path.resolve())
+    found = configs.load(str(tmp_path), ["mask.short.aspect=(0.5, 2)"])
     assert (found.seed, found.mask.short.aspect) == (7, (0.5, 2.0))
     assert found.data.crop_scale == configs.get_config("vjepa2_aloha").data.crop_scale
 

@@ -17,6 +17,7 @@ from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo, evaluate, plan
 from wmjax.data import __main__ as data
+from wmjax.evals import __main__ as evals
 from wmjax.models import FAMILIES
 from wmjax.models.base import default_settings
 from wmjax.viz import __main__ as viz
@@ -46,6 +47,7 @@ DOORS = {
     "wmjax.main": main,
     "wmjax.bench": bench,
     "wmjax.data": data,
+    "wmjax.evals": evals,
     "wmjax.serve": serve,
     "wmjax.viz": viz,
     "wmjax.weights": weights,
@@ -109,6 +111,11 @@ def test_a_command_says_what_the_door_takes(words, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         if not any(word.startswith("--config=") for word in argv):  # of the command it belongs to
             argv.append("--config=vjepa2_aloha")
+        (name,) = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+        origins = tuple(f"--config.data.{key}=" for key in ("root", "repo_id", "mixture", "source"))
+        generated = configs.load(name, ()).data.source == "synthetic"
+        if not (generated or any(word.startswith(origins) for word in argv)):
+            argv.append(f"--config.data.root={PUSHT}")  # as in check_config
         assert main.run(argv) == 0
         for config in taken:
             check_config(config)
@@ -173,14 +180,15 @@ HUB = "facebook/vjepa2-vitl-fpc64-256"
 def runnable():
     """Yield the commands in an order in which each finds what it needs, trainings first."""
     whole = [words for words in COMMANDS if len(words) > 2 or words[1].startswith(("--", "run"))]
-    others = ("--coordinator", "mypackage", "wmjax.serve")  # have tests of their own
+    others = ("--coordinator", "mypackage", "wmjax.serve", "PUSH")  # have tests of their own
     alone = [words for words in whole if not any(o in word for word in words for o in others)]
 
     def place(words):
         doing = any(word.startswith("--mode") for word in words)
         needs_weights = "import" in words or any(HUB in word for word in words)
         first = "record" not in words
-        return first, words[0] != "wmjax.main" or doing or needs_weights, needs_weights, words
+        later = words[0] != "wmjax.main" or doing or needs_weights
+        return first, later, needs_weights, words[0] == "wmjax.evals", words
 
     return sorted(alone, key=place)
 
@@ -224,6 +232,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         argv += ["--config.data.record=tworoom:20"] if own and "--mode=eval" not in argv else []
         if own or "--config.data.root=ROOM" in argv:
             argv += ["--config.eval.env_episodes=2", "--config.eval.env_plan=fast,samples=16"]
+        if "--config.eval.env_goals=3" in argv:
+            argv += ["--config.eval.env_goals=2", "--config.eval.env_seeds=1"]
         if module in ("wmjax.main", "wmjax.bench"):
             argv += [] if "--list" in argv else known(argv, small)
         if module == "wmjax.bench":

@@ -241,9 +241,10 @@ door.run_and_exit(run, "nothing was saved")
 """
 
 
-def test_sigterm_is_heard_while_the_main_thread_is_in_c():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_heard_while_the_main_thread_is_in_c(number):
     process = subprocess.Popen(
-        [sys.executable, "-c", IN_C],
+        [*micro.AS_IN_A_TERMINAL, sys.executable, "-c", IN_C],
         env=micro.environment(1),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -252,11 +253,12 @@ def test_sigterm_is_heard_while_the_main_thread_is_in_c():
     with process:
         try:
             assert process.stdout.readline() == "ready\n"
-            process.terminate()
-            assert process.wait(timeout=20) == TERM
+            time.sleep(0.5)  # for the call
+            process.send_signal(number)
+            assert process.wait(timeout=20) == 128 + number
         finally:
             process.kill()
-        says(process.stderr.read(), "SIGTERM", lines=1)
+        says(process.stderr.read(), number.name, lines=1)
 
 
 FORKS = """

@@ -111,7 +111,9 @@ def interrupted(evaluator):
 
     def build(context):
         return evaluator(
-            context._replace(open_batches=lambda split: Interrupted(context.open_batches(split)))
+            context._replace(
+                open_batches=lambda split, **how: Interrupted(context.open_batches(split, **how))
+            )
         )
 
     return build
@@ -266,6 +268,40 @@ def test_a_second_ctrl_c_leaves_a_save_that_does_not_end(tmp_path):
     assert process.returncode == 128 + signal.SIGINT
     says(said.splitlines()[-1], "checkpoint")
     assert "Traceback" not in said
+
+
+IN_COMPILER = """
+import ctypes, jax
+from wmjax import main
+
+def compile(lowered):
+    lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(lock)
+    print("compiling", flush=True)
+    libc.pthread_mutex_lock(lock)  # for ever
+
+jax.stages.Lowered.compile = compile
+main.cli()
+"""
+
+
+@pytest.mark.processes
+def test_ctrl_c_while_the_step_compiles_ends_at_once_and_leaves_the_workdir_free(tmp_path):
+    command = micro.command(tmp_path)
+    program, command[1:3] = command[1:3], ("-c", IN_COMPILER)
+    how = {"env": micro.environment(1), "cwd": micro.ROOT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*micro.AS_IN_A_TERMINAL, *command], **how, **pipes) as process:
+        try:
+            assert "compiling\n" in process.stdout
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    says(said, "SIGINT", lines=1)
+    command[1:3] = program
+    assert subprocess.run(command, **how, capture_output=True, timeout=280).returncode == 0
 
 
 # Kills

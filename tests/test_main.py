@@ -22,7 +22,7 @@ from wmjax import config as configs
 from wmjax import main
 from wmjax.run import console, manifest
 
-DOORS = ("wmjax.viz", "wmjax.data", "wmjax.weights", "wmjax.bench")
+DOORS = ("wmjax.viz", "wmjax.data", "wmjax.weights", "wmjax.evals", "wmjax.bench")
 PUSHT = micro.ROOT / "tests" / "data" / "pusht_sim_v3"
 
 

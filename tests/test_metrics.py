@@ -4,17 +4,18 @@ import json
 import struct
 import sys
 
+import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
 from clu import metrics as clu_metrics
-from says import lines_with, refused
+from says import lines_with, refused, says
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from wmjax import train
 from wmjax.run import clock as run_clock
-from wmjax.run import metrics
+from wmjax.run import metrics, reporter, summary
 from wmjax.viz import curves
 
 
@@ -79,6 +80,21 @@ def test_only_the_first_run_of_a_process_counts_its_start(clock_at, tmp_path, mo
     assert starts("other", 0)["start"] == 5
 
 
+def test_eta_holds_evaluations_and_saves_to_come(clock_at):
+    clock, now = clock_at
+    with clock.phase("step"):
+        for what, every, seconds in (("validation", 20, 5), ("probe", 30, 7), ("save", 100, 1)):
+            with clock.phase("validation"), clock.recurring(what, every):
+                now[0] += seconds
+        clock.restart(10)
+        now[0] += 2
+        # Steps 20, 40 ... 100; 30, 60, 90 and the last; 100.
+        assert clock.rates(12)["eta_s"] == 88 + 5 * 5 + 4 * 7 + 1
+        clock.restart(99)
+        now[0] += 1
+        assert clock.rates(100)["eta_s"] == 5 + 7 + 1  # due at this step, and not done yet
+
+
 def test_mfu_is_the_steps_own_operations_over_the_peak(clock_at):
     clock, now = clock_at
     clock.peak, clock.step_flop = 500.0, 300
@@ -135,7 +151,7 @@ def test_a_run_writes_the_same_numbers_to_the_file_and_to_tensorboard(
     assert len(timed) == 3  # of the first step, compilation is most
     for row in timed:  # one device, of 1 GFLOP/s
         assert row["mfu"] == pytest.approx(micro.FLOP / (row["step_ms"] / 1e3) / 1e9)
-    assert lines_with(said, "4/4", "mfu", f"{timed[-1]['mfu']:.1%}")
+    assert lines_with(said, "4/4", "mfu", f"{timed[-1]['mfu']:.0%}")
 
 
 def test_after_a_kill_tensorboard_shows_each_step_once(tmp_path):
@@ -187,3 +203,59 @@ def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, key
     monkeypatch.setitem(sys.modules, module, None)
     with refused(f"log.{key}=True", module, f"pip install -e '.[{key}]'"):
         train.train(micro.config(f"log.{key}=True"), tmp_path)
+
+
+WORST = {
+    "loss": 12.3456,
+    "learning_rate": 5.25e-4,
+    "gradient_norm": 123.456,
+    "examples_per_s": 12345.6,
+    "mfu": 0.456,
+    "data_wait": 0.12,
+    "eta_s": 360000.0,
+}
+
+
+def test_a_long_run_has_lines_of_less_than_80_columns(tmp_path, capsys):
+    config = micro.config("train.num_steps=100000")
+    with open_reporter(tmp_path, config) as told:
+        told.write(100000, WORST)
+        told.write(100000, {f"validation/{k}": v for k, v in WORST.items()} | VALIDATED)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert max(map(len, lines)) < 80
+    says(lines[0], "loss", "clips/s", "eta", "wait")
+
+
+VALIDATED = {"validation/relative": 1.234, "validation/health/target_rank": 1234.5}
+
+
+def open_reporter(tmp_path, config):
+    return reporter.Reporter(
+        tmp_path,
+        num_steps=config.train.num_steps,
+        start=0,
+        config={},
+        alarms=lambda step, row: [],
+        **config.log,
+    )
+
+
+def test_the_bar_appears_with_the_second_step(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(reporter, "tqdm", lambda **how: made.append(how))
+    told = open_reporter(tmp_path, micro.config())
+    told.advance()
+    assert not made
+    told.advance()
+    assert [how["initial"] for how in made] == [2]
+
+
+def test_the_parameters_are_a_line_for_each_part(tmp_path):
+    state = micro.prepare(micro.config()).steps.init()
+    lines = summary.of_state(tmp_path, state).splitlines()
+    parts = [line for line in lines if line.startswith("  ")]
+    assert len(parts) == 2
+    for part, line in zip(("encoder", "predictor"), parts, strict=True):
+        says(line, part, f"{sum(x.size for x in jax.tree.leaves(state.params[part])):,}")
+    assert max(map(len, lines[:-1])) < 80

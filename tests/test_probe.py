@@ -156,7 +156,8 @@ def test_eight_devices_read_the_same_features_as_one(tmp_path):
         )
         state = setup.steps.init()
         weights = state.params, state.frozen, state.target
-        read.append(probe.Probe(context).read(weights, "validation"))
+        features, *others = probe.Probe(context).read({"trained": weights}, "validation")
+        read.append([features["trained"], *others])
     for one, eight in zip(*read, strict=True):
         np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-4)
 

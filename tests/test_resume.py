@@ -2,9 +2,12 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -12,7 +15,7 @@ import micro
 import numpy as np
 import pytest
 from recordings import TABLE, edit_column
-from says import lines_with, refused, says
+from says import holds, lines_with, refused, says
 from shared_data import PUSHT
 
 from wmjax.run import agree
@@ -143,8 +146,8 @@ def shift_states(root):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (shift_states, ["hash of states and actions"]),
-        (lambda root: "data.episodes=0:4", ["episodes is 4, was 5", "frames is 320, was 400"]),
+        (shift_states, [["states", "actions"]]),
+        (lambda root: "data.episodes=0:4", [["episodes", 4, 5], ["frames", 320, 400]]),
     ],
 )
 def test_other_data_is_told_or_refused(recorded, capsys, change, named):
@@ -157,9 +160,27 @@ def test_other_data_is_told_or_refused(recorded, capsys, change, named):
     config.checkpoint.strict = False
     capsys.readouterr()
     assert micro.train(config, workdir) == 0
-    (said,) = lines_with(capsys.readouterr().out, "warning", "data")
-    for name in named:
-        assert name in said
+    lines = changes_in(capsys.readouterr().out)
+    for tokens in named:
+        assert sum(holds(line, *tokens) for line in lines) == 1
+    assert not any(re.search("[0-9a-f]{32}", line) for line in lines)  # a hash tells nobody
+
+
+def changes_in(said, of="data"):
+    """Return the lines that belong to the warning of other data, or of other versions."""
+    assert f"warning: other {of}" in said
+    _, *lines = said.partition(f"warning: other {of}")[2].splitlines()
+    return list(itertools.takewhile(lambda line: line.startswith("  "), lines))
+
+
+def test_cameras_and_data_where_there_was_none_are_told(capsys):
+    now = {"episodes": 5, "cameras": "top, wrist"}
+    source = types.SimpleNamespace(fingerprint=lambda: now)
+    agree.check_same({"data": now | {"cameras": "top"}}, source, strict=False)
+    (line,) = changes_in(capsys.readouterr().out)
+    says(line, "cameras", "top, wrist")
+    agree.check_same({"data": {}}, source, strict=False)
+    assert len(changes_in(capsys.readouterr().out)) == 2
 
 
 def test_other_versions_are_told_or_refused(recorded, capsys, monkeypatch):
@@ -171,7 +192,8 @@ def test_other_versions_are_told_or_refused(recorded, capsys, monkeypatch):
         micro.train(config, workdir)
     config.checkpoint.strict = False
     assert micro.train(config, workdir) == 0
-    assert len(lines_with(capsys.readouterr().out, "warning", "jax", "9.9", now["jax"])) == 1
+    (line,) = changes_in(capsys.readouterr().out, "versions")
+    says(line, "jax", "9.9", now["jax"])
 
 
 def test_the_same_data_is_not_told(recorded, capsys):

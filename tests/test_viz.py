@@ -253,8 +253,10 @@ def test_the_door_draws_a_run_and_the_curves_of_several(micro_run, tmp_path, cap
     other.mkdir()
     shutil.copy(micro_run / curves.METRICS, other)
     out = tmp_path / "out"
-    assert door.run([str(micro_run), str(other), f"--out={out}", "--clips=3"]) == 0
+    flags = [f"--out={out}", "--clips=3", "--config.data.val_share=0.2"]
+    assert door.run([str(micro_run), str(other), *flags]) == 0
     said = capsys.readouterr().out
+    assert len(lines_with(said, "data.val_share", 0.05, 0.2)) == 1
     html = (out / "index.html").read_text()
     files = {path.read_bytes() for path in out.iterdir() if path.suffix != ".html"}
     assert len(files) == 8

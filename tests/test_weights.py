@@ -576,6 +576,9 @@ def test_import_and_export_are_each_others_inverse(tmp_path, folder, abstract, p
     same_files(folder, tmp_path / "theirs")
     settings = json.loads((tmp_path / "theirs/config.json").read_text())
     assert (settings["crop_size"], settings["frames_per_clip"]) == (16, 8)
+    capsys.readouterr()
+    assert door.run(["export", str(tmp_path / "ours"), str(tmp_path / "more"), "--frames=16"]) == 0
+    assert lines_with(capsys.readouterr().out, "--frames=16", 8)
 
 
 def test_show_joins_the_layers(folder, capsys):

@@ -88,12 +88,25 @@ class Actor:
             goal_NND = repeat(model.embedding(wanted), N)
             return planning.distances(model, repeat(latent, N), goal_NND, blocks_NHA)
 
+        def cost(
+            params: Params,
+            seen: Observation,
+            goal: Observation,
+            action_BSHA: jax.Array,
+            settings: Settings,
+        ) -> jax.Array:
+            model, target = built(params)
+            goal_BND = model.embedding(model.observe(target, goal))
+            return planning.score(
+                model, model.observe(target, seen), goal_BND, action_BSHA, settings
+            )
+
         def embed(params: Params, seen: Observation) -> jax.Array:
             model, target = built(params)
             return model.embedding(model.observe(target, seen))
 
         self._rollout, self._energy = jax.jit(rollout), jax.jit(energy)
-        self._embed = jax.jit(embed)
+        self._embed, self._cost = jax.jit(embed), jax.jit(cost, static_argnames="settings")
         self._plan = jax.jit(plan, static_argnames="settings")
 
     def observation(self, shown: Any, recording: str = "") -> tuple[Observation, bool]:
@@ -209,6 +222,28 @@ class Actor:
         blocks = self._blocks(found, recording, False, len(found))
         distance_NH = np.asarray(self._energy(params, seen, wanted, blocks))
         return distance_NH if several else distance_NH[0]
+
+    def cost(
+        self,
+        params: Params,
+        shown: Any,
+        goal: Any,
+        actions: Any,
+        plan: Settings | str | Mapping[str, Any],
+        recording: str,
+    ) -> np.ndarray:
+        """Return the costs of plans; see `inference.Model.cost`."""
+        settings, (P, A) = self.settings(plan), self._model.block
+        (seen, wanted, *_), single = self._arguments(shown, goal, recording, None, 0)
+        action = np.asarray(as_array("actions", actions), np.float32)
+        action_BSHA = action[None] if single else action
+        B = len(seen.state_BTS)
+        if action_BSHA.ndim != 4 or (len(action_BSHA), action_BSHA.shape[3]) != (B, P * A):
+            axes = "plans, blocks" if single else f"{B}, plans, blocks"
+            raise UserError(f"actions of shape {action.shape}: wanted ({axes}, {P * A})")
+        self._check_horizon("actions: blocks", action_BSHA.shape[2])
+        cost_BS = np.asarray(self._cost(params, seen, wanted, action_BSHA, settings=settings))
+        return cost_BS[0] if single else cost_BS
 
     def embed(self, params: Params, shown: Any, recording: str = "") -> np.ndarray:
         """Return what is compared with a goal; see `inference.Model.embed`."""

@@ -4,8 +4,10 @@ The rooms get its values as plain arguments, so none of them knows a ConfigDict.
 commands call this room.
 """
 
+import dataclasses
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,8 @@ from wmjax.step import RULES, Steps, build
 from wmjax.types import IMAGES, TokenGrid, WorldModelInput, WorldModelOutput
 
 IMAGE_SEED = 1_000_003  # added to the seed, so that pictures have crops and masks of their own
+
+WORTH = 16  # clips that pay for the start of a process that reads them
 
 
 class Setup(NamedTuple):
@@ -366,14 +370,18 @@ def make_pipeline(
     held_out: bool,
     source: Source | None = None,
     frames: int = 0,
+    batches: int = 0,
 ) -> Pipeline | Beside:
     """Stream batches of a split from `position`, in clips, with pictures beside them if any.
 
     source: in place of that of the split. frames: of longer clips, where episodes allow them.
-
-    held_out: True crops to the centre, for evaluations; False crops at random, for training.
+    batches: how many; 0: endless. held_out: True crops to the centre, for evaluations; False crops
+    at random, for training. Processes read where each gets WORTH clips or more; else threads do,
+    because a process takes about a second to start.
     """
-    data, images = config.data, config.images
+    data, images, workers = config.data, config.images, count_workers(config.data)
+    if held_out and batches * data.batch_size < WORTH * workers:
+        workers = 0
     height, width = data_settings.size(data)
     source = source or setup.sources[split]
     shared = {
@@ -383,16 +391,16 @@ def make_pipeline(
         "threads": data.threads,
         "on_error": data.on_error,
         "max_skip_share": data.max_skip_share,
+        "batches": batches,
     }
     clips = Pipeline(
-        source.of_frames(frames) if frames else source,
+        source.of_frames(max(frames, source.frames)) if frames else source,
         setup.masks,
         height=height,
         width=width,
         batch_size=data.batch_size,
         seed=config.seed,
-        # An evaluation reads a few batches only; starting processes would take longer.
-        workers=0 if held_out else count_workers(data),
+        workers=workers,
         prefetch=data.prefetch or 0,
         position=position,
         **shared,
@@ -439,9 +447,14 @@ def open_evaluators(
 
     open_batches, shows: see evals.Context.
     """
-    plain = configs.plain(config)
-    own = setup.steps, setup.sources, setup.masks
-    context = evals.Context(*own, plain, workdir, open_batches, shows)
+    plain, own = configs.plain(config), (setup.steps, setup.sources, setup.masks)
+    sizes = evals.sizes(plain["eval"], config.train.num_steps, config.data.batch_size)
+    if sizes != evals.sizes(plain["eval"], sys.maxsize, config.data.batch_size):
+        used = ", ".join(f"eval.{name}={size}" for name, size in sizes.items())
+        say(f"train.num_steps={config.train.num_steps} is short: evaluations use {used}")
+    plain["eval"] |= sizes
+    workers = count_workers(config.data)
+    context = evals.Context(*own, plain, workdir, open_batches, shows, workers)
     return evals.open_all(context, say)
 
 
@@ -457,6 +470,26 @@ def make_image_reader(config: ml_collections.ConfigDict, setup: Setup) -> Reader
         return None
     side, source = config.images.size, setup.sources[f"train {IMAGES}"]
     return Reader(source, setup.image_masks, height=side, width=side, seed=config.seed)
+
+
+def abstract_batch(config: ml_collections.ConfigDict, setup: Setup) -> WorldModelInput:
+    """Return a batch of shapes, dtypes and shardings, without arrays."""
+    rows = sharding.batch_sharding(setup.mesh)
+
+    def shapes(reader: Reader, masks: Masks, B: int) -> WorldModelInput:
+        clip = reader.dtype
+        arrays = {
+            name: jax.ShapeDtypeStruct((B, *clip[name].shape), clip[name].base, sharding=rows)
+            for name in clip.names or ()
+        }
+        return WorldModelInput.of(arrays, list(masks.sizes))
+
+    batch = shapes(make_reader(config, setup), setup.masks, config.data.batch_size)
+    reader, masks = make_image_reader(config, setup), setup.image_masks
+    if reader is None or masks is None:
+        return batch
+    images = shapes(reader, masks, config.images.batch_size)
+    return dataclasses.replace(batch, beside={IMAGES: images})
 
 
 def count_workers(data: ml_collections.ConfigDict) -> int:

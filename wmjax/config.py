@@ -57,8 +57,9 @@ def load(
 ) -> ml_collections.ConfigDict:
     """Return a configuration by name or path, with `KEY=VALUE` overrides applied.
 
-    A path is of a .py file, or of the config.json of a run; trust: packages outside wmjax that the
-    latter may name. Raises UserError for an unknown name or key, or a value of another type.
+    A path is of a .py file, or of a run: its folder, or the config.json in it; trust: packages
+    outside wmjax that a run may name. Raises UserError for an unknown name or key, or a value of
+    another type.
     """
     path = Path(full_name(name_or_path))
     if path.suffix == ".json":
@@ -73,11 +74,12 @@ def load(
 def full_name(name_or_path: str) -> str:
     """Return the full path of a user's .py file, which runs, or of a run's config.json.
 
-    A shipped name is returned as given.
-
-    A file in the current folder wins over a shipped configuration of the same name.
+    A run may be named by its folder. A shipped name is returned as given. A file in the current
+    folder wins over a shipped configuration of the same name.
     """
     path = Path(name_or_path)
+    if (path / "config.json").is_file():
+        path /= "config.json"
     own = path.suffix in (".py", ".json") and path.is_file()
     return str(path.resolve()) if own else name_or_path
 

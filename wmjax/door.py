@@ -65,7 +65,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="NAME",
         help="a shipped configuration (--list of wmjax.main names them), a .py file, or the "
-        "config.json of a run",
+        "folder or the config.json of a run",
     )
     parser.add_argument(
         "--trust",
@@ -136,6 +136,7 @@ def load(
         parser.error(f"needs --config=NAME; shipped: {', '.join(configs.list_configs())}")
     flags.config = configs.full_name(flags.config)
     config = configs.load(flags.config, overrides, flags.trust)
+    flags.changed = [f"{_PREFIX}{each}" for each in overrides]
     if config.train.deterministic:
         make_deterministic()
     return config
@@ -303,8 +304,8 @@ def _run(run: Callable[[list[str]], int], interrupted: str) -> int | str | None:
             raise
         exits.write_error(f"error: standard output: {error.strerror}")
         return ExitCode.MEND
-    except (RuntimeError, AssertionError):
-        if not (fault := _no_platform()):
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        if not (fault := _no_platform() or _no_memory(error)):
             raise
         exits.write_error(f"error: {fault}")
         return ExitCode.MEND
@@ -325,11 +326,21 @@ def _no_platform() -> str:
         try:
             sys.modules["jax"].devices()
         except (RuntimeError, AssertionError) as error:
+            why = f" ({reason(error)})" if str(error) else ""
             return (
-                f"JAX_PLATFORMS={asked!r}: {reason(error)}: wanted a platform that this machine "
-                "has, or an unset variable"
+                f"JAX_PLATFORMS={asked!r}: this jax has no such device here{why}\n"
+                "wanted its driver and the extra of it (cuda, tpu), or JAX_PLATFORMS=cpu"
             )
     return ""
+
+
+def _no_memory(error: Exception) -> str:
+    """Return two lines for an error of memory that ran out; '' for any other."""
+    if "jax" not in sys.modules:
+        return f"out of memory on the host: {reason(error)}" * isinstance(error, MemoryError)
+    from wmjax.run.memory import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:

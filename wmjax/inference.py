@@ -270,6 +270,22 @@ class Model:
         """
         return self._actor.energy(self.params, observation, goal, actions, recording)
 
+    def cost(
+        self,
+        observation: Any,
+        goal: Any,
+        actions: Any,
+        *,
+        plan: Settings | str | Mapping[str, Any] = "lewm",
+        recording: str = "",
+    ) -> np.ndarray:
+        """Return the cost of plans for a search of your own, (S,), or (B, S) for B episodes.
+
+        Arguments as for plan, of whose settings objective, control and chunk are used. actions: S
+        plans an episode in the model's units, normalised blocks: (S, H, P x A) or (B, S, H, P x A).
+        """
+        return self._actor.cost(self.params, observation, goal, actions, plan, recording)
+
     def plan(
         self,
         observation: Any,

@@ -43,6 +43,7 @@ other commands, each with --help:
   python -m wmjax.viz      draw what a model sees and predicts
   python -m wmjax.data     check, transcode and summarise recordings
   python -m wmjax.weights  import, export and show weights
+  python -m wmjax.evals    make the table of closed-loop results
   python -m wmjax.bench    time the train step or the data path
 
 exit codes:

@@ -55,6 +55,8 @@ class Steps(NamedTuple):
     """The compiled-once functions of a run, and what they act on."""
 
     init: Callable[[], TrainState]
+    # The parameters of `init`, as (params, frozen, target): what evaluators compare with.
+    untrained: Callable[[], tuple[Params, Params, Params]]
     train: jax.stages.Wrapped  # (state, batch) -> (state, metrics); the state is donated
     validate: Callable[[TrainState, WorldModelInput], Metrics]
     # (state, gradients) -> state: the optimiser and the EMA alone, for benchmarks. Donates too.
@@ -86,9 +88,12 @@ def build(
     axes = blueprint.divide(blueprint.axes, blueprint.abstract.followed(blueprint.axes))
     optimizer = make_optimizer(axes[0])
 
-    def init() -> TrainState:
+    def untrained() -> tuple[Params, Params, Params]:
         model = blueprint.create(nnx.Rngs(jax.random.key(seed)))
-        params, frozen, target = blueprint.divide(*blueprint.variables(model))
+        return blueprint.divide(*blueprint.variables(model))
+
+    def init() -> TrainState:
+        params, frozen, target = untrained()
         target = jax.tree.map(jnp.copy, target)
         opt_state = optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, frozen, target, opt_state)
@@ -162,6 +167,9 @@ def build(
     inputs = (shardings, sharding.batch_sharding(mesh))
     return Steps(
         init=jax.jit(init, out_shardings=shardings),
+        untrained=jax.jit(
+            untrained, out_shardings=(shardings.params, shardings.frozen, shardings.target)
+        ),
         train=jax.jit(
             train_step,
             in_shardings=inputs,

@@ -23,7 +23,7 @@ from wmjax.assemble import Setup
 from wmjax.data.source import Source
 from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms, verdict
-from wmjax.run import agree, summary
+from wmjax.run import agree, memory, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
@@ -71,6 +71,11 @@ def train(
     num_steps = config.train.num_steps
     stop = StopSignal()
     watchdog = Watchdog(config.train.stuck_after, workdir / CHECKPOINTS, stop.give_up)
+
+    def enter(phase: str) -> None:
+        watchdog.enter(phase)
+        stop.phase = phase
+
     text = configs.to_json(config)
     owner = Owner(workdir, hashlib.sha256(text.encode()).hexdigest()[:12])
     with watchdog, owner, open_checkpoints(config, workdir, owner.check) as checkpoints:
@@ -85,14 +90,21 @@ def train(
         say(summary.of_setup(setup.mesh, setup.sources, setup.masks))
         if start:
             say(f"resuming from step {start} in {workdir}")
+        steps, batch = setup.steps, assemble.abstract_batch(config, setup)
+        flop = steps.blueprint.abstract.flops(batch)
+        if text := summary.of_slow_step(flop, assemble.count_cores()):
+            say(text)
         clock = Clock(
             workdir / "goodput.jsonl",
             start,
             batch_size=config.data.batch_size,
             num_steps=num_steps,
-            changed=watchdog.enter,
+            changed=enter,
         )
         state, position = restore_or_init(config, checkpoints, setup)
+        if not config.data.features:  # else the step takes features
+            traced = steps.train.trace(steps.abstract, batch)
+            memory.check_step(traced, steps.abstract, batch, setup.mesh)
         clock.peak = peak_flops(jax.tree.leaves(state)[0].sharding.device_set)
         write_config(config, workdir)
         say(summary.of_state(workdir, state))
@@ -100,16 +112,14 @@ def train(
         for text in alarms.of_settings(configs.plain(config), sizes, tokens, bool(state.target)):
             say(f"warning: {text}")
 
-        def stream(
-            split: str, position: int = 0, held_out: bool = True, frames: int = 0
-        ) -> Batches:
+        def stream(split: str, position: int = 0, held_out: bool = True, **how: int) -> Batches:
             source, show = None, list[Any]()
             if not held_out and config.data.features:
                 source = stored()
             elif not held_out and config.data.cache:
                 source, *show = assemble.cached_source(config, setup, begin)
             pipeline = assemble.make_pipeline(
-                config, setup, split, position, held_out=held_out, source=source, frames=frames
+                config, setup, split, position, held_out=held_out, source=source, **how
             )
             return Batches(pipeline, stop, watchdog.beat, *show)
 
@@ -194,12 +204,12 @@ def loop(
     begun = time.perf_counter()
 
     def report(step: int, means: Any, counted: Row) -> None:
-        memory = peak_gb()
+        peak = peak_gb()
         row = fetch(means) | counted | clock.rates(step)
-        reporter.write(step, row | ({"peak_gb": memory} if memory else {}))
+        reporter.write(step, row | ({"peak_gb": peak} if peak else {}))
 
     def save(step: int) -> None:
-        with clock.phase("checkpoint"):
+        with clock.phase("checkpoint"), clock.recurring("save", config.checkpoint.every):
             statistics = jax.tree.map(as_plain, [*setup.sources["train"].statistics()])
             meta["statistics"] = statistics
             meta["data"] = setup.fingerprint()
@@ -261,7 +271,8 @@ def loop(
                 # Stopped: the next batch is not begun either, after a save.
                 with clock.phase("validation"), contextlib.suppress(Stopped):
                     for evaluator in due:
-                        reporter.tell(step, evaluator(step, state))
+                        with clock.recurring(evaluator, evaluator.every):
+                            reporter.tell(step, evaluator(step, state))
     return step
 
 

@@ -6,6 +6,7 @@ Each prints one line of JSON. README.md in this folder explains the figures.
 import argparse
 import dataclasses
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 
 from wmjax import door
-from wmjax.errors import UserError
+from wmjax.errors import UserError, printable
 from wmjax.run.files import to_json
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def run(argv: list[str]) -> int:
         if flags.floor:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
     door.keep_compiled()
+    named = " ".join([flags.config, *flags.changed])
+    print(printable(f"{flags.command} of {named}: compiling ..."), file=sys.stderr, flush=True)
     row = {"step": bench_step, "data": bench_data, "plan": bench_plan}[flags.command](config, flags)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     print(to_json(rounded))

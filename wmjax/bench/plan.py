@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from wmjax.actor import Actor
 from wmjax.models.base import Blueprint, merge
@@ -33,7 +34,7 @@ def time_plan(
         return pictures | {"state": np.zeros((batch, spec.state_size), np.float32)}
 
     times: list[float] = []
-    for number in range(WARM_UP + count):
+    for number in tqdm(range(WARM_UP + count), unit="plan", disable=None):
         shown, goal = noise(), noise()
         begun = time.perf_counter()
         actor.plan(params, shown, goal, settings, "", None, number)

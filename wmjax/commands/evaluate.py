@@ -1,18 +1,20 @@
 """--mode=eval: runs every evaluator of eval.evaluators on the newest checkpoint of a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 
-from wmjax import assemble
+from wmjax import __version__, assemble
 from wmjax import config as configs
 from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.errors import UserError
 from wmjax.evals import names, verdict
 from wmjax.evals.alarms import Alarms
 from wmjax.run import agree
+from wmjax.run.clock import row_of
 from wmjax.run.console import say
 from wmjax.run.reporter import EVALUATIONS, append_evaluation
 from wmjax.run.saved import rules_of
@@ -38,10 +40,12 @@ def evaluate(
     for split, source in setup.sources.items():
         say(f"{split}: {source.describe()}")
 
-    def open_batches(split: str, frames: int = 0) -> Pipeline | Beside:
-        return assemble.make_pipeline(config, setup, split, held_out=True, frames=frames)
+    def open_batches(split: str, frames: int = 0, batches: int = 0) -> Pipeline | Beside:
+        return assemble.make_pipeline(
+            config, setup, split, held_out=True, frames=frames, batches=batches
+        )
 
-    entry: dict[str, Any] = {"step": step}
+    entry: dict[str, Any] = {"step": step, "run": describe(config, workdir, setup, step, state)}
     row: dict[str, float] = {}
     judge = Alarms(ema=bool(state.target))
     say("compiling and reading clips ...")
@@ -59,6 +63,36 @@ def evaluate(
     if said := verdict.text(row, step):
         say(said)
     return 0
+
+
+def describe(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    setup: assemble.Setup,
+    step: int,
+    state: TrainState,
+) -> dict[str, Any]:
+    """Return what figures of a run depend on, as JSON has it; of paths only the last part."""
+    plain, source = configs.plain(config), setup.sources["train"]
+    trained = row_of(workdir / "goodput.jsonl", step) or {}
+    leaves = jax.tree.leaves((state.params, state.frozen))
+    return {
+        "seed": config.seed,
+        "settings": {name: _without_folders(plain[name]) for name in ("model", "data", "optim")},
+        "recordings": [about["name"] for about in source.recordings()],
+        "fingerprint": source.fingerprint(),
+        "parameters": sum(leaf.size for leaf in leaves),
+        "trained": {key: trained[key] for key in ("seconds", "devices") if key in trained},
+        "evaluated": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": agree.versions() | {"wmjax": __version__, "source": agree.source_hash()},
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    """Return settings with the last part of each absolute path."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    return re.sub(r"(?<![^,:])[/~][^,:]*/", "", value) if isinstance(value, str) else value
 
 
 def load_newest(

@@ -19,11 +19,8 @@ import ml_collections
 
 from wmjax import assemble, sharding
 from wmjax.commands import hlo
-from wmjax.data.reader import Reader
 from wmjax.errors import ExitCode, UserError, how_to_install, reason
-from wmjax.masking import Masks
 from wmjax.run import metrics
-from wmjax.types import IMAGES, WorldModelInput
 
 GIB = 2**30
 
@@ -103,7 +100,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     assemble.use_generated_data(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     setup = assemble.prepare(config, mesh=mesh)
-    steps, batch = setup.steps, abstract_batch(config, setup)
+    steps, batch = setup.steps, assemble.abstract_batch(config, setup)
 
     kind = devices[0].device_kind
     chip = next((CHIPS[name] for name in CHIPS if re.search(rf"\b{name}\b", kind)), None)
@@ -114,6 +111,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
     print(f"devices     {mesh.size} x {kind} ({axes})")
     print(f"parameters  {count / 1e6:,.0f} million")
     print(f"arithmetic  {flop / 1e12:,.1f} TFLOP a step of {config.data.batch_size} clips")
+    print("compiling the train step ...", flush=True)
     traced = cast(Any, steps.train).trace(steps.abstract, batch)
     try:
         compiled = traced.lower().compile()
@@ -142,26 +140,6 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
         }
         _print_bound(seconds, flop / peak)
     return ExitCode.DONE if fits else ExitCode.DOES_NOT_FIT
-
-
-def abstract_batch(config: ml_collections.ConfigDict, setup: assemble.Setup) -> WorldModelInput:
-    """Return a batch of shapes, dtypes and shardings, without arrays."""
-    rows = sharding.batch_sharding(setup.mesh)
-
-    def shapes(reader: Reader, masks: Masks, B: int) -> WorldModelInput:
-        clip = reader.dtype
-        arrays = {
-            name: jax.ShapeDtypeStruct((B, *clip[name].shape), clip[name].base, sharding=rows)
-            for name in clip.names or ()
-        }
-        return WorldModelInput.of(arrays, list(masks.sizes))
-
-    batch = shapes(assemble.make_reader(config, setup), setup.masks, config.data.batch_size)
-    reader, masks = assemble.make_image_reader(config, setup), setup.image_masks
-    if reader is None or masks is None:
-        return batch
-    images = shapes(reader, masks, config.images.batch_size)
-    return dataclasses.replace(batch, beside={IMAGES: images})
 
 
 def _told(error: str) -> str:

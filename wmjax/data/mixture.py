@@ -66,9 +66,17 @@ class Mixture(Source):
 
     def labels(self, dataset: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
         episode, labels = self._sources[dataset].labels(0, index)
-        # Unique over all datasets.
-        episode = episode * len(self._sources) + dataset
-        return episode, {name: labels[name] for name in self.label_sizes}
+        return self._unique(episode, dataset), {name: labels[name] for name in self.label_sizes}
+
+    def beginnings(self) -> dict[int, bytes]:
+        return {
+            self._unique(episode, dataset): row
+            for dataset, source in enumerate(self._sources)
+            for episode, row in source.beginnings().items()
+        }
+
+    def _unique(self, episode: int, dataset: int) -> int:
+        return episode * len(self._sources) + dataset
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return clip `index`, padded to the sizes of the mixture."""

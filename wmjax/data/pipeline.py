@@ -46,6 +46,7 @@ class Pipeline:
         on_error: str = "raise",
         max_skip_share: float = 0.0,
         position: int = 0,
+        batches: int = 0,
     ) -> None:
         """Build the graph and start reading at `position`.
 
@@ -53,7 +54,8 @@ class Pipeline:
         crop_aspect: as in Reader. threads: reader threads of this process. workers: reader
         processes, in place of the threads; 0: none. prefetch: clips read ahead, at least one for
         each thread or worker; 0: two batches. on_error: 'raise'; 'skip' replaces clips that cannot
-        be read (see Reader). max_skip_share: largest share of replaced clips (see Skips).
+        be read (see Reader). max_skip_share: largest share of replaced clips (see Skips). batches:
+        how many are read; 0: endless.
         """
         import jax
 
@@ -94,16 +96,17 @@ class Pipeline:
             return placed, drawn, int(batch["skipped"].sum())
 
         stream = _order(source, seed).map_with_index(lambda *draw: draw)
-        stream = stream.slice(slice(position + process, None, processes))
+        end = position + batches * batch_size if batches else None
+        stream = stream.slice(slice(position + process, end, processes))
         if whole:
             stream = stream.batch(local, batch_fn=lambda draws: tuple(zip(*draws, strict=True)))
         ahead = max((prefetch or 2 * local) // (local if whole else 1), calls)
         reading = grain.ReadOptions(num_threads=calls, prefetch_buffer_size=ahead)
         clips = stream.map(load).to_iter_dataset(reading)
-        batches = (clips if whole else clips.batch(local, drop_remainder=True)).map(place)
-        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+        grouped = (clips if whole else clips.batch(local, drop_remainder=True)).map(place)
+        ahead_of_use = grain.experimental.ThreadPrefetchIterDataset(grouped, prefetch_buffer_size=2)
         self._batch_size = batch_size
-        self._iterator = iter(batches)
+        self._iterator = iter(ahead_of_use)
         self._start, self._unit = position, batch_size if whole else processes
         self._names = [dataset.name for dataset in source.datasets]
         self._drawn, self._skipped = np.zeros(len(self._names), int), 0

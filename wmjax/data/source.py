@@ -63,9 +63,9 @@ class Source:
         return clip | {"frames_VT": frames_VT}
 
     def of_frames(self, most: int) -> "Source":
-        """Return the same recordings in longer clips, up to `most` frames.
+        """Return the same recordings in clips of `most` frames, or what half the episodes allow.
 
-        As long as half of the episodes allow; self where clips have one length.
+        self where clips have one length.
         """
         return self
 
@@ -120,6 +120,10 @@ class Source:
     def labels(self, dataset: int, index: int) -> tuple[int, Mapping[str, np.ndarray]]:
         """Return (episode, labels) of a clip; labels: arrays (frames, numbers) by name."""
         raise NotImplementedError
+
+    def beginnings(self) -> Mapping[int, bytes]:
+        """Return the labels of each episode's first row; {}: they are not known."""
+        return {}
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells whether data is the same as before, by name; {}: it always is.

@@ -26,6 +26,7 @@ class Environment:
     fps: actions a second. camera: name of the pictures' feature. robot_names, world_names: of the
     numbers of a state, which has the robot's first, then all else. lowest, highest: of an action.
     task: a sentence for the recording. extra: of wmjax, which installs the simulator; "": none.
+    strict_steps: see `reached_strictly`.
     """
 
     fps: float
@@ -37,6 +38,7 @@ class Environment:
     action_names: Sequence[str]
     lowest: np.ndarray
     highest: np.ndarray
+    strict_steps = 3
 
     def reset(self, rng: np.random.Generator) -> None:
         """Draw a start and a goal."""
@@ -67,16 +69,27 @@ class Environment:
         """Return whether the present state counts as the goal."""
         raise NotImplementedError
 
+    def reached_strictly(self) -> bool:
+        """Return whether the present state counts by the stricter rule.
+
+        It has to count for `strict_steps` steps in a row.
+        """
+        return self.reached()
+
     def apart(self, state: np.ndarray, goal: np.ndarray) -> float:
-        """Return how far a goal is from a state, in the simulator's units: how hard it is."""
+        """Return how far the object must move, in the simulator's units: how hard the goal is."""
         raise NotImplementedError
+
+    def turned(self, state: np.ndarray, goal: np.ndarray) -> float:
+        """Return how far the object must turn, in radians; 0 where nothing turns."""
+        return 0.0
 
     def still(self) -> np.ndarray:
         """Return the action that stays in place; zeros unless actions are absolute."""
         return np.zeros(len(self.action_names), np.float32)
 
     def random(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw an action of the random policy: uniform from lowest to highest."""
+        """Draw an action of the random policy: uniform from lowest to highest, in any state."""
         return rng.uniform(self.lowest, self.highest)
 
     def expert(self, rng: np.random.Generator) -> Callable[[], np.ndarray]:

@@ -15,6 +15,7 @@ from wmjax.envs.base import Environment
 TABLE = 512.0
 REACH = 100.0  # pixels from the disc to its target at action 1
 NEAR, TURN = 20.0, np.pi / 9  # of success: both places together; the T's angle
+STRICT_NEAR, STRICT_TURN = 10.0, np.pi / 18  # of CLEAR-LeWM's stricter rule: the T alone
 CENTRE = np.array([0.0, 45.0])  # of mass, in the T's own frame
 GYRATION = 45.0  # pixels: how a push off the centre turns rather than moves
 STANDOFF = 18.0  # pixels between disc and T before a push
@@ -69,22 +70,27 @@ class PushT(Environment):
 
     def set_state(self, state: np.ndarray) -> None:
         x, y, vx, vy, *block = np.asarray(state, np.float64).tolist()
+        self._simulator.reset(seed=0)  # else the block still moves, and contacts are remembered
         self._simulator._set_state(np.array([x, y, *block, vx, vy]))
 
     def set_goal(self, state: np.ndarray) -> None:
         self._goal = np.asarray(state, np.float32)
 
     def reached(self) -> bool:
-        return self.apart(self.state, self._goal) < NEAR and self.turned(self._goal) < TURN
+        state, places = self.state, [0, 1, 4, 5]  # of disc and T
+        away = np.linalg.norm(np.subtract(state, self._goal)[places])
+        return bool(away < NEAR) and self.turned(state, self._goal) < TURN
+
+    def reached_strictly(self) -> bool:
+        state, goal = self.state, self._goal
+        return self.apart(state, goal) < STRICT_NEAR and self.turned(state, goal) < STRICT_TURN
 
     def apart(self, state: np.ndarray, goal: np.ndarray) -> float:
-        """Return the distance of disc and T together, as the rule of success has it."""
-        places = [0, 1, 4, 5]
-        return float(np.linalg.norm(np.subtract(state, goal)[places]))
+        """Return the distance between the T's places, in pixels of the table."""
+        return float(np.linalg.norm(np.subtract(state, goal)[4:6]))
 
-    def turned(self, goal: np.ndarray) -> float:
-        """Return the angle between the T and that of a goal, in radians."""
-        return abs(_wrapped(self.state[6] - goal[6]))
+    def turned(self, state: np.ndarray, goal: np.ndarray) -> float:
+        return abs(_wrapped(state[6] - goal[6]))
 
     def expert(self, rng: np.random.Generator) -> Callable[[], np.ndarray]:
         return _Expert(self, rng).act

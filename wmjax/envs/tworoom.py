@@ -14,7 +14,7 @@ CANVAS, BORDER, LINE = 224, 14, 4  # picture, distance of the outer wall and its
 WALL, HALF = 112.0, 5.0  # middle of the inner wall, half of its thickness
 DOOR, DOOR_HALF, DOOR_MARGIN = 49.0, 14.0, 1.75
 RADIUS, SPEED = 7.0, 5.0  # of the dot; pixels a step
-NEAR = 16.0  # of the goal counts as there
+NEAR, STRICT = 16.0, 8.0  # of the goal counts as there; by CLEAR-LeWM's stricter rule
 RED = np.array([255.0, 0.0, 0.0])
 
 
@@ -26,6 +26,7 @@ class TwoRoom(Environment):
     robot_names = ("x", "y")
     action_names = ("x", "y")
     lowest, highest = -np.ones(2, np.float32), np.ones(2, np.float32)
+    strict_steps = 1
 
     def __init__(self, size: int = CANVAS) -> None:
         """size: height and width of the picture, in pixels."""
@@ -68,6 +69,9 @@ class TwoRoom(Environment):
 
     def reached(self) -> bool:
         return bool(np.linalg.norm(self._place - self._goal) < NEAR)
+
+    def reached_strictly(self) -> bool:
+        return bool(np.linalg.norm(self._place - self._goal) < STRICT)
 
     def apart(self, state: np.ndarray, goal: np.ndarray) -> float:
         """Return the length of the way, through the door where it lies between."""

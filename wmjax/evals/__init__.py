@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from wmjax.errors import UserError, check_above, check_least
+from wmjax.errors import UserError, check_least
 from wmjax.plugins import resolve
 from wmjax.types import Row
 
@@ -23,7 +23,13 @@ EVALUATORS = {
     "probe": "wmjax.evals.probe:Probe",
     "acting": "wmjax.evals.acting:Acting",
     "closed_loop": "wmjax.evals.closed_loop:ClosedLoop",
+    "harness": "wmjax.evals.harness:InWorld",
 }
+
+
+BATCHES, PROBE_CLIPS = 8, 512  # of a run that is not short
+FEWEST = 10  # clips that a probe can be fitted to
+SHARE = 0.1  # of the batches and clips that a run trains on, for each of its evaluations
 
 
 class Unavailable(UserError):
@@ -48,10 +54,12 @@ class Context(NamedTuple):
     """What an evaluator may use: compiled steps, data and configuration of the run.
 
     steps: step.Steps. sources: the splits train and validation, as data.source.Source. masks:
-    masking.Masks. config: the whole configuration as plain dicts. open_batches(split, frames=0):
-    iterator of the batches of a split, from its first clip, cropped to the centre; the evaluator
-    closes it. frames: of longer clips, as far as the episodes allow (see Source.of_frames).
-    shows: True if the run has TensorBoard or W&B for pictures.
+    masking.Masks. config: the whole configuration as plain dicts, with the sizes of `sizes`.
+    open_batches(split, frames=0, batches=0): iterator of the batches of a split, from its first
+    clip, cropped to the centre; the evaluator closes it. frames: of longer clips, as far as the
+    episodes allow (see Source.of_frames). batches: how many are read; 0: endless, read ahead.
+    shows: True if the run has TensorBoard or W&B for pictures. workers: processes that an
+    evaluator may start; 0: none.
     """
 
     steps: Any
@@ -61,6 +69,7 @@ class Context(NamedTuple):
     workdir: Path
     open_batches: Callable[..., Any]
     shows: bool = False
+    workers: int = 0
 
 
 class Evaluator(Protocol):
@@ -75,9 +84,22 @@ class Evaluator(Protocol):
 
 def check(settings: Mapping[str, Any]) -> None:
     """Raise UserError for values of the `eval` group that are out of range."""
-    check_above("eval.batches", settings["batches"])
-    check_least("eval.probe_clips", settings["probe_clips"], 10)  # the fewest that can be fitted
+    check_least("eval.batches", settings["batches"], 1)
+    check_least("eval.probe_clips", settings["probe_clips"], FEWEST)
     check_least("eval.probe_every", settings["probe_every"])
+
+
+def sizes(settings: Mapping[str, Any], num_steps: int, batch_size: int) -> dict[str, int]:
+    """Return eval.batches and eval.probe_clips; where they are empty they follow the run's length.
+
+    Empty: BATCHES and PROBE_CLIPS, and at most SHARE of what the run trains on.
+    """
+    steps = round(SHARE * num_steps)
+    follow = {
+        "batches": min(BATCHES, max(1, steps)),
+        "probe_clips": min(PROBE_CLIPS, max(FEWEST, steps * batch_size)),
+    }
+    return {name: settings[name] or size for name, size in follow.items()}
 
 
 def names(settings: Mapping[str, Any]) -> list[str]:

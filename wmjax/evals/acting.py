@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from wmjax import sharding
 from wmjax.evals import Context, Report, Unavailable
@@ -43,16 +42,12 @@ class Acting:
         """Prepare jitted functions, compiled on first use."""
         self.every = context.config["eval"]["probe_every"]
         steps = context.steps
-        blueprint, mesh, state = steps.blueprint, steps.mesh, steps.abstract
+        blueprint, mesh, state = steps.blueprint.scanned, steps.mesh, steps.abstract
         if not issubclass(blueprint.family, ActingModel):
             raise Unavailable
         weights = state.params, state.frozen, state.target
         shardings = jax.tree.map(lambda leaf: leaf.sharding, weights)
         everywhere = sharding.replicated(mesh)
-
-        def random() -> Any:
-            seed = jax.random.key(context.config["seed"])
-            return blueprint.divide(*blueprint.variables(blueprint.create(nnx.Rngs(seed))))
 
         def jitted(measure: Callable[..., Any]) -> Callable[..., Any]:
             def call(weights: Any, batch: WorldModelInput) -> Any:
@@ -62,7 +57,7 @@ class Acting:
             inputs = (shardings, sharding.batch_sharding(mesh))
             return jax.jit(call, in_shardings=inputs, out_shardings=everywhere)
 
-        self._random = jax.jit(random, out_shardings=shardings)
+        self._weights = steps.untrained
         self._transitions, self._foresight, self._plans = map(
             jitted, (transitions, foresight, plans)
         )
@@ -71,31 +66,45 @@ class Acting:
 
     def __call__(self, step: int, state: TrainState) -> Report:
         say(f"acting: roll-outs and plans on {self._batches} batches ...")
-        found = {"trained": self.figures((state.params, state.frozen, state.target))}
+        models = {"trained": (state.params, state.frozen, state.target)}
         if not self._untrained:  # computed once, because it does not depend on the state
-            self._untrained = self.figures(self._random())
-        found["random"] = self._untrained
+            models["random"] = self._weights()
+        found = self.figures(models)
+        self._untrained = found.setdefault("random", self._untrained)
         return Report(row(found), table(found), entry={"acting": found})
 
-    def figures(self, weights: Any) -> dict[str, float]:
-        """Return the figures of some weights by name."""
-        totals: dict[str, np.ndarray] = {}
-        pairs: dict[str, list[Any]] = {"train": [], "validation": []}
-        for split in pairs:
-            with contextlib.closing(self._open(split, frames=HORIZON + 1)) as batches:
+    def figures(self, models: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Return the figures of each model's weights by name; each clip is read once for all."""
+        sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
+        pairs: dict[str, dict[str, list[Any]]] = {
+            name: {"train": [], "validation": []} for name in models
+        }
+        for split in ("train", "validation"):
+            opened = self._open(split, frames=HORIZON + 1, batches=self._batches)
+            with contextlib.closing(opened) as batches:
                 for number in range(self._batches):
                     batch = next(batches)
-                    pairs[split].append(jax.device_get(self._transitions(weights, batch)))
-                    if split == "train":
-                        continue
-                    sums = self._foresight(weights, batch)
-                    sums |= {} if number else self._plans(weights, batch)
-                    for name, pair in jax.device_get(sums).items():
-                        totals[name] = totals.get(name, 0) + np.array(pair, np.float64)
-        means = {name: float(sum / max(count, 1)) for name, (sum, count) in totals.items()}
-        means["inverse_r2"] = inverse_r2(pairs)
-        means["fidelity"] = 1 - means.pop("frechet") / max(means.pop("frechet_still"), 1e-9)
-        return means
+                    for name, weights in models.items():
+                        pairs[name][split].append(jax.device_get(self._transitions(weights, batch)))
+                        if split == "validation":
+                            self._add(sums[name], weights, batch, planned=not number)
+        return {name: means(sums[name], pairs[name]) for name in models}
+
+    def _add(
+        self, sums: dict[str, np.ndarray], weights: Any, batch: WorldModelInput, *, planned: bool
+    ) -> None:
+        found = self._foresight(weights, batch)
+        found |= self._plans(weights, batch) if planned else {}
+        for name, pair in jax.device_get(found).items():
+            sums[name] = sums.get(name, 0) + np.array(pair, np.float64)
+
+
+def means(sums: Mapping[str, np.ndarray], pairs: Mapping[str, list[Any]]) -> dict[str, float]:
+    """Return figures from sums and counts, and from the transitions of both splits."""
+    found = {name: float(sum / max(count, 1)) for name, (sum, count) in sums.items()}
+    found["inverse_r2"] = inverse_r2(pairs)
+    found["fidelity"] = 1 - found.pop("frechet") / max(found.pop("frechet_still"), 1e-9)
+    return found
 
 
 def foresight(model: ActingModel, target: Params, batch: WorldModelInput) -> Sums:

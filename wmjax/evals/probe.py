@@ -6,13 +6,13 @@ over the episodes of the training split. The figure is R2 on the validation spli
 wraps around by a full turn is fitted as cosine and sine.
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from wmjax import sharding
 from wmjax.evals import Context, Report, Unavailable
@@ -41,15 +41,11 @@ class Probe:
         if not all(source.label_sizes for source in sources.values()):
             text = "no label of eval.labels is in all of the data, in one size"
             raise Unavailable(text if self.every else "")
-        steps, seed = context.steps, context.config["seed"]  # the seed of the run's random weights
-        blueprint, mesh, state = steps.blueprint, steps.mesh, steps.abstract
+        steps = context.steps
+        blueprint, mesh, state = steps.blueprint.scanned, steps.mesh, steps.abstract
         weights = state.params, state.frozen, state.target
         shardings = jax.tree.map(lambda leaf: leaf.sharding, weights)
         everywhere = sharding.replicated(mesh)
-
-        def random() -> Any:
-            model = blueprint.create(nnx.Rngs(jax.random.key(seed)))
-            return blueprint.divide(*blueprint.variables(model))
 
         def read(weights: Weights, batch: WorldModelInput) -> tuple[Array, Array, Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -58,13 +54,13 @@ class Probe:
             ids = jnp.stack([batch.dataset_ids_B, batch.sample_ids_B], axis=1)
             return features, scaled(batch, features.shape), ids
 
-        self._random = jax.jit(random, out_shardings=shardings)
+        self._untrained = steps.untrained
         self._read = jax.jit(
             read,
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=everywhere,
         )
-        clips = settings["probe_clips"]
+        clips, self._batch_size = settings["probe_clips"], context.config["data"]["batch_size"]
         self._clips = {"train": clips, "validation": max(1, round(TEST_SHARE * clips))}
         self._open = context.open_batches
         self._labels = {split: source.labels for split, source in sources.items()}
@@ -80,28 +76,37 @@ class Probe:
         features: dict[str, dict[str, np.ndarray]] = {"trained": {}, "random": {}, "pixels": {}}
         models: dict[str, Weights] = {"trained": (state.params, state.frozen, state.target)}
         if not self._baselines:  # computed once, because they do not depend on the state
-            models["random"] = self._random()
+            models["random"] = self._untrained()
         truth = {}
         for split in self._clips:
-            for name, weights in models.items():
-                features[name][split], pixels, ids = self.read(weights, split)
-            features["pixels"][split] = pixels
-            truth[split] = self._truth(split, ids, features["trained"][split].shape[1])
+            found, pixels, ids = self.read(models, split)
+            for name, values in (found | {"pixels": pixels}).items():
+                features[name][split] = values
+            truth[split] = self._truth(split, ids, pixels.shape[1])
         if not self._baselines:
             self._baselines = {n: fit_all(features[n], truth) for n in ("random", "pixels")}
         return {"trained": fit_all(features["trained"], truth), **self._baselines}
 
-    def read(self, weights: Weights, split: str) -> tuple[np.ndarray, ...]:
-        """Return features, pixels (both clips x tubelets x numbers) and (dataset, sample) ids."""
-        parts: list[tuple[np.ndarray, ...]] = []
+    def read(
+        self, models: Mapping[str, Weights], split: str
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Return features by name of the weights, pixels, and (dataset, sample) ids.
+
+        Features and pixels: clips x tubelets x numbers. Each clip is read once for all weights.
+        """
+        parts: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in models}
         clips = self._clips[split]
-        batches: Iterator[WorldModelInput] = self._open(split)
-        try:
-            while sum(len(part[-1]) for part in parts) < clips:
-                parts.append(jax.device_get(self._read(weights, next(batches))))
-        finally:
-            batches.close()  # type: ignore[attr-defined]
-        return tuple(np.concatenate(columns)[:clips] for columns in zip(*parts, strict=True))
+        count = -(-clips // self._batch_size)
+        with contextlib.closing(self._open(split, batches=count)) as batches:
+            for _ in range(count):
+                batch = next(batches)
+                for name, weights in models.items():
+                    parts[name].append(jax.device_get(self._read(weights, batch)))
+        found = {}
+        for name, read in parts.items():
+            columns = zip(*read, strict=True)
+            found[name], pixels, ids = (np.concatenate(column)[:clips] for column in columns)
+        return found, pixels, ids
 
     def _truth(
         self, split: str, ids: np.ndarray, tubelets: int

@@ -21,7 +21,7 @@ class Validation:
 
     def __call__(self, step: int, state: TrainState) -> Report:
         mean = Mean()
-        with contextlib.closing(self._open("validation")) as batches:
+        with contextlib.closing(self._open("validation", batches=self._count)) as batches:
             for _ in range(self._count):
                 mean.add(self._steps.validate(state, next(batches)))
             row = finish(fetch(mean.take())) | batches.report()

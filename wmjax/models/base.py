@@ -283,6 +283,11 @@ class Blueprint:
         return self.family.create(self.settings, self.compute, self.spec, self.statistics, rngs)
 
     @property
+    def scanned(self) -> "Blueprint":
+        """The same model, of the same parameters, which compiles faster: for evaluations."""
+        return dataclasses.replace(self, compute=dataclasses.replace(self.compute, scan=True))
+
+    @property
     def _package(self) -> tuple[str]:
         """The package of the family, which the user has named and so trusts."""
         return (self.family.__module__.partition(".")[0],)

@@ -1,6 +1,6 @@
 """Roll-outs of a world model, the cost of a plan, and planning as one function for jit."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,29 @@ class Plan(NamedTuple):
 
 
 def rollout(model: ActingModel, latent: Latent, action_BHA: jax.Array) -> jax.Array:
-    """Return what the model imagines after each block, BHND."""
-    ahead = []
-    for step in range(action_BHA.shape[1]):
-        latent = model.imagine(latent, action_BHA[:, step])
-        ahead.append(model.embedding(latent))
-    return jnp.stack(ahead, axis=1)
+    """Return what the model imagines after each block, BHND.
+
+    Steps after which a latent keeps its shapes are compiled once, and scanned.
+    """
+
+    def ahead(latent: Latent, action_BA: jax.Array) -> tuple[Latent, jax.Array]:
+        latent = model.imagine(latent, action_BA)
+        return latent, model.embedding(latent)
+
+    action_HBA, found = jnp.moveaxis(action_BHA, 1, 0), list[jax.Array]()
+    for step, action_BA in enumerate(action_HBA):
+        later, embedding_BND = ahead(latent, action_BA)
+        if _shapes(later) == _shapes(latent):
+            found.append(jax.lax.scan(ahead, latent, action_HBA[step:])[1])
+            break
+        latent = later
+        found.append(embedding_BND[None])
+    return jnp.moveaxis(jnp.concatenate(found), 0, 1)
+
+
+def _shapes(latent: Latent) -> tuple[Any, list[Any]]:
+    leaves, structure = jax.tree.flatten(latent)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
 def distances(

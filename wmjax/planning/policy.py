@@ -42,13 +42,18 @@ class Policy:
                 f"{wanted:g}, {self.meta['block']} between two frames: wanted {wanted:g}"
             )
 
+    @property
+    def due(self) -> bool:
+        """Whether the next `act` plans; only then it reads its observation."""
+        return not self._queue
+
     def act(self, observation: Any) -> np.ndarray:
         """Return the next action in the units of the recording, (A,), or (B, A) for B episodes.
 
         observation: as `wmjax.load(...).plan` takes it. It is read when a new plan is due, after
         `replan` blocks.
         """
-        if not self._queue:
+        if self.due:
             self._replan(observation)
         return self._queue.pop(0)
 

@@ -100,23 +100,31 @@ def same(values: Mapping[str, Any]) -> None:
 
 
 def check_same(meta: dict[str, Any], data: Mapping[str, Any], *, strict: bool) -> None:
-    """Warn where data or libraries are not those of the checkpoint; strict: raise UserError.
+    """Warn of what changed in data and libraries since the checkpoint; strict: raise UserError.
 
     data: the fingerprint of the run's data. The first checkpoints of wmjax say nothing of either.
     """
     for what, now, follows in (
-        ("data", data, "the clips are no longer those that an unbroken run gets"),
-        ("versions", versions(), "the last bits may differ from those of an unbroken run"),
+        ("data", data, "an unbroken run would get other clips"),
+        ("versions", versions(), "the last bits may differ from an unbroken run's"),
     ):
         was = meta.get(what, now)
         names = dict.fromkeys([*was, *now])
         changed = [n for n in names if was.get(n) != now.get(n)]
         if not changed:
             continue
-        text = "; ".join(f"{n} is {now.get(n)}, was {was.get(n)}" for n in changed)
+        lines = [_change(name, was.get(name, "none"), now.get(name, "none")) for name in changed]
         if strict:
+            text = "; ".join(lines)
             raise UserError(f"checkpoint.strict=True: {what}: {text}: wanted the same")
-        say(f"warning: {what}: {text}: {follows}")
+        begin = f"warning: other {what} than when the checkpoint was saved: {follows}"
+        say("\n  ".join([begin, *lines]))
+
+
+def _change(name: str, was: Any, now: Any) -> str:
+    """Describe a change of a value; of a hash only that there is one."""
+    before, hashed, what = name.partition("hash of ")
+    return f"{before}{what}: not the same" if hashed else f"{name}: {now}, was {was}"
 
 
 def versions() -> dict[str, str]:

@@ -48,12 +48,13 @@ class Clock:
         self._batch_size, self._num_steps = batch_size, num_steps
         self.step_flop, self.peak = 0, None  # type: int, float | None
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._recurring: dict[object, tuple[int, float]] = {}
         self._origin = time.time() - time.perf_counter()
         # What a process did before its first clock is a start; before a later one, as in a
         # notebook, it was counted or belongs to no run.
         began = time.time() if Clock.counted else process_began()
         Clock.counted = True
-        if (row := _row_of(path, step)) is not None:
+        if (row := row_of(path, step)) is not None:
             self._seconds |= row["seconds"]
             if not row["ended"]:
                 self._seconds["lost"] += _lost_since(row, began)
@@ -71,6 +72,13 @@ class Clock:
         finally:
             self._switch(outer)
 
+    @contextlib.contextmanager
+    def recurring(self, what: object, every: int) -> Iterator[None]:
+        """Measure work that is done every so many steps and after the last one, for eta_s."""
+        begun = self._now()
+        yield
+        self._recurring[what] = every, self._now() - begun
+
     def restart(self, step: int) -> None:
         """Begin a new interval of `rates` after `step`."""
         self._switch(self._phase)
@@ -80,7 +88,8 @@ class Clock:
         """Return the rates over the steps since the last interval, and begin a new one.
 
         Compilation, validation and saves do not count. data_wait: share of the time that was spent
-        waiting for clips.
+        waiting for clips. eta_s: until the end, with the recurring work that is due from this step
+        on; each is expected to take as long as last time.
         """
         self._switch(self._phase)
         begun, stepped, waited = self._interval
@@ -95,6 +104,10 @@ class Clock:
             "data_wait": waited / elapsed,
             "eta_s": (self._num_steps - step) * elapsed / steps,
         }
+        for every, seconds in self._recurring.values():
+            end = self._num_steps
+            due = end // every - (step - 1) // every + bool(end % every)
+            row["eta_s"] += due * seconds
         if self.peak and self.step_flop:
             row["mfu"] = steps * self.step_flop / elapsed / self.peak
         return row
@@ -128,6 +141,7 @@ class Clock:
             return
         seconds = {phase: round(spent, 3) for phase, spent in self._seconds.items()}
         row = {"step": step, "until": round(until, 3), "ended": ended, "seconds": seconds}
+        row["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         if boot := _boot():
             uptime = time.clock_gettime(time.CLOCK_BOOTTIME) - (self._now() - until)
             row["boot"], row["uptime"] = boot, round(uptime, 3)
@@ -167,7 +181,7 @@ def _boot() -> str:
     return ""
 
 
-def _row_of(path: Path, step: int) -> dict[str, Any] | None:
+def row_of(path: Path, step: int) -> dict[str, Any] | None:
     """Return the last row of `step` or before; later rows are of steps that are done again."""
     found = None
     with contextlib.suppress(OSError):

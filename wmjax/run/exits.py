@@ -23,6 +23,7 @@ from wmjax.run import private
 
 WRITE_S = 2.0  # for output that may have no reader
 KEPT = 1000  # lines that wait for a reader
+TAKEN_S = 0.5  # for the main thread to take a Ctrl-C; then it is in C code, such as a compilation
 
 
 def in_time(call: Callable[[], object], seconds: float) -> bool:
@@ -143,7 +144,11 @@ os.register_at_fork(after_in_child=output.__init__)  # type: ignore[misc]
 
 _text = "interrupted"
 _process = 0  # that catches signals
+_reader = 0  # the process whose thread reads signals
+_taken_at = 0.0  # when the main thread last took a Ctrl-C
 _ending = threading.Lock()
+# Called at once, in another thread, with a signal that run.signals handles.
+hear: Callable[[int], None] | None = None
 
 
 def catch_signals(text: str, *, ctrl_c: bool) -> None:
@@ -155,10 +160,11 @@ def catch_signals(text: str, *, ctrl_c: bool) -> None:
     """
     global _text, _process
     _text, _process = text, os.getpid()
+    ours = (signal.SIG_DFL, signal.default_int_handler, _leave)
     for number in SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _leave):
+        if signal.getsignal(number) in ours:
             plain = number == signal.SIGINT and not ctrl_c
-            signal.signal(number, signal.default_int_handler if plain else _leave)
+            signal.signal(number, _interrupt if plain else _leave)
 
 
 def is_command() -> bool:
@@ -166,8 +172,15 @@ def is_command() -> bool:
     return _process == os.getpid()
 
 
+def in_thread() -> bool:
+    """Return whether a thread of this process hears signals, and calls `hear`."""
+    return _reader == os.getpid()
+
+
 def catch_in_thread() -> None:
-    """Leave at a signal also while the main thread is in C code, such as a compilation."""
+    """Hear signals also while the main thread is in C code, such as a compilation."""
+    global _reader
+    _reader = os.getpid()
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
 
@@ -184,8 +197,22 @@ def catch_in_thread() -> None:
 
 def _read(pipe: int) -> None:
     while number := os.read(pipe, 1)[0]:
-        if signal.getsignal(number) is _leave:
+        handler = signal.getsignal(number)
+        if handler is _leave:
             _end(number)
+        elif handler is _interrupt:
+            heard_at = time.monotonic()
+            time.sleep(TAKEN_S)
+            if _taken_at < heard_at - TAKEN_S:
+                _end(number)
+        elif hear:
+            hear(number)
+
+
+def _interrupt(*_: object) -> None:
+    global _taken_at
+    _taken_at = time.monotonic()
+    raise KeyboardInterrupt
 
 
 def _leave(number: int, _: FrameType | None) -> None:

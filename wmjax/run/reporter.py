@@ -23,6 +23,7 @@ from wmjax.run.metrics import Mean, Metrics
 from wmjax.types import Row
 
 EVALUATIONS = "evals.jsonl"
+WIDTH = 79  # columns of a line on the console
 
 
 class Reporter:
@@ -53,6 +54,7 @@ class Reporter:
         Raises UserError naming the extra when TensorBoard or W&B is asked for and not installed.
         """
         self._active = jax.process_index() == 0
+        self._start, self._done, self._bar = start, 0, None  # type: int, int, tqdm | None
         self._mean = Mean()
         self._num_steps, self._alarms, self._before_write = num_steps, alarms, before_write
         self.last: Row = {}  # the newest value of each name
@@ -76,13 +78,6 @@ class Reporter:
             )
         for row in rows:
             alarms(row["step"], {k: v for k, v in row.items() if isinstance(v, float)})
-        self._bar = tqdm(
-            total=num_steps,
-            initial=start,
-            unit="step",
-            leave=False,
-            disable=not sys.stderr.isatty(),
-        )
 
     def _add(self, name: str, make: Callable[[], "Sink"]) -> None:
         with self._dropping_on_error(name):
@@ -120,10 +115,22 @@ class Reporter:
         return self._mean.take()
 
     def advance(self) -> None:
-        """Move the progress bar by one step."""
-        if self._active and not exits.output.late:  # a line that waits has the lock of the bar
-            with contextlib.suppress(OSError):  # the terminal may be gone
+        """Move the progress bar by one step; it appears at the second, after the compilation."""
+        self._done += 1
+        if not self._active or self._done < 2 or exits.output.late:
+            return  # a line that waits has the lock of the bar
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            if self._bar:
                 self._bar.update()
+                return
+            self._bar = tqdm(
+                total=self._num_steps,
+                initial=self._start + self._done,
+                unit="step",
+                leave=False,
+                disable=not sys.stderr.isatty(),
+                dynamic_ncols=True,
+            )
 
     def write(self, step: int, row: Row) -> None:
         """Write one row to every sink and to the console, with its alarms."""
@@ -138,8 +145,9 @@ class Reporter:
         for name, sink in list(self._sinks.items()):
             with self._dropping_on_error(name):
                 sink.write(step, row)
-        if line := describe(row):
-            say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {line}")
+        begin = f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  "
+        if line := describe(row, WIDTH - len(begin)):
+            say(begin + line)
         for warning in warnings:
             say(f"warning: step {step}: {warning}")
 
@@ -173,7 +181,7 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         if not self._active:
             return
-        if not exits.output.late:
+        if self._bar and not exits.output.late:
             with contextlib.suppress(OSError):
                 self._bar.close()
         for name, sink in list(self._sinks.items()):
@@ -236,10 +244,10 @@ class _WandB:
 # How the console shows a name of a row. Other names go to the files only.
 _CONSOLE = {
     "loss": lambda v: f"loss {v:.4f}",
-    "learning_rate": lambda v: f"lr {v:.2e}",
-    "gradient_norm": lambda v: f"grad {v:.3f}",
+    "learning_rate": lambda v: f"lr {v:.1e}",
+    "gradient_norm": lambda v: f"grad {v:.3g}",
     "examples_per_s": lambda v: f"{v:.1f} clips/s",
-    "mfu": lambda v: f"mfu {v:.1%}",
+    "mfu": lambda v: f"mfu {v:.0%}",
     "data_wait": lambda v: f"wait {v:.0%}",
     "eta_s": lambda v: f"eta {clock(v)}",
     "validation/loss": lambda v: f"validation loss {v:.4f}",
@@ -248,9 +256,16 @@ _CONSOLE = {
 }
 
 
-def describe(row: Row) -> str:
-    """Return the line that the console shows for a row."""
-    return "  ".join(show(row[name]) for name, show in _CONSOLE.items() if name in row)
+_SPARE = ("learning_rate", "validation/health/target_rank", "gradient_norm", "mfu")
+
+
+def describe(row: Row, room: int = WIDTH) -> str:
+    """Return what the console shows of a row; in a full line those of _SPARE are left out first."""
+    shown = {name: show(row[name]) for name, show in _CONSOLE.items() if name in row}
+    for name in _SPARE:
+        if len("  ".join(shown.values())) > room:
+            shown.pop(name, None)
+    return "  ".join(shown.values())
 
 
 def _remove_rows_after(path: Path, start: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import jax
 
 from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.errors import SIGNALS, ExitCode
-from wmjax.run import coordination
+from wmjax.run import coordination, exits
 from wmjax.run.console import say
 from wmjax.run.exits import exit_now, is_command
 from wmjax.types import WorldModelInput
@@ -35,15 +35,18 @@ class Stopped(Exception):
 class StopSignal:
     """Catches signals and stops the run between two batches; a context manager.
 
-    received: the signal's number, 0 before there is one. A Ctrl-C that follows more than TWICE_S
-    later ends the process immediately, without a save; outside a command, in a notebook say, it is
-    a KeyboardInterrupt. stuck: the watchdog stops the run. Outside the main thread Python allows
+    received: the signal's number, 0 before there is one. In a command a thread answers it at once.
+    A Ctrl-C that follows more than TWICE_S later ends the process immediately, without a save;
+    outside a command, in a notebook say, it is a KeyboardInterrupt. phase: of run.clock; while the
+    only process compiles its first step, a signal ends it immediately, because nothing is trained
+    yet. stuck: the watchdog stops the run. Outside the main thread Python allows
     no signal handlers: then no signal is caught.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.stuck = False
+        self.phase = ""
         self._begun = 0  # number of batches begun
         self._last: int | None = None  # the last batch to run, once the processes agree
         self._asked, self._lock = False, threading.Lock()
@@ -62,6 +65,8 @@ class StopSignal:
             say("warning: train() is not in the main thread: signals do not stop the run")
             heard = []
         self._old = {number: signal.signal(number, self._handle) for number in heard}
+        if heard:
+            exits.hear = self._receive
         if not self._alone:
             threading.Thread(target=self._agree, name="stop", daemon=True).start()
         return self
@@ -95,17 +100,27 @@ class StopSignal:
             raise Stopped
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
+        if not exits.in_thread():
+            self._receive(number)
+
+    def _receive(self, number: int) -> None:
+        now, first = time.monotonic(), not self.received
         # Only this process's own first signal counts, not one that another process received.
         if number == signal.SIGINT and now > self._first_at + TWICE_S:
             text = "interrupted: nothing was saved since the newest checkpoint"
             if not is_command():
                 raise KeyboardInterrupt(text)
             exit_now(ExitCode.SIGNAL + number, text)
+        name = signal.Signals(number).name
+        if self._alone and self.phase == "compile" and exits.in_thread():
+            text = f"{name}: nothing was trained since the start; the same command resumes"
+            exit_now(ExitCode.SIGNAL + number, text)
         self._first_at = min(self._first_at, now)
         self.received = self.received or number
         if self._alone:
             self._asked, self._last = True, self._begun
+        if first and coordination.index() == 0:
+            exits.write_error(f"{name}: stopping after this batch; a further Ctrl-C ends at once")
 
     def _agree(self) -> None:
         """Wait for a signal to any process, then agree on the last batch; a daemon thread."""

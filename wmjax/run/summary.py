@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from wmjax import sharding
 from wmjax.run.console import clock
 from wmjax.run.reporter import describe
 from wmjax.types import Row
+
+CORE_FLOPS = 3e10  # a second and core, of float32 products in XLA
 
 
 def of_setup(mesh: jax.sharding.Mesh, sources: Mapping[str, Any], masks: Any) -> str:
@@ -34,14 +35,30 @@ def notes_of(sources: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(note for source in sources.values() for note in source.notes))
 
 
+def of_slow_step(flop: int, cores: int) -> str:
+    """Warn of a step that takes a minute or more on a CPU; '' for any other."""
+    seconds = flop / (cores * CORE_FLOPS)
+    if jax.default_backend() != "cpu" or seconds < 60:
+        return ""
+    return (
+        f"warning: {flop / 1e12:,.1f} TFLOP a step on a CPU of {cores} cores: about "
+        f"{clock(seconds)} a step\n"
+        "wanted a GPU or TPU, or a smaller model: model.size, data.batch_size, data.image_size"
+    )
+
+
 def of_state(workdir: Path, state: Any) -> str:
-    """Describe the parameters, and where the files of the run are."""
+    """Describe the parameters, a line for each part, and where the files of the run are."""
     total, largest = sharding.device_bytes(state)
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
+    lines = [
+        f"  {part:12}{sum(leaf.size for leaf in jax.tree.leaves(tree)):>15,}{kind}"
+        for trees, kind in ((state.params, ""), (state.frozen, "  frozen"))
+        for part, tree in trees.items()
+    ]
     return "\n".join(
         [
-            parameter_overview.get_parameter_overview(state.params, include_stats=False),
-            *([f"frozen, besides: {frozen:,} numbers"] if frozen else []),
+            "parameters",
+            *lines,
             f"state: {total / 2**20:.0f} MiB, {largest / 2**20:.0f} MiB on the fullest device",
             f"workdir: {workdir} (config.json, metrics.jsonl, checkpoints)",
         ]
@@ -61,11 +78,11 @@ def of_result(workdir: Path, step: int, last: Row, seconds: float, exported: boo
     }
     if exported:
         commands[f"python -m wmjax.weights export {workdir} OUT"] = "a model for transformers"
-    wide = max(map(len, commands))
     return "\n".join(
         [
-            f"done: step {step} after {clock(seconds)}  {describe(figures)}",
+            f"done: step {step} after {clock(seconds)}",
+            f"  {describe(figures)}",
             f"checkpoints and metrics.jsonl in {workdir}; next:",
-            *(f"  {command:{wide}}  {what}" for command, what in commands.items()),
+            *(f"  {what}:\n    {command}" for command, what in commands.items()),
         ]
     )

@@ -112,6 +112,9 @@ def see(
 
     model = load(name, trust=trust)
     config = configuration(model, dataset, overrides, trust)
+    if "data" in model.config:
+        for line in configs.differences(model.config, configs.plain(config)):
+            print(f"  not as in the run: {printable(line)}")
     assemble.check(config)
     source = assemble.make_source(config, "validation")
     for note in source.notes:

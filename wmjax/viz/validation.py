@@ -34,7 +34,7 @@ class Pictures:
         self._open = context.open_batches
 
     def __call__(self, step: int, state: TrainState) -> Report:
-        with contextlib.closing(self._open("validation")) as batches:
+        with contextlib.closing(self._open("validation", batches=1)) as batches:
             seen = self._look(state, next(batches))
         return Report({}, pictures=lambda: pictures(seen))
 

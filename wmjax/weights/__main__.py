@@ -121,6 +121,11 @@ def export_folder(
             [f"wrote the weights of {folder} to {out}, for Meta's code", *source.notes]
         )
     frames, size = square_clip(str(folder), source.clip, frames, size)
+    other = [
+        f"--{name}={given}: the clips of {folder} have {source.clip[name]}"
+        for name, given in (("frames", frames), ("size", size))
+        if source.clip.get(name, given) != given
+    ]
     if source.model.get("name", "vjepa2") != "vjepa2":
         raise UserError(
             f"{folder}: model.name={source.model['name']!r}: transformers has no such model; "
@@ -139,7 +144,7 @@ def export_folder(
         config=source.config,
         metrics={"step": source.step, **metrics} if source.step else None,
     )
-    return "\n".join([f"wrote the weights of {folder} to {out}", *source.notes])
+    return "\n".join([f"wrote the weights of {folder} to {out}", *other, *source.notes])
 
 
 def last_metrics(file: Path, step: int) -> dict[str, float]:

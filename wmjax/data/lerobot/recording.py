@@ -115,7 +115,7 @@ class Recording(Source):
         lengths = np.sort(self.episodes.length_E[self._fits_E])
         fits = (int(lengths[len(lengths) // 2]) - 1) // self.stride + 1
         other = copy.copy(self)
-        other.frames = max(self.frames, min(most, fits) if self._ends == "drop" else most)
+        other.frames = min(most, fits) if self._ends == "drop" else most
         other.use_split(self._split)
         return other
 
@@ -189,6 +189,14 @@ class Recording(Source):
         steps_T = start + self.stride * np.arange(self.frames)
         rows_T = episode.first_row + np.minimum(steps_T, episode.length - 1)
         return episode.index, {name: self._tables[name][rows_T] for name in self.label_sizes}
+
+    def beginnings(self) -> dict[int, bytes]:
+        episodes = self.episodes
+        rows_EN = np.concatenate(
+            [self._tables[name][episodes.first_row_E] for name in self.label_sizes], axis=1
+        )
+        pairs = zip(episodes.index_E.tolist(), rows_EN, strict=True)
+        return {episode: row.tobytes() for episode, row in pairs}
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the clips of all splits depend on; of videos, only the cameras' names."""
