@@ -71,5 +71,8 @@ def test_the_text_has_every_figure(step):
         first, *others = verdict.text(row, step).splitlines()
         assert ("wmjax/evals/README.md" in first) == (row is bad)
         assert len(others) == 4  # an evaluator each
+        lines = verdict.wrapped(verdict.text(row, step)).splitlines()
+        assert max(map(len, lines)) < 80
+        assert " ".join(" ".join(lines).split()) == " ".join(" ".join([first, *others]).split())
         for figure in (f"{row['validation/relative']:.2f}", f"{row['closed_loop/planned']:.0f} %"):
             assert any(figure in line for line in others)

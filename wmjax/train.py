@@ -172,7 +172,7 @@ def train(
     seconds, exported = time.perf_counter() - begun, config.model.name == "vjepa2"
     say(summary.of_result(workdir, step, reporter.last, seconds, exported))
     if said := verdict.text(reporter.last, step):
-        say(said)
+        say(verdict.wrapped(said))
     return 0
 
 

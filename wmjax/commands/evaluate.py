@@ -61,7 +61,7 @@ def evaluate(
     append_evaluation(workdir, entry)
     say(f"added to {workdir / EVALUATIONS}; what each figure means: wmjax/evals/README.md")
     if said := verdict.text(row, step):
-        say(said)
+        say(verdict.wrapped(said))
     return 0
 
 

@@ -4,6 +4,7 @@ Every evaluator compares the model with something that learned nothing: random w
 last frame copied, other actions. The verdict names what the model is better than, and what not.
 """
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def _ahead(row: Mapping[str, float], name: str) -> float | None:
 
 
 def text(row: Mapping[str, float], step: int) -> str:
-    """Return the verdict for a console or a page: a line, and one for each evaluator's figures.
+    """Return the verdict: a line, and one for each evaluator's figures.
 
     "": no evaluator has reported.
     """
@@ -95,6 +96,12 @@ def text(row: Mapping[str, float], step: int) -> str:
         soon = f"normal before {EARLY:,} steps; later" if step < EARLY else "what to do"
         said += f" ({soon}: wmjax/evals/README.md)"
     return "\n".join([f"verdict: {said}", *(f"  {line}" for line in _figures(row))])
+
+
+def wrapped(said: str) -> str:
+    """Return a verdict in lines that fit a console of 80 columns."""
+    lines = said.splitlines()
+    return "\n".join(textwrap.fill(line, 79, subsequent_indent="    ") for line in lines)
 
 
 def _figures(row: Mapping[str, float]) -> Iterator[str]:

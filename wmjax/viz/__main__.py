@@ -280,7 +280,7 @@ def run(argv: list[str]) -> int:
         print(section.file)
     print(f"{out / 'index.html'}  (all of them on one page)")
     if said:
-        print(said)
+        print(verdict.wrapped(said))
     return 0
 
 
