@@ -101,6 +101,9 @@ def get_config() -> ml_collections.ConfigDict:
             "data": {
                 "source": "lerobot",  # lerobot; synthetic: generated video; package.module:Name
                 "root": "",  # folder of a LeRobot dataset, which contains meta/
+                # ENV:EPISODES, as in tworoom:200: a simulator's episodes, recorded into root before
+                # the first run. Empty: root is there already.
+                "record": "",
                 "repo_id": "",  # in place of root: OWNER/NAME on the Hugging Face Hub
                 "revision": "",  # of repo_id: branch, tag or commit; empty: main
                 "reader": "native",  # native; lerobot: LeRobotDataset, slower

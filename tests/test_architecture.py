@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str] | None] = {
     "bench": EVERYTHING,
     "assemble": {
         *("step", "models", "nn", "sharding", "optim", "data", "data.lerobot", "masking"),
-        *("evals", "initial", "config", "run.profile", "run.console", "cache"),
+        *("data.tools", "evals", "initial", "config", "run.profile", "run.console", "cache"),
     },
     "config": {"models", "data", "plugins", "run.files"},
     "plugins": set(),

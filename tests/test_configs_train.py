@@ -15,6 +15,7 @@ PARAMETERS = {  # encoder and predictor with ten mask tokens, from the reference
     "lewm_original": 17_937_142,
     "lewm_pusht": 20_891_442,
     "lewm_tworoom": 20_875_698,
+    "lewm_tworoom_cpu": 869_106,
     "vjepa2_ac_aloha": 38_889_990,
     # Meta's, without the map of extrinsics, and with 6 generated numbers in place of 7.
     "vjepa2_ac_droid": 305_220_992 - 7 * 1024 - 2 * 1024,
@@ -46,9 +47,15 @@ def test_it_builds_at_full_size_without_a_number_in_memory(name):
     assert all(k and m for k, m in Masks(config.mask, assemble.token_grid(config)).sizes.values())
 
 
+def test_a_configuration_from_python_is_as_complete_as_from_the_command_line():
+    config = wmjax.get_config("lewm_tworoom_cpu")
+    assemble.check(config)
+    assert config == configs.load("lewm_tworoom_cpu")
+
+
 # What every micro run varies; and those that, shrunk, differ from others in values alone.
 EVERYWHERE = {"debug_world_model", "vjepa2_cooldown", "vjepa2_small"} | {
-    *("lewm_lerobot", "lewm_original", "lewm_tworoom", "vjepa2_ac_droid"),
+    *("lewm_lerobot", "lewm_original", "lewm_tworoom", "lewm_tworoom_cpu", "vjepa2_ac_droid"),
     *("vjepa21_aloha", "vjepa21_cooldown", "vjepa21_small"),
 }
 
@@ -65,6 +72,7 @@ def test_it_trains_two_steps_at_a_reduced_size(name, tmp_path):
     shrunk = [
         *(o for o in micro.OVERRIDES if not o.startswith(("train.num_steps", "optim"))),
         *("train.num_steps=2", "data.source=synthetic", "data.fps=10", "model.patch=8"),
+        *("data.root=", "data.record=", "data.cache="),
         *("model.dtype=float32", "init_from=", "optim.accumulate=1"),
         *WITHOUT_POSES.get(name, ()),
     ]

@@ -229,7 +229,9 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
             argv[2] = "transcoded"
         if "record" in argv:
             argv += ["--episodes=20", "--steps=60", "--workers=1"]
-        if "--config.data.root=ROOM" in argv:
+        own = any("lewm_tworoom_cpu" in word for word in argv)  # records its own data
+        argv += ["--config.data.record=tworoom:20"] if own and "--mode=eval" not in argv else []
+        if own or "--config.data.root=ROOM" in argv:
             argv += ["--config.eval.env_episodes=2", "--config.eval.env_plan=fast,samples=16"]
         if "--config.eval.env_goals=3" in argv:
             argv += ["--config.eval.env_goals=2", "--config.eval.env_seeds=1"]

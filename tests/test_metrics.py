@@ -61,6 +61,25 @@ def test_rates_count_steps_waits_and_leave_out_pauses(clock_at):
         assert clock.rates(13)["data_wait"] == 0.0
 
 
+def test_only_the_first_run_of_a_process_counts_its_start(clock_at, tmp_path, monkeypatch):
+    _, now = clock_at
+    monkeypatch.setattr(run_clock.Clock, "counted", False)
+    monkeypatch.setattr(run_clock, "process_began", lambda: now[0] - 40)
+
+    def starts(name, step):
+        path = tmp_path / name
+        account = run_clock.Clock(path, step, batch_size=8, num_steps=100)
+        now[0] += 5
+        account.save(step + 1, ended=True)
+        return json.loads(path.read_text().splitlines()[-1])["seconds"]
+
+    assert starts("one", 0)["start"] == 40 + 5
+    now[0] += 1000  # somebody reads the notebook
+    resumed = starts("one", 1)
+    assert (resumed["start"], resumed["lost"]) == (40 + 5 + 5, 0)
+    assert starts("other", 0)["start"] == 5
+
+
 def test_eta_holds_evaluations_and_saves_to_come(clock_at):
     clock, now = clock_at
     with clock.phase("step"):

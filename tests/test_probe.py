@@ -126,6 +126,9 @@ def test_the_table_has_its_three_rows_on_the_console_and_in_json(tmp_path, capsy
     again = json.loads((tmp_path / "evals.jsonl").read_text().splitlines()[-1])
     assert again["step"] == 4
     assert again["probe"] == line["probe"]
+    assert again["verdict"].keys() == {"probe/random", "probe/pixels", "mean"}
+    assert lines_with(said, "verdict")
+    assert lines_with(capsys.readouterr().out, "verdict")
     validation = next(row for row in micro.rows(tmp_path) if "validation/loss" in row)
     assert again["validation/loss"] == validation["validation/loss"]
 
@@ -137,8 +140,9 @@ def test_an_untrained_model_is_evaluated_as_what_it_is(tmp_path, capsys, monkeyp
     assert not any((tmp_path / "checkpoints").iterdir())
     assert lines_with(said, tmp_path, "checkpoint")
     assert lines_with(said, "warning", 0, "rank")
-    table = json.loads((tmp_path / "evals.jsonl").read_text())["probe"]
-    assert table["trained"] == table["random"]
+    entry = json.loads((tmp_path / "evals.jsonl").read_text())
+    assert entry["probe"]["trained"] == entry["probe"]["random"]
+    assert not entry["verdict"]["probe/random"]
 
 
 def test_eight_devices_read_the_same_features_as_one(tmp_path):

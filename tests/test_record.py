@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from recordings import refused
 
+from wmjax import assemble
+from wmjax import config as configs
 from wmjax.data import __main__ as door
 from wmjax.data.lerobot import LeRobotSource
 from wmjax.data.tools import record as recording
@@ -80,6 +82,27 @@ def test_a_recording_is_sound_and_says_what_was_played(small_files, tmp_path):
     table = pq.read_table(tmp_path / "room" / "data/chunk-000/file-001.parquet").to_pydict()
     assert table["index"] == list(range(24, 48))
     assert table["next.done"] == [t % 12 == 11 for t in range(24)]
+
+
+def test_a_run_records_its_own_data_once(tmp_path, monkeypatch):
+    root = tmp_path / "room"
+    overrides = (f"data.root={root}", "data.record=tworoom:6", "data.val_share=0.3")
+    config = configs.load("lewm_tworoom_cpu", overrides)
+    sources = assemble.make_sources(config, ("train", "validation"))
+    assert sources["train"].label_sizes == {"observation.state": 2}
+    info = json.loads((root / "meta/info.json").read_text())
+    assert info["total_episodes"] == 6
+    assert info["features"]["observation.image"]["shape"] == [32, 32, 3]
+    monkeypatch.setattr(assemble, "record", None)  # the second run finds it
+    assemble.make_sources(config, ("train",))
+
+
+@pytest.mark.parametrize("given", ["tworoom", "tworoom:0", ":5", "tworoom:some"])
+def test_what_is_to_be_recorded_is_checked(given):
+    with refused("data.record", given):
+        assemble.check(configs.load("lewm_tworoom_cpu", (f"data.record={given}",)))
+    with refused("data.record", "data.root"):
+        assemble.check(configs.load("lewm_tworoom_cpu", ("data.root=",)))
 
 
 def test_video_is_near_the_pictures(tmp_path):

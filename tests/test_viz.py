@@ -169,6 +169,31 @@ def test_runs_in_one_figure_are_told_apart_without_colour_too():
     assert all(mine[1] != next_one[1] for mine, next_one in itertools.pairwise(looks))
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_legend_names_the_lines_that_are_drawn_as_they_look(runs):
+    run = [{"step": step, "loss": 1 / step, "health/target_std": 1.0} for step in (1, 2, 3)]
+    run[2]["validation/loss"] = 0.5
+    figure = draw.reports({f"run {i}": run for i in range(runs)})
+    loss, spread = figure.axes[:2]
+    named = {
+        text.get_text(): (line.get_linestyle(), line.get_fillstyle())
+        for axis in (loss, spread)
+        for text, line in zip(
+            axis.get_legend().get_texts(), axis.get_legend().get_lines(), strict=True
+        )
+    }
+    drawn = [(line.get_linestyle(), line.get_fillstyle()) for line in loss.get_lines()]
+    assert [named["training"], named["validation"]] * runs == drawn
+    assert named.keys() == {"training", "validation", "target"}
+
+
+def test_the_probe_is_drawn_as_bars():
+    row = {f"probe/{label}/{kind}": 0.5 for label in "ab" for kind in ("trained", "random")}
+    (axis,) = draw.probe(row | {"probe/a/trained": -0.25}).axes
+    heights = [[bar.get_height() for bar in bars] for bars in axis.containers]
+    assert heights[:2] == [[-0.25, 0.5], [0.5, 0.5]]
+
+
 @pytest.mark.parametrize("tubelets", [2, 3, 4])
 def test_no_label_is_cut_off(seen, tubelets):
     video = seen.video_BTHWC[:, np.arange(2 * tubelets) % 6]
@@ -203,11 +228,14 @@ def inlined(html):
 def test_a_page_holds_its_pictures_and_escapes_its_texts(tmp_path):
     (tmp_path / "a.png").write_bytes(b"picture")
     section = page.Section("<b>", "a & b", tmp_path / "a.png")
-    page.write(tmp_path / "x.html", "t<", [("k", "<v>")], [section])
+    said = "verdict: a < b\n  one\n  two"
+    page.write(tmp_path / "x.html", "t<", [("k", "<v>")], [section], said)
     html = (tmp_path / "x.html").read_text()
     assert inlined(html) == [("image/png", b"picture")]
     assert "<b>" not in html
     assert "a &amp; b" in html
+    assert "verdict: a &lt; b" in html
+    assert html.count("<li>") == 2
 
 
 def test_weights_without_a_predictor_are_drawn_without_predictions(seen, tmp_path):

@@ -29,6 +29,7 @@ from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.data.reader import Reader
 from wmjax.data.source import Source
 from wmjax.data.synthetic import FPS, SyntheticSource
+from wmjax.data.tools.record import record
 from wmjax.data.windows import stride_for
 from wmjax.errors import UserError, check_above, check_choice, check_least, check_range
 from wmjax.evals import health, prediction, video
@@ -120,7 +121,11 @@ def prepare(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for wrong values, before any data is read; each room checks its own keys."""
+    """Raise UserError for wrong values, before any data is read; each room checks its own keys.
+
+    The model group gets the keys of its family that a file leaves out, as from get_config.
+    """
+    configs.override(config, ())
     values = config.to_dict()
     data_settings.check(values["data"])
     Compute.of(values["model"])
@@ -181,7 +186,7 @@ def outline(config: ml_collections.ConfigDict) -> str:
 def use_generated_data(config: ml_collections.ConfigDict) -> None:
     """Replace the data by generated clips of the same size, for commands without a dataset."""
     config.data.update(source="synthetic", root="", repo_id="", revision="", mixture="")
-    config.data.update(features="", cache="")
+    config.data.update(features="", cache="", record="")
     config.data.update(stride=config.data.stride or 1)
     config.data.members = ml_collections.ConfigDict()
     if config.images.source:
@@ -276,6 +281,7 @@ def make_sources(config: ml_collections.ConfigDict, splits: Sequence[str]) -> di
         given = {"height": height, "width": width, "seed": config.seed}
         open_outside = partial(data_settings.open_outside, data.to_dict(), **given)
         return {split: open_outside(split=split, labels=config.eval.labels) for split in splits}
+    record_first(data)
     if not data.mixture:
         return open_splits(data, config.eval.labels, data.root, splits)
     members = data_settings.mixture(data)
@@ -289,6 +295,29 @@ def make_sources(config: ml_collections.ConfigDict, splits: Sequence[str]) -> di
             raise UserError(f"{error}\nin data.mixture: {name}") from None
     weights = {name: weight for name, (_, weight) in members.items()}
     return {split: Mixture(sources[split], weights) for split in splits}
+
+
+def record_first(data: ml_collections.ConfigDict) -> None:
+    """Record the episodes of data.record into data.root, unless it has a dataset already."""
+    wanted = data_settings.recording(data)
+    if not wanted or (Path(data.root) / "meta" / "info.json").exists():
+        return
+    env, episodes = wanted
+    if jax.process_count() > 1:
+        raise UserError(
+            f"data.record={data.record!r}: {data.root} has no dataset, and several processes "
+            f"cannot record it: python -m wmjax.data record {data.root} --env={env} "
+            f"--episodes={episodes} --size={data.image_size}"
+        )
+    say(f"recording {episodes} episodes of {env} into {data.root}, once ...")
+    record(
+        Path(data.root),
+        env=env,
+        policy="expert",
+        episodes=episodes,
+        size=data.image_size,
+        workers=count_cores(),
+    )
 
 
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:

@@ -27,8 +27,10 @@ modes:
   plan   compile the train step for a pod that is not here: memory per chip, and what bounds it
 
 examples:
+  python -m wmjax.main --config=lewm_tworoom_cpu
+      record a small simulator, train and act in it: minutes on any laptop
   python -m wmjax.main --config=debug_world_model
-      train on generated video, on any laptop
+      train V-JEPA 2 on generated video
   python -m wmjax.main --config=vjepa2_aloha --config.data.root=DIR --workdir=runs/mine
       train on a LeRobot dataset; DIR contains meta/
   python -m wmjax.main --mode=demo --config=debug_world_model

@@ -22,7 +22,7 @@ from wmjax import config as configs
 from wmjax.assemble import Setup
 from wmjax.data.source import Source
 from wmjax.errors import ExitCode, UserError
-from wmjax.evals import Evaluator, alarms
+from wmjax.evals import Evaluator, alarms, verdict
 from wmjax.run import agree, memory, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
@@ -171,6 +171,8 @@ def train(
         return code
     seconds, exported = time.perf_counter() - begun, config.model.name == "vjepa2"
     say(summary.of_result(workdir, step, reporter.last, seconds, exported))
+    if said := verdict.text(reporter.last, step):
+        say(verdict.wrapped(said))
     return 0
 
 

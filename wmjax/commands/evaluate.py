@@ -11,7 +11,7 @@ from wmjax import __version__, assemble
 from wmjax import config as configs
 from wmjax.data.pipeline import Beside, Pipeline
 from wmjax.errors import UserError
-from wmjax.evals import names
+from wmjax.evals import names, verdict
 from wmjax.evals.alarms import Alarms
 from wmjax.run import agree
 from wmjax.run.clock import row_of
@@ -46,6 +46,7 @@ def evaluate(
         )
 
     entry: dict[str, Any] = {"step": step, "run": describe(config, workdir, setup, step, state)}
+    row: dict[str, float] = {}
     judge = Alarms(ema=bool(state.target))
     say("compiling and reading clips ...")
     for evaluator in assemble.open_evaluators(config, setup, workdir, open_batches):
@@ -55,8 +56,12 @@ def evaluate(
         for warning in judge(step, found.row):
             say(f"warning: step {step}: {warning}")
         entry |= found.entry or found.row
+        row |= found.row
+    entry["verdict"] = {f.key: f.better for f in verdict.findings(row)}
     append_evaluation(workdir, entry)
     say(f"added to {workdir / EVALUATIONS}; what each figure means: wmjax/evals/README.md")
+    if said := verdict.text(row, step):
+        say(verdict.wrapped(said))
     return 0
 
 

@@ -68,6 +68,7 @@ def check(data: Data) -> None:
     for key in ("val_share", "max_skip_share"):
         check_share(f"data.{key}", data[key])
     check_choice("data.cache", data["cache"], ("", "device"))
+    recording(data)
     _check_stored(data)
     _check_origin(data)
     _check_members(data)
@@ -102,6 +103,18 @@ def mixture(data: Data) -> dict[str, tuple[str, float]]:
             )
         members[name] = root, weight
     return members
+
+
+def recording(data: Data) -> tuple[str, int] | None:
+    """Parse data.record, ENV:EPISODES; None: nothing is to be recorded."""
+    if not data["record"]:
+        return None
+    env, _, episodes = data["record"].rpartition(":")
+    if not env or not episodes.isdecimal() or not int(episodes):
+        raise UserError(f"data.record={data['record']!r}: wanted ENV:EPISODES, as in tworoom:200")
+    if not data["root"]:
+        raise UserError(f"data.record={data['record']!r}: wanted a folder for it in data.root")
+    return env, int(episodes)
 
 
 def _check_stored(data: Data) -> None:

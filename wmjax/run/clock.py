@@ -32,6 +32,8 @@ class Clock:
     give the MFU, the share of the peak that the products of the steps reach.
     """
 
+    counted = False  # whether a clock of this process has counted the process's start
+
     def __init__(
         self,
         path: Path,
@@ -48,7 +50,10 @@ class Clock:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._recurring: dict[object, tuple[int, float]] = {}
         self._origin = time.time() - time.perf_counter()
-        began = process_began()
+        # What a process did before its first clock is a start; before a later one, as in a
+        # notebook, it was counted or belongs to no run.
+        began = time.time() if Clock.counted else process_began()
+        Clock.counted = True
         if (row := row_of(path, step)) is not None:
             self._seconds |= row["seconds"]
             if not row["ended"]:

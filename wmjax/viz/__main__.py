@@ -94,6 +94,7 @@ def configuration(
         )
     if dataset:
         config.data.update(source="lerobot", root=dataset, repo_id="", revision="", mixture="")
+        config.data.record = ""
         config.data.members = ml_collections.ConfigDict()
     configs.override(config, overrides)
     return config
@@ -133,8 +134,10 @@ def see(
     if not seen.finite:
         raise UserError(f"{name}: features are not finite: the model has diverged")
     acted = act(model, read) if model.acts and len(model.recordings) == 1 else None
+    outline = (line.split(maxsplit=1) for line in assemble.outline(config).splitlines())
     facts = [
-        ("model", name),
+        ("weights", name),
+        *((name, value) for name, value in outline),
         ("held-out data", source.describe()),
         ("clip shown", f"{seen.names[0]}, the first of {len(seen.names)} encoded"),
         (
@@ -181,6 +184,16 @@ def write_pictures(seen: "Look", acted: "Acted | None", out: Path) -> list[Secti
     return sections
 
 
+PROBE = (
+    "How well a linear fit reads the recorded state from features, on held-out clips. 1 is best; 0 "
+    "is as good as the mean. Training is worth it where trained features are above both random "
+    "weights and pixels."
+)
+EARLY = (
+    "Normal in the first {early:,} steps: the error stays near that of the mean token, "
+    "predictions are grey, the rank of the targets falls and rises again, and the probe may be "
+    "below random weights."
+)
 TEXTS = {
     "masks": (
         "Masks",
@@ -229,6 +242,7 @@ TEXTS = {
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; UserError passes through."""
     flags, overrides = parse(argv)
+    from wmjax.evals import verdict
     from wmjax.viz import draw
 
     draw.need()  # fail before a model is loaded
@@ -247,16 +261,26 @@ def run(argv: list[str]) -> int:
     sections = write_pictures(seen, acted, out)
     if all(hidden.prediction_MD is None for hidden in seen.hidden.values()):
         print("these weights do not predict: predictions and errors are not drawn")
+    said = ""
+    if is_run:
+        newest = curves.newest(runs[first])
+        said = verdict.text(newest, int(newest.get("step", 0)))
+        if verdict.labels(newest):
+            draw.save(draw.probe(newest), out / "probe.png")
+            sections.insert(0, Section("Linear probe", PROBE, out / "probe.png"))
     if any(runs.values()):
         draw.save(draw.reports(runs), out / "curves.png")
-        text = f"Figures of {curves.METRICS} over the steps of {', '.join(runs)}."
+        text = f"Figures of {curves.METRICS} over the steps of {', '.join(runs)}. "
+        text += EARLY.format(early=verdict.EARLY)
         sections.append(Section("Loss and health", text, out / "curves.png"))
     else:
         print(f"{first}: no metrics in {curves.METRICS}; curves are not drawn")
-    page.write(out / "index.html", f"wmjax: {first}", facts, sections)
+    page.write(out / "index.html", f"wmjax: {first}", facts, sections, said)
     for section in sections:
         print(section.file)
     print(f"{out / 'index.html'}  (all of them on one page)")
+    if said:
+        print(verdict.wrapped(said))
     return 0
 
 

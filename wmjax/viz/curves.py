@@ -47,6 +47,11 @@ def read(workdir: Path) -> Run:
     return read_json_lines(path)
 
 
+def newest(run: Run) -> dict[str, float]:
+    """Return the newest value of each name."""
+    return {name: value for row in run for name, value in row.items()}
+
+
 def series(run: Run, key: str) -> Series:
     """Return the steps of the rows that have `key`, and its values."""
     found = [(row["step"], row[key]) for row in run if key in row]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wmjax.errors import UserError, how_to_install
+from wmjax.evals import verdict
 from wmjax.viz import curves, features, frames
 from wmjax.viz.acting import Acted
 from wmjax.viz.features import Basis
@@ -167,11 +168,18 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
     }
     deep = -(-len(panels) // 2)
     figure = _figure(9, 2.5 * deep + 0.3 * len(runs))
+    from matplotlib.lines import Line2D
+
     axes = figure.subplots(deep, 2, squeeze=False, sharex=True).ravel()
+    looks = _line_looks(len(runs))
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
-        for i, (look, run) in enumerate(zip(_line_looks(len(runs)), runs.values(), strict=True)):
-            for key, (style, fill) in zip(lines.values(), _STYLES, strict=False):
-                steps, values = curves.series(run, key)
+        drawn: dict[str, dict[str, Any]] = {}  # lines of this panel: how they look in every run
+        for i, (look, run) in enumerate(zip(looks, runs.values(), strict=True)):
+            for name, (style, fill) in zip(lines, _STYLES, strict=False):
+                steps, values = curves.series(run, lines[name])
+                if not len(steps):
+                    continue
+                drawn[name] = {"linestyle": style, "fillstyle": fill}
                 every = max(1, len(steps) // 10)
                 at = every * i // len(runs), every  # marks stay visible where lines coincide
                 axis.plot(steps, values, style, **look, fillstyle=fill, markevery=at)
@@ -181,14 +189,36 @@ def reports(runs: Mapping[str, curves.Run]) -> "Figure":
         axis.ticklabel_format(axis="y", scilimits=(-3, 5))
         axis.grid(alpha=0.3)
         if len(lines) > 1:
-            handles = axis.get_lines()[: len(lines)]
-            axis.legend(handles, lines, fontsize=8, handlelength=3)
+            # Grey where runs have colours of their own.
+            own = looks[0] if len(runs) == 1 else {"color": "grey", "marker": "o", "markersize": 4}
+            handles = [Line2D([], [], **own, **style) for style in drawn.values()]
+            axis.legend(handles, drawn, fontsize=8, handlelength=3)
     for axis in axes[len(panels) :]:
         axis.remove()
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], **look) for look in _line_looks(len(runs))]
+    handles = [Line2D([], [], **look) for look in looks]
     figure.legend(handles, list(runs), loc="outside upper center", fontsize=9)
+    return figure
+
+
+def probe(row: Mapping[str, float]) -> "Figure":
+    """Draw R2 of the linear probe as bars: a group for each label, a bar for each kind of features.
+
+    row: figures as in metrics.jsonl, probe/LABEL/KIND.
+    """
+    labels = verdict.labels(row)
+    figure = _figure(max(5.0, 2.5 * len(labels)), 3.2)
+    axis = figure.subplots()
+    kinds = {"trained": "trained features", "random": "random weights", "pixels": "pixels"}
+    for i, (kind, name) in enumerate(kinds.items()):
+        values = [row.get(f"probe/{label}/{kind}", np.nan) for label in labels]
+        bars = axis.bar(np.arange(len(labels)) + 0.27 * (i - 1), values, 0.25, color=_LINES[i])
+        bars.set_label(name)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axis.set_xticks(range(len(labels)), labels, fontsize=9)
+    axis.set_ylabel("R2 on held-out clips (1: best)", fontsize=9)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.margins(y=0.15)
+    figure.legend(loc="outside upper center", ncols=len(kinds), fontsize=9)
     return figure
 
 

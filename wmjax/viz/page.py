@@ -22,8 +22,14 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; fon
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 img, video { width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; box-sizing: border-box; }
+ul { margin: .3rem 0 1.5rem; padding-left: 1.2rem; }
+.verdict { font-size: 1.15rem; font-weight: 600; max-width: none; }
 div { overflow-x: auto; } /* a phone scrolls pictures sideways, so that labels stay legible */
 div img { min-width: 44rem; }
+@media (max-width: 46rem) {
+  div::before { content: "scroll sideways →"; position: sticky; left: 0; color: var(--soft);
+    font-size: .85rem; }
+}
 """
 
 
@@ -36,9 +42,16 @@ class Section(NamedTuple):
 
 
 def write(
-    path: Path, title: str, facts: Sequence[tuple[str, str]], sections: list[Section]
+    path: Path,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    sections: list[Section],
+    verdict: str = "",
 ) -> None:
-    """Write the page. facts: (name, value) pairs, listed at its top."""
+    """Write the page. facts: (name, value) pairs. verdict: of evals.verdict.text."""
+    said, *figures = verdict.splitlines() or [""]
+    lines = "".join(f"<li>{html.escape(line.strip())}</li>" for line in figures)
+    head = f'<p class="verdict">{html.escape(said)}</p><ul>{lines}</ul>' if said else ""
     rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts)
     body = "\n".join(map(_section, sections))
     path.write_text(
@@ -46,7 +59,7 @@ def write(
         '<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n<dl>{rows}</dl>\n{body}\n</body></html>\n",
+        f"<body><h1>{html.escape(title)}</h1>\n{head}<dl>{rows}</dl>\n{body}\n</body></html>\n",
         encoding="utf-8",
     )
 
