@@ -221,7 +221,7 @@ def test_the_door_ends_with_a_line_and_code_2():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], ["{step,data,plan}"]),
+        ([], ["{step,data,plan,encode}"]),
         (["step"], ["--config=", "debug_world_model"]),
         (["fly"], ["'fly'", "step", "data"]),
         (["step", "stray", "--config=x"], ["stray", "--config."]),

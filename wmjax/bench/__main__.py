@@ -203,7 +203,7 @@ def run(argv: list[str]) -> int:
         if flags.floor:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
     door.keep_compiled()
-    named = " ".join([flags.config or flags.weights, *flags.changed])
+    named = " ".join([flags.config, *flags.changed]) if flags.config else flags.weights
     print(printable(f"{flags.command} of {named}: compiling ..."), file=sys.stderr, flush=True)
     benches = {"step": bench_step, "data": bench_data, "plan": bench_plan, "encode": bench_encode}
     row = benches[flags.command](config, flags)
