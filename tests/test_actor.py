@@ -12,6 +12,7 @@ from wmjax.actor import Actor
 from wmjax.data.media.transforms import centre_cropped
 from wmjax.errors import UserError
 from wmjax.models import base
+from wmjax.models.lewm import LeWM
 from wmjax.planning.search import Settings
 
 LEWM = {
@@ -179,10 +180,18 @@ def test_a_policy_replans_when_its_blocks_are_done():
         ({"top": picture().astype(np.float32), "state": np.zeros(2)}, "wanted uint8 RGB"),
     ],
 )
-def test_an_observation_is_checked(shown, wanted):
+def test_an_observation_is_checked(shown, wanted, monkeypatch):
+    monkeypatch.setattr(LeWM, "reads_state", True)
     made, _ = actor()
     with pytest.raises(UserError, match=wanted):
         made.observation(shown)
+
+
+def test_a_model_that_reads_no_state_is_shown_none():
+    made, params = actor()
+    alone, found = (plan(made, params, shown, picture(1)) for shown in (SHOWN["top"], SHOWN))
+    np.testing.assert_array_equal(alone[1].action, found[1].action)
+    assert made.policy(params, picture(1), "short", "", None, 0).meta["state_size"] == 0
 
 
 def test_a_mixture_needs_the_name_of_the_robot():

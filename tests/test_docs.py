@@ -181,7 +181,8 @@ HUB = "facebook/vjepa2-vitl-fpc64-256"
 def runnable():
     """Yield the commands in an order in which each finds what it needs, trainings first."""
     whole = [words for words in COMMANDS if len(words) > 2 or words[1].startswith(("--", "run"))]
-    others = ("--coordinator", "mypackage", "wmjax.serve", "PUSH")  # have tests of their own
+    # Have tests of their own.
+    others = ("--coordinator", "mypackage", "wmjax.serve", "PUSH", "CUBES")
     alone = [words for words in whole if not any(o in word for word in words for o in others)]
 
     def place(words):
@@ -224,6 +225,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         place = {"DIR": "imported" if "import" in argv else str(PUSHT), HUB: "OUT", **filled}
         argv = [place.get(word, word.replace(HUB, "OUT")) for word in argv]
         argv = [re.sub(r"=DIR$", f"={PUSHT}", word) for word in argv]
+        argv = [re.sub(r"=RUN$", f"={run}", word) for word in argv]
         argv = [word.replace("v5e:16x16", "cpu:2").replace("fsdp=16", "fsdp=2") for word in argv]
         if "transcode" in argv:
             argv[2] = "transcoded"
@@ -240,6 +242,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         if module == "wmjax.bench":
             plans = ["--plans=1", "--plan=fast,samples=8,iterations=1,elites=2"]
             few = {"step": ["--steps=2"], "data": ["--batches=2"], "plan": plans}
+            few["encode"] = ["--clips=1", "--frames=4", "--size=32", "--calls=1"]
             argv += few[argv[0]]
         if "--mode=plan" not in argv:
             argv = [word for word in argv if "fsdp" not in word]

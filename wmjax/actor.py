@@ -113,8 +113,8 @@ class Actor:
         """Return what a robot shows as the model takes it, and whether it was one episode's.
 
         shown: uint8 RGB of the only camera, HWC or BHWC; or a dict of pictures by camera, and the
-        state by the name of its feature, or as "state". Pictures may have any size: they are
-        cropped and scaled as held-out clips are.
+        state by the name of its feature, or as "state", if the model reads it. Pictures may have
+        any size: they are cropped and scaled as held-out clips are.
         """
         index, about = self._recording(recording)
         spec = self._blueprint.spec
@@ -131,7 +131,7 @@ class Actor:
         batches = [picture[None] if single else picture for picture in pictures]
         B = len(batches[0])
         state_BS = np.zeros((B, spec.state_size), np.float32)
-        if spec.state_size:
+        if self._state_size:
             state_BS = self._state(shown, about, B)
         rows = [self._resize(batch[:, None], self._size) for batch in batches]  # BTHWC, T = 1
         if len(rows) < spec.views:  # of a mixture, whose other datasets have more cameras
@@ -170,11 +170,21 @@ class Actor:
             )
         return picture
 
+    @property
+    def _state_size(self) -> int:
+        """Numbers of the state that the model reads."""
+        family = self._blueprint.family
+        reads = issubclass(family, ActingModel) and family.reads_state
+        return self._blueprint.spec.state_size if reads else 0
+
     def _state(self, shown: Mapping[str, Any], about: Mapping[str, Any], batch: int) -> np.ndarray:
         feature, wanted = about.get("state", "state"), self._blueprint.spec.state_size
         key = next((key for key in (feature, "state") if key in shown), None)
         if key is None:
-            raise UserError(f"observation: has no {feature!r}, the state of {wanted} numbers")
+            raise UserError(
+                f"observation: has no {feature!r}, the state of {wanted} numbers: wanted a dict "
+                "with 'state' beside the pictures"
+            )
         state = np.asarray(as_array(f"observation[{key!r}]", shown[key]), np.float32)
         own = about.get("state_size", wanted)
         if state.shape not in ((own,), (batch, own)):
@@ -351,7 +361,7 @@ class Actor:
 
     def _goal(self, goal: Any, recording: str) -> tuple[Observation, bool]:
         """Read a goal like an observation; its state is not compared, and may be missing."""
-        size = self._blueprint.spec.state_size
+        size = self._state_size
         if size and not (isinstance(goal, Mapping) and self._has_state(goal, recording)):
             about = self._recording(recording)[1]
             cameras = list(about.get("cameras", [""])) or [""]
@@ -390,7 +400,7 @@ class Actor:
             "fps": rate if self._recorded else rate / self._blueprint.spec.stride,
             "cameras": list(about.get("cameras", [])),
             "state": about.get("state", ""),
-            "state_size": self._blueprint.spec.state_size,
+            "state_size": self._state_size,
             "action_size": self._action_size(recording),
             "plan": dataclasses.asdict(settings),
         }

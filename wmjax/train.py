@@ -27,7 +27,7 @@ from wmjax.run import agree, memory, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
 from wmjax.run.console import say
-from wmjax.run.files import check_workdir, refuse_links, write_whole
+from wmjax.run.files import check_workdir, from_json, refuse_links, write_whole
 from wmjax.run.guard import Guard
 from wmjax.run.late import Late
 from wmjax.run.metrics import fetch, peak_flops, peak_gb
@@ -86,6 +86,7 @@ def train(
                 f"to go on: the same command with --config.train.num_steps={2 * start}; "
                 f"to start over: another --workdir"
             )
+            tell_changes(config, workdir)
             return 0
         say(summary.of_setup(setup.mesh, setup.sources, setup.masks))
         if start:
@@ -170,7 +171,9 @@ def train(
         say(f"{stop.name}: {what}; the same command resumes from there")
         return code
     seconds, exported = time.perf_counter() - begun, config.model.name == "vjepa2"
-    say(summary.of_result(workdir, step, reporter.last, seconds, exported))
+    package, named, _ = config.model.name.partition(":")
+    package = package.partition(".")[0] if named else ""
+    say(summary.of_result(workdir, step, reporter.last, seconds, exported, package))
     if said := verdict.text(reporter.last, step):
         say(verdict.wrapped(said))
     return 0
@@ -324,6 +327,14 @@ def restore_or_init(
         say(f"  changed since: {line}")
     agree.check_same(meta, setup.fingerprint(), strict=config.checkpoint.strict)
     return state, data["position"]
+
+
+def tell_changes(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Say in which values a configuration differs from that of the run in a workdir."""
+    with contextlib.suppress(OSError, ValueError):
+        was = from_json((workdir / "config.json").read_bytes())
+        for line in configs.differences(was, configs.plain(config)):
+            say(f"  changed since: {line}")
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -125,7 +125,8 @@ class Windows:
         if longest < span:
             raise UserError(
                 f"data.frames={frames}: a clip at stride {stride} spans {span} recorded frames; "
-                f"the longest of {lengths.shape[-1]} episodes has {longest}"
+                f"the longest of {lengths.shape[-1]} episodes has {longest}\n"
+                "wanted fewer data.frames, a higher data.fps, or data.ends='repeat'"
             )
         starts = np.maximum(lengths - span + 1, 0)
         self.fits = starts > 0

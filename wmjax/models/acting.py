@@ -36,7 +36,10 @@ class ActingModel(WorldModel):
     """A world model that imagines what actions lead to.
 
     block: P and A of a block of actions. longest: blocks that it was trained to look ahead; 0: any.
+    reads_state: False if it acts by pictures alone; then robots need not show their state.
     """
+
+    reads_state: bool = True
 
     block: tuple[int, int]
     longest: int = 0

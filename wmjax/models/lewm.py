@@ -200,7 +200,7 @@ class Imagined:
 
 
 class LeWM(ActingModel):
-    Settings, uses_masks = LeWMSettings, False
+    Settings, uses_masks, reads_state = LeWMSettings, False, False
 
     @classmethod
     def create(

@@ -65,14 +65,20 @@ def of_state(workdir: Path, state: Any) -> str:
     )
 
 
-def of_result(workdir: Path, step: int, last: Row, seconds: float, exported: bool) -> str:
-    """Say how a finished run ended, and what can be done next."""
+def of_result(
+    workdir: Path, step: int, last: Row, seconds: float, exported: bool, trust: str = ""
+) -> str:
+    """Say how a finished run ended, and what can be done next.
+
+    trust: the package outside wmjax that the run's configuration names.
+    """
+    asked = f" --trust={trust}" if trust else ""
     shown = ("loss", "validation/loss", "validation/relative")
     figures = {name: value for name, value in last.items() if name in shown}
     commands = {
-        f"python -m wmjax.viz {workdir}": "pictures of what it sees and predicts",
-        f"python -m wmjax.main --workdir={workdir} --mode=eval": "all evaluators",
-        f"python -m wmjax.main --workdir={workdir} --config.train.num_steps={2 * step}": (
+        f"python -m wmjax.viz {workdir}{asked}": "pictures of what it sees and predicts",
+        f"python -m wmjax.main --workdir={workdir} --mode=eval{asked}": "all evaluators",
+        f"python -m wmjax.main --workdir={workdir} --config.train.num_steps={2 * step}{asked}": (
             "train further"
         ),
     }
