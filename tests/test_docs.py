@@ -211,6 +211,7 @@ def known(argv, overrides):
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(900)
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
     """One after another in an empty folder; models and clips small, weights of the Hub our own."""
     monkeypatch.chdir(tmp_path)
