@@ -1,7 +1,9 @@
 """What a run tells: means of what was seen, honest rates, rows in every sink that was asked for."""
 
 import json
+import os
 import struct
+import subprocess
 import sys
 
 import jax
@@ -259,3 +261,35 @@ def test_the_parameters_are_a_line_for_each_part(tmp_path):
     for part, line in zip(("encoder", "predictor"), parts, strict=True):
         says(line, part, f"{sum(x.size for x in jax.tree.leaves(state.params[part])):,}")
     assert max(map(len, lines[:-1])) < 80
+
+
+TWICE = """
+import sys
+from pathlib import Path
+import jax
+import micro
+from wmjax.door import keep_compiled
+
+keep_compiled()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
+for name in ("one", "two"):
+    events.clear()
+    micro.train(micro.config("train.num_steps=2"), Path(sys.argv[1]) / name)
+    print("counted", events.count("cache_hits"), events.count("cache_misses"))
+"""
+
+
+def test_a_second_training_in_a_process_compiles_nothing(tmp_path):
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(micro.ROOT), str(micro.ROOT / "tests")]),
+    }
+    command = [sys.executable, "-c", TWICE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counted = [line.split()[1:] for line in done.stdout.splitlines() if "counted" in line]
+    (_, compiled), (found, again) = ([int(number) for number in line] for line in counted)
+    assert compiled >= 2  # the initial state, the step
+    assert (found, again) == (2, 0)
