@@ -8,9 +8,9 @@ Expect 88 % of 50 goals reached: all of the nearer ones, 62 % of the farthest th
 wall. Random actions reach 20 %, no action 0 %. The video is in runs/lewm_tworoom_cpu/closed_loop.
 
 A clip has four frames of 2 x 2 patches. A plan of five blocks is as long as the recorded way to a
-goal; with three blocks 80 % are reached, with two 76 %; it was chosen on the same 50 goals, of
-whose 88 % the standard error is 5. There is no linear probe: the place of one dot is almost linear in the pixels (R2 0.99), and no features beat
-that.
+goal; with three blocks 80 % are reached, with two 76 %. It was chosen on the same 50 goals, and the
+standard error of 88 % is 5. There is no linear probe: the place of one dot is almost linear in the
+pixels (R2 0.99), and no features beat that.
 """
 
 import ml_collections
