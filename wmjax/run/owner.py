@@ -6,12 +6,14 @@ waiting for a touch. Nobody needs to remove a file by hand.
 """
 
 import contextlib
+import fcntl
 import itertools
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from wmjax.run.files import from_json, to_json
 
 NAME = "owner.json"
 TOUCHED_S = 5.0  # the owner touches its file so often
+TURN_S = 5.0  # for another process that takes the workdir at the same moment
 STALE_S = 60.0  # a file on another machine that is not touched for so long has no owner
 _entered = itertools.count()  # so that each run of a process has its own message
 
@@ -71,12 +74,33 @@ class Owner:
     def _take(self) -> None:
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            while not self._create():
-                self._remove_if_stale()
+            with self._in_turn():
+                while not self._create():
+                    self._remove_if_stale()
         except OSError as error:
             raise UserError(f"--workdir: cannot write {self._path}: {error.strerror}") from None
         self._holds = True
         threading.Thread(target=self._touch, daemon=True).start()
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Let several that find the same dead owner go one after another, where the disk has locks.
+
+        Waits TURN_S at most: a process may be suspended in its turn.
+        """
+        folder = os.open(self._workdir, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                end = time.monotonic() + TURN_S
+                while time.monotonic() < end:
+                    try:
+                        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        time.sleep(0.01)
+            yield
+        finally:
+            os.close(folder)
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
