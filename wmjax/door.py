@@ -108,7 +108,7 @@ def parse_command(
 def _nearest_flag(parser: argparse.ArgumentParser, flag: str) -> str:
     """Suggest a long flag; compared without the dashes, which all share."""
     names = [known.removeprefix("--") for known in known_flags(parser)]
-    return suggest(flag.lstrip("-"), names).replace("mean ", "mean --")
+    return suggest(flag.lstrip("-"), names, "--")
 
 
 def known_flags(parser: argparse.ArgumentParser) -> list[str]:

@@ -63,15 +63,15 @@ def printable(text: str) -> str:
     return "\n".join(map(one_line, text.split("\n")))
 
 
-def suggest(word: str, words: Iterable[str]) -> str:
+def suggest(word: str, words: Iterable[str], prefix: str = "") -> str:
     """Return " (did you mean X?)" with the nearest of `words`, or "" where none is near.
 
-    A word that begins with `word` is nearer than any other.
+    A word that begins with `word` is nearer than any other. prefix: of X, which all words share.
     """
     words = list(words)
     longer = [other for other in words if word and other.startswith(word)]
     close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
 def how_to_install(extra: str) -> str:

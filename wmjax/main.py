@@ -95,7 +95,7 @@ def run(argv: list[str], start: Callable[..., None] = lambda *_: None) -> int:
         return 0
     try:
         if not flags.config and flags.workdir and (flags.workdir / "config.json").is_file():
-            flags.config = str(flags.workdir / "config.json")
+            flags.config = str(flags.workdir)
         config = door.load(parser, flags, overrides)
         named = Path(flags.config)
         own = named.parent if named.suffix == ".json" else Path("runs") / named.stem

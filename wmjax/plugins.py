@@ -13,10 +13,16 @@ from wmjax.errors import UserError, suggest
 ANY = ("*",)  # trust: whoever typed the name trusts its package
 
 
+def package_of(reference: str) -> str:
+    """Return the top-level package of package.module:Name outside wmjax; "": it is none."""
+    package = reference.partition(":")[0].partition(".")[0]
+    return package if ":" in reference and package != "wmjax" else ""
+
+
 def check_trust(key: str, reference: str, trust: Collection[str]) -> None:
     """Raise UserError for package.module:Name of a package that is not trusted."""
-    package = reference.partition(":")[0].partition(".")[0]
-    if ":" in reference and package != "wmjax" and "*" not in trust and package not in trust:
+    package = package_of(reference)
+    if package and "*" not in trust and package not in trust:
         raise UserError(
             f"{key}={reference!r}: comes from a file, and importing {package} runs its code\n"
             f"if you trust it, say so: trust=({package!r},), or --trust={package}"

@@ -23,6 +23,7 @@ from wmjax.assemble import Setup
 from wmjax.data.source import Source
 from wmjax.errors import ExitCode, UserError
 from wmjax.evals import Evaluator, alarms, verdict
+from wmjax.plugins import package_of
 from wmjax.run import agree, memory, summary
 from wmjax.run.checkpoint import Checkpoints
 from wmjax.run.clock import Clock
@@ -86,7 +87,8 @@ def train(
                 f"to go on: the same command with --config.train.num_steps={2 * start}; "
                 f"to start over: another --workdir"
             )
-            tell_changes(config, workdir)
+            with contextlib.suppress(OSError, ValueError):
+                tell_changes(from_json((workdir / "config.json").read_bytes()), config)
             return 0
         say(summary.of_setup(setup.mesh, setup.sources, setup.masks))
         if start:
@@ -171,9 +173,8 @@ def train(
         say(f"{stop.name}: {what}; the same command resumes from there")
         return code
     seconds, exported = time.perf_counter() - begun, config.model.name == "vjepa2"
-    package, named, _ = config.model.name.partition(":")
-    package = package.partition(".")[0] if named else ""
-    say(summary.of_result(workdir, step, reporter.last, seconds, exported, package))
+    trust = package_of(config.model.name)
+    say(summary.of_result(workdir, step, reporter.last, seconds, exported, trust))
     if said := verdict.text(reporter.last, step):
         say(verdict.wrapped(said))
     return 0
@@ -323,18 +324,15 @@ def restore_or_init(
             f"dropped {wanted or 'none'} until step {newest}: wanted the same"
         )
     setup.steps.blueprint.check_function(meta["config"]["model"], f"{checkpoints.folder}/{newest}")
-    for line in configs.differences(meta["config"], configs.plain(config)):
-        say(f"  changed since: {line}")
+    tell_changes(meta["config"], config)
     agree.check_same(meta, setup.fingerprint(), strict=config.checkpoint.strict)
     return state, data["position"]
 
 
-def tell_changes(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Say in which values a configuration differs from that of the run in a workdir."""
-    with contextlib.suppress(OSError, ValueError):
-        was = from_json((workdir / "config.json").read_bytes())
-        for line in configs.differences(was, configs.plain(config)):
-            say(f"  changed since: {line}")
+def tell_changes(was: dict[str, Any], config: ml_collections.ConfigDict) -> None:
+    """Say in which values a configuration differs from an earlier one, as from JSON."""
+    for line in configs.differences(was, configs.plain(config)):
+        say(f"  changed since: {line}")
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
