@@ -22,9 +22,10 @@ ARROWS: dict[str, set[str] | None] = {
     "commands.hlo": set(),
     "bench": EVERYTHING,
     "assemble": {
-        *("step", "models", "nn", "sharding", "optim", "data", "data.lerobot", "masking"),
-        *("data.tools", "evals", "initial", "config", "run.profile", "run.console", "cache"),
+        *("step", "models", "nn", "sharding", "optim", "data", "masking", "open_sources"),
+        *("evals", "initial", "config", "run.profile", "run.console", "cache"),
     },
+    "open_sources": {"data", "data.lerobot", "data.tools", "run.console"},
     "config": {"models", "data", "plugins", "run.files"},
     "plugins": set(),
     "step": {"models", "sharding"},
@@ -112,7 +113,7 @@ OPTIONAL = {"torch", "torchvision", "tensorflow", "transformers", "lerobot", "ma
     *("stable_worldmodel", "gym_pusht", "gym_aloha", "gymnasium", "pymunk", "dm_control"),
 }
 LOADS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-SEES_CONFIG = {"main", "door", "train", "commands", "assemble", "config"}
+SEES_CONFIG = {"main", "door", "train", "commands", "assemble", "open_sources", "config"}
 RUNS_CODE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy"} | {
     *("_pickle", "pickle5", "jsonpickle", "builtins", "code", "codeop", "pty", "imp"),
 }

@@ -17,7 +17,7 @@ import pytest
 from says import refused, says, suggests
 from shared_data import PUSHT
 
-from wmjax import assemble, sharding
+from wmjax import assemble, open_sources, sharding
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.bench import data as data_bench
@@ -113,7 +113,7 @@ def test_peaks_go_by_the_kind_of_device(kind, tflops):
 def small():
     """A model with its steps on one device, a first state, and a batch of two views."""
     config = micro.config("data.batch_size=2")
-    source = assemble.make_generator(config, "train", views=2)
+    source = open_sources.make_generator(config, "train", views=2)
     setup = micro.prepare(config, sources={"train": source})
     reader, steps = assemble.make_reader(config, setup), setup.steps
     batch = random_batch(reader, setup.masks, 2, 0, sharding.batch_sharding(setup.mesh))
@@ -178,7 +178,7 @@ def test_the_floor_runs_beside_the_pipeline():
 
 
 def test_the_bare_loop_decodes_the_frames_of_the_pipeline():
-    source, videos = assemble.make_source(micro.config(*PUSHT_DATA), "train"), VideoFiles()
+    source, videos = open_sources.make_source(micro.config(*PUSHT_DATA), "train"), VideoFiles()
     for index in (0, len(source) // 2, len(source) - 1):
         ((path, numbers),) = source.videos(index)
         times = videos.timeline(path).pts_N[numbers].tolist()

@@ -5,7 +5,7 @@ import micro
 import pytest
 
 import wmjax
-from wmjax import assemble
+from wmjax import assemble, open_sources
 from wmjax import config as configs
 from wmjax.masking import Masks
 
@@ -39,7 +39,7 @@ WITHOUT_POSES = {"vjepa2_ac_droid": ("model.action=difference",)}
 @pytest.mark.parametrize("name", wmjax.list_configs())
 def test_it_builds_at_full_size_without_a_number_in_memory(name):
     config = configs.load(name, WITHOUT_POSES.get(name, ()))
-    assemble.use_generated_data(config)
+    open_sources.use_generated_data(config)
     config.data.batch_size = config.images.batch_size = 96  # of eight devices
     state = assemble.prepare(config).steps.abstract
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name]

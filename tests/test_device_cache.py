@@ -12,7 +12,7 @@ import pytest
 from recordings import edit_features, write_v2
 from shared_data import PUSHT
 
-from wmjax import assemble, cache
+from wmjax import assemble, cache, open_sources
 from wmjax import config as configs
 from wmjax.data.lerobot.frames import RowFrames
 from wmjax.errors import UserError
@@ -122,7 +122,7 @@ def cached(tmp_path_factory):
 
 def test_each_frame_is_decoded_once(cached):
     """All of the split, and none a second time for the clips of four batches."""
-    source = assemble.make_source(config(ONE), "train")
+    source = open_sources.make_source(config(ONE), "train")
     frames = sum(take.frames for take in source.takes())
     assert len(cached[1]) == len(set(cached[1])) == frames
     assert frames == source.episodes.length_E.sum() > 0

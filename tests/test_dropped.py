@@ -19,7 +19,7 @@ from recordings import (
 )
 from shared_data import PUSHT
 
-from wmjax import assemble
+from wmjax import open_sources
 from wmjax.data.lerobot.episodes import as_ranges
 from wmjax.run import agree
 from wmjax.run.saved import Saved
@@ -145,7 +145,7 @@ def test_the_list_is_in_the_checkpoint_and_another_one_does_not_resume(v21, tmp_
 def test_a_mixture_says_whose_episodes_are_dropped(v21):
     video_of(v21, 2).unlink()
     config = settings("", f"data.mixture={PUSHT}:1,{v21}:1")
-    for source in assemble.make_sources(config, ("train", "validation")).values():
+    for source in open_sources.make_sources(config, ("train", "validation")).values():
         assert source.dropped == [["v21", 2]]
         assert json.dumps(source.dropped)
 

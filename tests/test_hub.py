@@ -14,8 +14,8 @@ from shared_data import PUSHT
 
 from wmjax import assemble
 from wmjax import config as configs
-from wmjax.assemble import make_source
 from wmjax.data.lerobot import hub
+from wmjax.open_sources import make_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = sorted(str(p.relative_to(PUSHT)) for p in PUSHT.rglob("*") if p.is_file())

@@ -10,7 +10,7 @@ from says import refused, says, suggests
 from shared_data import PUSHT, SHARED, needs_shared
 from test_pipeline import equal, stream, take
 
-from wmjax import assemble
+from wmjax import assemble, open_sources
 from wmjax.data.mixture import Mixture
 from wmjax.data.pipeline import _order
 from wmjax.data.synthetic import SyntheticSource
@@ -86,7 +86,7 @@ def test_labels_are_those_that_all_have_in_one_size_and_belong_to_their_clips(tm
     again = shutil.copytree(PUSHT, tmp_path / "again")
     overrides = (f"data.mixture={PUSHT}:1,{again}:2", "data.source=lerobot", "data.ends=repeat")
     config = micro.config(*overrides, "data.fps=5")
-    source = assemble.make_source(config, "train")
+    source = open_sources.make_source(config, "train")
     assert source.label_sizes == {"observation.state": 2}
     owners = {}
     for batch in take(4, *overrides, "data.fps=5"):
@@ -98,7 +98,7 @@ def test_labels_are_those_that_all_have_in_one_size_and_belong_to_their_clips(tm
             assert owners.setdefault(episode, part) == part
     assert set(owners.values()) == {0, 1}
     with refused("eval.labels='speed'", "data.mixture", "pusht_sim_v3"):
-        assemble.make_source(micro.config(*overrides, "eval.labels=speed"), "train")
+        open_sources.make_source(micro.config(*overrides, "eval.labels=speed"), "train")
 
 
 def test_without_a_common_label_there_is_no_probe_and_a_line_says_so(two):
@@ -170,7 +170,7 @@ def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, 
         restored = checkpoints.restore(8, abstract)
     assert restored.data == {"position": 64}
     statistics = restored.meta["statistics"]
-    assert statistics == assemble.make_source(config, "train").statistics()
+    assert statistics == open_sources.make_source(config, "train").statistics()
     assert [s["name"] for s in statistics] == names
     assert [len(s["action"]["mean"]) for s in statistics] == [26, 2, 14]
 
@@ -178,12 +178,12 @@ def test_a_run_compiles_once_logs_its_shares_and_keeps_the_statistics(tmp_path, 
 def test_settings_of_one_dataset():
     other = PUSHT.parent / "other" / ".." / "pusht_sim_v3"
     config = mixture(f"data.mixture={PUSHT}:1", pusht_sim_v3="image")
-    whole, each = assemble.make_source(config, "train").describe().splitlines()
+    whole, each = open_sources.make_source(config, "train").describe().splitlines()
     says(whole, 1, 1)  # dataset, view
     says(each, "pusht_sim_v3", "100.0%")
     config = mixture(f"data.mixture={PUSHT}:1", pusht_sim_v3="wrist")
     with refused("data.cameras='wrist'", "data.mixture", "pusht_sim_v3"):
-        assemble.make_source(config, "train")
+        open_sources.make_source(config, "train")
     with refused("data.mixture", "pusht_sim_v3", PUSHT, other):
         assemble.check(mixture(f"data.mixture={PUSHT}:1,{other}:1"))
 
@@ -216,4 +216,4 @@ def test_a_mixture_with_a_root_and_unknown_settings_are_refused():
 def test_a_missing_member_is_named(tmp_path):
     config = mixture(f"data.mixture={PUSHT}:1,{tmp_path / 'nowhere'}:1")
     with refused(f"data.root='{tmp_path / 'nowhere'}'", "data.mixture", "nowhere", "nowhere"):
-        assemble.make_source(config, "train")
+        open_sources.make_source(config, "train")

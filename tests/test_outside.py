@@ -18,7 +18,7 @@ from flax import nnx
 from says import refused, says
 
 import wmjax
-from wmjax import assemble, initial, main, step
+from wmjax import assemble, initial, main, open_sources, step
 from wmjax import config as configs
 from wmjax.bench import __main__ as bench
 from wmjax.commands import demo
@@ -218,7 +218,7 @@ def test_a_model_trained_with_a_mask_and_a_source_from_outside(tmp_path):
 
 def test_options_of_a_source_from_outside_are_keys():
     assert config("data.dots=12").data.dots == 12
-    source = assemble.make_source(config("data.dots=12", "data.views=2"), "train")
+    source = open_sources.make_source(config("data.dots=12", "data.views=2"), "train")
     assert (len(source), source.views) == (12, 2)
     with refused("data.dot", "data.dots"):
         config("data.dot=12")

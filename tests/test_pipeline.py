@@ -17,7 +17,7 @@ from clu import metrics
 from says import refused, says
 from shared_data import PUSHT, SHARED, needs_shared
 
-from wmjax import assemble
+from wmjax import assemble, open_sources
 from wmjax.bench.data import memory_bytes
 from wmjax.data.source import Source
 from wmjax.errors import ClipError
@@ -80,7 +80,7 @@ def test_threads_and_prefetch_change_nothing():
 
 def test_every_window_is_seen_once_an_epoch_and_epochs_differ():
     overrides = pusht("data.batch_size=8", "data.val_share=0.0", "data.stride=17")
-    windows = len(assemble.make_source(micro.config(*overrides), "train"))
+    windows = len(open_sources.make_source(micro.config(*overrides), "train"))
     assert windows % 8  # so that a batch straddles the epochs
     ids = np.concatenate([b.sample_ids_B for b in take(-(-2 * windows // 8), *overrides)])
     first, second = ids[:windows], ids[windows : 2 * windows]
@@ -122,11 +122,13 @@ def test_held_out_clips_are_centred_and_of_other_episodes():
     config = micro.config(*pusht())
     episodes = {
         split: {source[i]["episode"] for i in range(len(source))}
-        for split, source in ((s, assemble.make_source(config, s)) for s in ("train", "validation"))
+        for split, source in (
+            (s, open_sources.make_source(config, s)) for s in ("train", "validation")
+        )
     }
     assert not episodes["train"] & episodes["validation"]
     (batch,) = take(1, *pusht("data.image_size=96"), split="validation")
-    source = assemble.make_source(config, "validation")
+    source = open_sources.make_source(config, "validation")
     frames = source[int(batch.sample_ids_B[0])]["frames_VT"][0]
     native = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
     np.testing.assert_array_equal(batch.observation.video_BVTHWC[0, 0], native)
@@ -186,7 +188,7 @@ def test_clips_past_the_end_come_marked():
 
 def test_a_few_clips_an_episode_are_drawn_anew_each_pass():
     overrides = pusht("data.clips_per_episode=2", "data.val_share=0.0", "data.batch_size=16")
-    source = assemble.make_source(micro.config(*overrides), "train")
+    source = open_sources.make_source(micro.config(*overrides), "train")
     assert source.draws == 2 * 5
     batches = take(5, *overrides)
     ids = np.concatenate([b.sample_ids_B for b in batches])
@@ -199,7 +201,7 @@ def test_a_few_clips_an_episode_are_drawn_anew_each_pass():
 
 def test_a_missing_view_is_filler_and_masked():
     config = micro.config(*pusht())
-    source = assemble.make_source(config, "train")
+    source = open_sources.make_source(config, "train")
 
     class OneViewMissing(Source):
         views, frames, stride = 2, source.frames, source.stride
@@ -241,7 +243,7 @@ def damaged(tmp_path):
 def test_a_clip_that_cannot_be_read_stops_the_run_or_another_takes_its_place(damaged, capfd):
     with refused("file-000.mp4", "frame", "episode", 1, lines=2):
         take(40, *damaged)
-    source = assemble.make_source(micro.config(*damaged), "train")
+    source = open_sources.make_source(micro.config(*damaged), "train")
     whole = take(12, *pusht("data.val_share=0.0"))
     skip = (*damaged, "data.on_error=skip", "data.max_skip_share=1.0")
     capfd.readouterr()
@@ -279,7 +281,7 @@ def test_validation_reports_what_it_skipped(damaged, tmp_path):
     """Half of the held-out episodes are damaged; the model is none of this test's business."""
     skip = ("data.on_error=skip", "data.max_skip_share=1.0", "data.val_share=0.4")
     config = micro.config(*damaged, *skip, "eval.batches=5")
-    source = assemble.make_source(config, "validation")
+    source = open_sources.make_source(config, "validation")
     assert [episode.index for episode in source.episodes] == [1, 3]
     figure = metrics.Average.from_model_output(np.ones(1))
     steps = types.SimpleNamespace(validate=lambda *_: {"l1": figure, "l1_mean_token": figure})

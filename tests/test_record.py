@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from recordings import refused
 
-from wmjax import assemble
+from wmjax import assemble, open_sources
 from wmjax import config as configs
 from wmjax.data import __main__ as door
 from wmjax.data.lerobot import LeRobotSource
@@ -88,13 +88,13 @@ def test_a_run_records_its_own_data_once(tmp_path, monkeypatch):
     root = tmp_path / "room"
     overrides = (f"data.root={root}", "data.record=tworoom:6", "data.val_share=0.3")
     config = configs.load("lewm_tworoom_cpu", overrides)
-    sources = assemble.make_sources(config, ("train", "validation"))
+    sources = open_sources.make_sources(config, ("train", "validation"))
     assert sources["train"].label_sizes == {"observation.state": 2}
     info = json.loads((root / "meta/info.json").read_text())
     assert info["total_episodes"] == 6
     assert info["features"]["observation.image"]["shape"] == [32, 32, 3]
-    monkeypatch.setattr(assemble, "record", None)  # the second run finds it
-    assemble.make_sources(config, ("train",))
+    monkeypatch.setattr(open_sources, "record", None)  # the second run finds it
+    open_sources.make_sources(config, ("train",))
 
 
 @pytest.mark.parametrize("given", ["tworoom", "tworoom:0", ":5", "tworoom:some"])

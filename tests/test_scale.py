@@ -16,7 +16,7 @@ import pytest
 from recordings import open_pusht, refused, write_v2
 from shared_data import PUSHT
 
-from wmjax import assemble
+from wmjax import open_sources
 from wmjax.data.lerobot import native
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media import tables
@@ -116,7 +116,7 @@ def recording(root, *more):
 
 
 def test_a_dataset_is_read_once_for_both_splits(opened):
-    sources = assemble.make_sources(recording(PUSHT), ("train", "validation"))
+    sources = open_sources.make_sources(recording(PUSHT), ("train", "validation"))
     # The list of the episodes, counted, then read; the columns of the table, then its rows.
     assert len(opened) == 4
     train, validation = sources.values()
@@ -133,13 +133,13 @@ def test_each_split_is_cut_once(monkeypatch, splits):
     monkeypatch.setattr(
         LeRobotSource, "use_split", lambda self, split: (cut.append(split), real(self, split))[1]
     )
-    assert [*assemble.make_sources(recording(PUSHT), splits)] == cut == [*splits]
+    assert [*open_sources.make_sources(recording(PUSHT), splits)] == cut == [*splits]
 
 
 def test_a_mixture_is_read_once_for_both_splits(opened, tmp_path):
     other = write_v2(tmp_path / "other")
     config = recording("", f"data.mixture={PUSHT}:1,{other}:1")
-    assemble.make_sources(config, ("train", "validation"))
+    open_sources.make_sources(config, ("train", "validation"))
     assert len(opened) == 4 + 1 + 5
 
 

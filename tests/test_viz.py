@@ -17,7 +17,7 @@ import pytest
 from says import lines_with, refused, says
 
 import wmjax
-from wmjax import assemble
+from wmjax import open_sources
 from wmjax.commands import demo
 from wmjax.evals import Context, Unavailable
 from wmjax.masking import Masks
@@ -281,7 +281,7 @@ def test_pictures_at_validation_are_of_what_a_loaded_model_sees(micro_run):
     ]
     arrays = {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
     batch = WorldModelInput.of(arrays, list(masks.sizes))
-    source = assemble.make_generator(micro.config(), "train", views=2)
+    source = open_sources.make_generator(micro.config(), "train", views=2)
     steps = micro.prepare(micro.config(), sources={"train": source}).steps
     state = dataclasses.replace(steps.init(), params=model.params, target=model.params["encoder"])
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, steps.abstract))

@@ -16,7 +16,7 @@ from recordings import VIDEO, missing_names, open_pusht, reader_of, refused, wri
 from shared_data import PUSHT
 from test_pipeline import damaged, equal, pusht, stream, take  # noqa: F401
 
-from wmjax import assemble
+from wmjax import open_sources
 from wmjax.data.mixture import Mixture
 from wmjax.data.synthetic import SyntheticSource
 from wmjax.data.workers import Workers
@@ -48,7 +48,7 @@ def test_batches_and_positions_are_those_of_threads_whatever_the_number():
 
 def test_as_many_processes_as_threads_but_no_more_than_cores(monkeypatch):
     def count(*overrides):
-        return assemble.count_workers(micro.config(*overrides).data)
+        return open_sources.count_workers(micro.config(*overrides).data)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     assert count() == 0  # generated video, a hundred steps of it

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from wmjax import assemble, features, initial
+from wmjax import assemble, features, initial, open_sources
 from wmjax import config as configs
 from wmjax.assemble import Setup
 from wmjax.data.source import Source
@@ -95,7 +95,7 @@ def train(
             say(f"resuming from step {start} in {workdir}")
         steps, batch = setup.steps, assemble.abstract_batch(config, setup)
         flop = steps.blueprint.abstract.flops(batch)
-        if text := summary.of_slow_step(flop, assemble.count_cores()):
+        if text := summary.of_slow_step(flop, open_sources.count_cores()):
             say(text)
         clock = Clock(
             workdir / "goodput.jsonl",
@@ -137,7 +137,7 @@ def train(
                 setup.steps,
                 state,
                 pictures=config.data.batch_size * config.data.frames,
-                threads=min(config.data.threads, assemble.count_cores()),
+                threads=min(config.data.threads, open_sources.count_cores()),
                 skip=config.data.on_error == "skip",
                 begin=begin,
             )

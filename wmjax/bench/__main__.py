@@ -99,12 +99,12 @@ def bench_step(
     config: ml_collections.ConfigDict, flags: argparse.Namespace, mesh: "Mesh | None" = None
 ) -> dict[str, Any]:
     """Measure the train step of a configuration on noise; no dataset is opened."""
-    from wmjax import assemble, sharding
+    from wmjax import assemble, open_sources, sharding
     from wmjax.bench.step import random_batch, time_stages, time_step
     from wmjax.types import IMAGES
 
-    assemble.use_generated_data(config)
-    source = assemble.make_generator(config, "train", flags.views)
+    open_sources.use_generated_data(config)
+    source = open_sources.make_generator(config, "train", flags.views)
     setup = assemble.prepare(config, mesh=mesh, sources={"train": source})
     reader = assemble.make_reader(config, setup)
 
@@ -185,11 +185,11 @@ def _random(config: ml_collections.ConfigDict) -> tuple["Blueprint", Any]:
     import jax
     from flax import nnx
 
-    from wmjax import assemble
+    from wmjax import assemble, open_sources
     from wmjax.models.base import split
 
-    assemble.use_generated_data(config)
-    source = assemble.make_generator(config, "train")
+    open_sources.use_generated_data(config)
+    source = open_sources.make_generator(config, "train")
     blueprint = assemble.make_blueprint(config, source)
     return blueprint, jax.jit(lambda: split(blueprint.create(nnx.Rngs(config.seed)))[1])()
 

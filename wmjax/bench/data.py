@@ -13,12 +13,12 @@ import av
 import jax
 import numpy as np
 
-from wmjax.assemble import count_cores
 from wmjax.data.lerobot.native import LeRobotSource
 from wmjax.data.media.video import open_video
 from wmjax.data.pipeline import Pipeline
 from wmjax.data.source import Source
 from wmjax.errors import UserError
+from wmjax.open_sources import count_cores
 from wmjax.types import WorldModelInput
 
 RUNS = 5  # of the pipeline and of the bare loop, alternating

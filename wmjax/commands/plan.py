@@ -17,7 +17,7 @@ from typing import Any, cast
 import jax
 import ml_collections
 
-from wmjax import assemble, sharding
+from wmjax import assemble, open_sources, sharding
 from wmjax.commands import hlo
 from wmjax.errors import ExitCode, UserError, how_to_install, reason
 from wmjax.run import metrics
@@ -99,7 +99,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
         config.model.attention = "splash"
     if config.model.scan is None:
         config.model.scan = devices[0].platform == "cpu"
-    assemble.use_generated_data(config)
+    open_sources.use_generated_data(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     setup = assemble.prepare(config, mesh=mesh)
     steps, batch = setup.steps, assemble.abstract_batch(config, setup)

@@ -104,7 +104,7 @@ def see(
     name: str, dataset: str | None, overrides: list[str], clips: int, trust: tuple[str, ...]
 ) -> tuple["Look", "Acted | None", list[tuple[str, str]]]:
     """Load a model and encode clips; return the results and (name, value) facts for the page."""
-    from wmjax import assemble
+    from wmjax import assemble, open_sources
     from wmjax.data.settings import size
     from wmjax.inference import load
     from wmjax.viz.acting import act
@@ -116,7 +116,7 @@ def see(
         for line in configs.differences(model.config, configs.plain(config)):
             print(f"  not as in the run: {printable(line)}")
     assemble.check(config)
-    source = assemble.make_source(config, "validation")
+    source = open_sources.make_source(config, "validation")
     for note in source.notes:
         print(f"warning: {printable(note)}")
     print(f"held-out data: {printable(source.describe())}", flush=True)
