@@ -80,7 +80,7 @@ class Watchdog:
 
     def _end(self) -> None:
         if self._given_up:
-            exit_now(ExitCode.STUCK, f"error: stuck in {self._phase}: the last save has not ended")
+            self._exit(f"error: stuck in {self._phase}: the last save has not ended")
         # The others are stuck as well and print their own stacks.
         peers.leave(others_s=4 * ANSWER_S)
         at = f"{self._phase}, after {self._batches} batches"
@@ -101,7 +101,12 @@ class Watchdog:
                 write_error("process 0, the coordinator, does not answer")
             if index == 0:  # its exit ends the service, and jax then kills processes that still ask
                 time.sleep(ANSWER_S / 2)
-        exit_now(ExitCode.STUCK)
+        self._exit()
+
+    def _exit(self, *text: str) -> None:
+        """End the process, unless the run has ended meanwhile."""
+        if not self._closed.is_set():
+            exit_now(ExitCode.STUCK, *text)
 
 
 def _sizes_of(folder: Path) -> dict[str, int]:
