@@ -24,8 +24,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     wanted = {*pages, *(path for path in linked if path.is_file())}
     names = sorted(str(path.relative_to(ROOT)) for path in wanted)
     own = [File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in names]
-    theme = [file for file in files if file.is_documentation_page() is False and not _ours(file)]
-    return Files([*theme, *own])
+    return Files([*(file for file in files if not _ours(file)), *own])
 
 
 def _ours(file: File) -> bool:
