@@ -215,10 +215,7 @@ class Block(nnx.Module):
 
         pending: the update of the block before, which this block's first norm adds.
         """
-        if pending is None:
-            y_BND = self.norm1(x_BND)
-        else:
-            x_BND, y_BND = self.norm1.after(x_BND, pending, self.fused_norm)
+        x_BND, y_BND = self._enter(x_BND, pending)
         pending = self.attention(y_BND, table, layout)
         if layout.tails:
             x_BND = last_tokens(x_BND, layout.lengths, layout.tails)
@@ -226,12 +223,19 @@ class Block(nnx.Module):
         return x_BND, self.mlp.pending(y_BND)
 
     def with_past(
-        self, x_BND: jax.Array, table: rope.Table | None, past: Past
-    ) -> tuple[jax.Array, Past]:
-        """Return the residual stream of these tokens, and the past with them."""
-        pending, past = self.attention.with_past(self.norm1(x_BND), table, past)
+        self, x_BND: jax.Array, pending: Pending | None, table: rope.Table | None, past: Past
+    ) -> tuple[jax.Array, Pending, Past]:
+        """Return `residual` of these tokens, and the past with them."""
+        x_BND, y_BND = self._enter(x_BND, pending)
+        pending, past = self.attention.with_past(y_BND, table, past)
         x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
-        return x_BND + self.mlp(y_BND), past
+        return x_BND, self.mlp.pending(y_BND), past
+
+    def _enter(self, x_BND: jax.Array, pending: Pending | None) -> tuple[jax.Array, jax.Array]:
+        """Return the residual stream with the pending update, and its first norm."""
+        if pending is None:
+            return x_BND, self.norm1(x_BND)
+        return self.norm1.after(x_BND, pending, self.fused_norm)
 
 
 def no_past(blocks: Block, batch: int) -> Past:
@@ -251,17 +255,25 @@ def run_with_past(
     """
     graphdef, params = nnx.split(blocks)
 
-    def one(x_BND: jax.Array, layer: tuple[nnx.State, Past]) -> tuple[jax.Array, Past]:
-        return nnx.merge(graphdef, layer[0]).with_past(split_rows(x_BND), table, layer[1])
+    def one(
+        x_BND: jax.Array, pending: Pending | None, params: nnx.State, past: Past
+    ) -> tuple[jax.Array, Pending, Past]:
+        return nnx.merge(graphdef, params).with_past(split_rows(x_BND), pending, table, past)
 
     if blocks.compute.scans:
-        return jax.lax.scan(one, x_BND, (params, past))
-    pasts = []
+
+        def scanned(x_BND: jax.Array, layer: tuple[nnx.State, Past]) -> tuple[jax.Array, Past]:
+            x_BND, pending, past = one(x_BND, None, *layer)
+            return x_BND + total(pending), past
+
+        return jax.lax.scan(scanned, x_BND, (params, past))
+    pending, pasts = None, []
     for number in range(_depth(blocks)):
-        x_BND, new = one(x_BND, jax.tree.map(lambda leaf, i=number: leaf[i], (params, past)))
+        layer = jax.tree.map(lambda leaf, i=number: leaf[i], (params, past))
+        x_BND, pending, new = one(x_BND, pending, *layer)
         pasts.append(new)
     keys, values = (jnp.stack(each) for each in zip(*pasts, strict=True))
-    return x_BND, (keys, values)
+    return x_BND if pending is None else x_BND + total(pending), (keys, values)
 
 
 def run(
