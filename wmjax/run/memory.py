@@ -88,8 +88,10 @@ def _largest(jaxpr: Any) -> int:
         name, made = equation.primitive.name, []
         if name == "dot_general":
             made = equation.outvars
-        elif name == "scan":
-            made = equation.outvars[equation.params["num_carry"] :]
+        elif name == "scan":  # what it stacks has another shape than in one turn
+            (body,) = _inside(equation.params)
+            pairs = zip(equation.outvars, body.jaxpr.outvars, strict=True)
+            made = [whole for whole, one in pairs if whole.aval.shape != one.aval.shape]
         size = sum(var.aval.size * var.aval.dtype.itemsize for var in made)
         largest = max(largest, size, *map(_largest, _inside(equation.params)), 0)
     return largest
