@@ -80,7 +80,7 @@ def test_processes_change_no_result():
 
 def test_the_expert_pushes_on_purpose():
     env = base.make("swm/PushT-v1", size=96)
-    moves, ways = [], []
+    moves, ways, actions = [], [], []
     for seed in range(30):
         rng = np.random.default_rng(seed)
         env.reset(rng)
@@ -95,7 +95,10 @@ def test_the_expert_pushes_on_purpose():
                 first = np.linalg.norm(before[4:6] - goal[:2])
             assert np.all(np.abs(action) <= 1)
             env.step(action)
+            actions.append(action)
             moves.append(np.linalg.norm(env.state[4:6] - before[4:6]) > 0.5)
     assert np.mean(moves) > 0.4
+    # As in the recording of people that LeWM trains on.
+    np.testing.assert_allclose(np.std(actions, axis=0), [0.202, 0.2], atol=0.03)
     before, after = np.mean(ways, axis=0)
     assert after < 0.7 * before
