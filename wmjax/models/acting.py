@@ -5,6 +5,7 @@ Actions are blocks: the P actions that were recorded between two sampled frames,
 vector of P x A numbers.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -51,6 +52,12 @@ class ActingModel(WorldModel):
     def imagine(self, latent: Latent, action_BA: jax.Array) -> Latent:
         """Return the latent after one block of actions, normalised, (B, P x A)."""
         raise UserError(f"model.name: {type(self).__qualname__} does not define imagine")
+
+    def imagine_each(self, latent: Latent, action_BHA: jax.Array) -> Iterator[Latent]:
+        """Yield the latent after each of H blocks. Default: `imagine`, one after another."""
+        for step in range(action_BHA.shape[1]):
+            latent = self.imagine(latent, action_BHA[:, step])
+            yield latent
 
     def embedding(self, latent: Latent) -> jax.Array:
         """Return the newest frame of a latent, BND, float32: what is compared with a goal's."""

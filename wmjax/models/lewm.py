@@ -6,7 +6,7 @@ stable_worldmodel/wm/lewm); the action head is INTACT's (zju3dv/INTACT-JEPA).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -319,8 +319,13 @@ class LeWM(ActingModel):
         self, z_BTD: jax.Array, action_BTD: jax.Array, key: jax.Array | None, training: bool
     ) -> tuple[jax.Array, dict]:
         """Return the next frame's embedding at each frame; T is at most `history`."""
+        return self._modulated(z_BTD, self.predictor.modulations(action_BTD), key, training)
+
+    def _modulated(
+        self, z_BTD: jax.Array, modulation_LBTM: jax.Array, key: jax.Array | None, training: bool
+    ) -> tuple[jax.Array, dict]:
         x_BTD = z_BTD + self.positions[: z_BTD.shape[1]][None]
-        return self.output(self.norm(self.predictor(x_BTD, action_BTD, key)), training)
+        return self.output(self.norm(self.predictor(x_BTD, modulation_LBTM, key)), training)
 
     def _predict_all(
         self, z_BTD: jax.Array, action_BTD: jax.Array, key: jax.Array | None, training: bool
@@ -359,13 +364,20 @@ class LeWM(ActingModel):
         return Imagined(z_BHD, embedded_BTD[:, between], embedded_BTD[:, -1])
 
     def imagine(self, latent: Imagined, action_BA: jax.Array) -> Imagined:
-        seen = self.settings.history
-        new_BD = self.action_encoder(action_BA[:, None])
-        action_BHD = jnp.concatenate([latent.action_BHD, new_BD], axis=1)
-        next_BHD, _ = self._predict(latent.z_BHD, action_BHD, None, training=False)
-        z_BHD = jnp.concatenate([latent.z_BHD, next_BHD[:, -1:]], axis=1)[:, -seen:]
-        kept = z_BHD.shape[1] - 1
-        return Imagined(z_BHD, action_BHD[:, action_BHD.shape[1] - kept :], new_BD[:, 0])
+        return next(self.imagine_each(latent, action_BA[:, None]))
+
+    def imagine_each(self, latent: Imagined, action_BHA: jax.Array) -> Iterator[Imagined]:
+        """Yield the latent after each block; what depends on actions alone is computed once."""
+        seen, z_BHD = self.settings.history, latent.z_BHD
+        new_BHD = self.action_encoder(action_BHA)
+        action_BHD = jnp.concatenate([latent.action_BHD, new_BHD], axis=1)
+        modulation_LBHM = self.predictor.modulations(action_BHD)
+        for end in range(z_BHD.shape[1], action_BHD.shape[1] + 1):
+            window = slice(end - z_BHD.shape[1], end)
+            next_BHD, _ = self._modulated(z_BHD, modulation_LBHM[:, :, window], None, False)
+            z_BHD = jnp.concatenate([z_BHD, next_BHD[:, -1:]], axis=1)[:, -seen:]
+            between = slice(end + 1 - z_BHD.shape[1], end)
+            yield Imagined(z_BHD, action_BHD[:, between], action_BHD[:, end - 1])
 
     def embedding(self, latent: Imagined) -> jax.Array:
         return latent.z_BHD[:, -1:]

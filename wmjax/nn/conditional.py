@@ -64,18 +64,20 @@ class ConditionalBlocks(nnx.Module):
         )
         self.heads, self.dropout, self.dtype = heads, dropout, dtype
 
-    def __call__(self, x_BTD: jax.Array, c_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Run all blocks; c_BTD: conditions. key: for dropout; None: nothing is dropped."""
+    def __call__(
+        self, x_BTD: jax.Array, modulation_LBTM: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Run all blocks, modulated; key: for dropout; None: nothing is dropped."""
         graphdef, params = nnx.split(self)
         x_BTD = x_BTD.astype(jnp.float32)
-        for layer, modulation_BTM in enumerate(self._modulations(c_BTD)):
+        for layer, modulation_BTM in enumerate(modulation_LBTM):
             block = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=layer: leaf[i], params))
             own = None if key is None else jax.random.fold_in(key, layer)
             x_BTD = block.one(x_BTD, modulation_BTM, own)
         return x_BTD
 
-    def _modulations(self, c_BTD: jax.Array) -> jax.Array:
-        """Return what the conditions do to each block, (depth, B, T, 6 x width), in one product."""
+    def modulations(self, c_BTD: jax.Array) -> jax.Array:
+        """Return what conditions do to each block, (depth, B, T, 6 x width), in one product."""
         c_BTD = jax.nn.silu(c_BTD.astype(jnp.float32)).astype(self.dtype)
         kernel_LDM = self.modulation.kernel[...].astype(self.dtype)
         bias_LM = self.modulation.bias[...].astype(self.dtype)

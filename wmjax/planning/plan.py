@@ -47,11 +47,8 @@ def distances(
     model: ActingModel, latent: Latent, goal_BND: jax.Array, action_BHA: jax.Array
 ) -> jax.Array:
     """Return the distance to the goal after each block, BH."""
-    ahead = []
-    for step in range(action_BHA.shape[1]):
-        latent = model.imagine(latent, action_BHA[:, step])
-        ahead.append(model.distance(model.embedding(latent), goal_BND))
-    return jnp.stack(ahead, axis=1)
+    ahead = model.imagine_each(latent, action_BHA)
+    return jnp.stack([model.distance(model.embedding(each), goal_BND) for each in ahead], axis=1)
 
 
 def score(
