@@ -27,7 +27,7 @@ OVERRIDES = (
     "eval.probe_every=0",
     "checkpoint.every=1000",
 )
-LEWM = (  # the sizes that only lewm has
+LEWM = (  # further sizes of lewm
     *("model.embedding=32", "model.projector=32", "model.predictor_depth=1"),
     *("model.predictor_heads=2", "model.predictor_head_width=8", "model.predictor_hidden=32"),
     *("model.head_width=32", "model.head_depth=1", "model.projections=16"),
