@@ -27,6 +27,11 @@ OVERRIDES = (
     "eval.probe_every=0",
     "checkpoint.every=1000",
 )
+LEWM = (  # further sizes of lewm
+    *("model.embedding=32", "model.projector=32", "model.predictor_depth=1"),
+    *("model.predictor_heads=2", "model.predictor_head_width=8", "model.predictor_hidden=32"),
+    *("model.head_width=32", "model.head_depth=1", "model.projections=16"),
+)
 # Runs a command with SIGHUP and SIGINT as in a terminal: nohup, and jobs of a shell in the
 # background, ignore them. A preexec_fn would fork, of which jax warns.
 AS_IN_A_TERMINAL = (

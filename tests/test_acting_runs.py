@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import micro
 import numpy as np
 import pytest
 
@@ -27,12 +28,7 @@ SMALL = (
     *("train.eval_every=0", "train.log_every=1", "checkpoint.every=1", "optim.schedule_steps=4"),
 )
 FAMILIES = {
-    "lewm": (
-        *("model.embedding=32", "model.projector=32", "model.predictor_depth=1"),
-        *("model.predictor_heads=2", "model.predictor_head_width=8", "model.predictor_hidden=32"),
-        *("model.inverse=0.1", "model.to_goal=0.1", "model.head_width=32", "model.head_depth=1"),
-        "model.projections=16",
-    ),
+    "lewm": (*micro.LEWM, "model.inverse=0.1", "model.to_goal=0.1"),
     "vjepa2_ac": (
         *("model.predictor_width=32", "model.predictor_depth=1", "model.predictor_heads=2"),
         "model.joint=True",

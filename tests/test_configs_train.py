@@ -73,6 +73,7 @@ def test_it_trains_two_steps_at_a_reduced_size(name, tmp_path):
         *(o for o in micro.OVERRIDES if not o.startswith(("train.num_steps", "optim"))),
         *("train.num_steps=2", "data.source=synthetic", "data.fps=10", "model.patch=8"),
         *("data.root=", "data.record=", "data.cache="),
+        *micro.LEWM,
         *("model.dtype=float32", "init_from=", "optim.accumulate=1"),
         *WITHOUT_POSES.get(name, ()),
     ]

@@ -216,7 +216,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     """One after another in an empty folder; models and clips small, weights of the Hub our own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_robot.py").write_text(MY_ROBOT)
-    small = [f"--config.{override}" for override in micro.OVERRIDES]
+    small = [f"--config.{override}" for override in (*micro.OVERRIDES, *micro.LEWM)]
     small += ["--config.model.patch=8", "--config.log.figures=False"]
     run = "runs/debug_world_model"
     filled = {"RUN": run, "runs/one": run, "runs/two": run, "runs/vjepa2_aloha": run}

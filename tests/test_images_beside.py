@@ -1,6 +1,7 @@
 """Pictures beside the clips: frames of the recordings or a folder, resumed with the clips."""
 
 import contextlib
+import shutil
 
 import jax
 import micro
@@ -64,19 +65,20 @@ def test_both_streams_go_on_from_one_position(kind, folder):
     assert len({pixels.tobytes() for _, _, pixels in straight}) == 5
 
 
-def saved(workdir, settings, step):
-    steps = micro.prepare(settings).steps
+def saved(workdir, steps, step):
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         restored = checkpoints.restore(step, steps.abstract)
     return flatten_dict(jax.device_get(restored.state.saved()["params"]), sep="/"), restored
 
 
 def test_a_run_with_pictures_resumes_to_the_last_bit(tmp_path):
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    assert micro.train(config(), whole) == 0
-    assert micro.train(config("train.num_steps=2"), broken) == 0
+    whole = tmp_path / "whole"
+    assert micro.train(config("checkpoint.every=2"), whole) == 0
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    shutil.rmtree(broken / "checkpoints" / "4")
     assert micro.train(config(), broken) == 0
-    (wanted, state), (found, _) = (saved(at, config(), 4) for at in (whole, broken))
+    steps = micro.prepare(config()).steps
+    (wanted, state), (found, _) = (saved(at, steps, 4) for at in (whole, broken))
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert float(state.state.frozen["predictor"]["updates"]) == 4

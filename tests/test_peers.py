@@ -201,31 +201,40 @@ HANGS = {
 }
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, killed):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    exact = "train.deterministic=True"
-    codes, lines = ended(whole, trained(whole, exact))
+EXACT = "train.deterministic=True"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    codes, lines = ended(folder, trained(folder, EXACT))
     assert codes == [0, 0], lines
+    return folder
+
+
+def test_determinism_is_asked_for_in_both_processes(whole):
     for i in (0, 1):
         options = next((whole / "dump" / str(i)).glob("*train_step*debug_options")).read_text()
         assert "xla_gpu_deterministic_ops: true" in options
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, whole, killed):
     hangs = [HANGS[i] if i == killed else "" for i in (0, 1)]
-    with start(broken, trained(broken, exact, code=hangs)) as processes:
-        wait_for((broken / "run/checkpoints/2/manifest.json").exists, processes)
+    with start(tmp_path, trained(tmp_path, EXACT, code=hangs)) as processes:
+        wait_for((tmp_path / "run/checkpoints/2/manifest.json").exists, processes)
         time.sleep(3)
         processes[killed].kill()
         begun = time.monotonic()
         code = processes[1 - killed].wait(60)
-        assert code == ExitCode.PEER_DIED, said(broken, 1 - killed)
+        assert code == ExitCode.PEER_DIED, said(tmp_path, 1 - killed)
         assert time.monotonic() - begun < SECONDS
-    codes, lines = ended(broken, trained(broken, exact))
+    codes, lines = ended(tmp_path, trained(tmp_path, EXACT))
     assert codes == [0, 0], lines
-    assert lines_with(said(broken, 0, "out"), 2, broken / "run")
-    assert rows(broken) == rows(whole)
-    (step, found), (_, wanted) = weights(broken), weights(whole)
+    assert lines_with(said(tmp_path, 0, "out"), 2, tmp_path / "run")
+    assert rows(tmp_path) == rows(whole)
+    (step, found), (_, wanted) = weights(tmp_path), weights(whole)
     assert step == 4
     assert found.keys() == wanted.keys()
     for name in wanted:
