@@ -167,7 +167,7 @@ def test_goals_and_seeds_compile_no_more_and_processes_change_nothing(room, tmp_
             evaluate(config(room, *few, *overrides), tmp_path / name)
         told = [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
         compiled.append(sum("jit(plan)" in text for text in told))
-    assert compiled == [2, 2, 2]  # a plan from nothing, and one from the rest of the last
+    assert compiled == [1, 1, 1]
     _, entry = rates(tmp_path / "more")
     assert rates(tmp_path / "shared")[1] == entry  # starts do not depend on data.frames
     assert rates(tmp_path / "one")[1]["trials"] == entry["trials"][:1]

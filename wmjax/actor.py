@@ -329,6 +329,9 @@ class Actor:
         """Return the plan in the model's units, BHA, and in the robot's."""
         settings = self.settings(plan)
         arguments, single = self._arguments(shown, goal, recording, bounds, seeds)
+        if start_BHA is None:  # an array always, so that a replan is not compiled again
+            B, (P, A) = len(arguments[0].state_BTS), self._model.block
+            start_BHA = np.zeros((B, settings.horizon, P * A), np.float32)
         blocks, action_BHPA, cost_B = jax.device_get(
             self._plan(params, *arguments, start_BHA, settings=settings)
         )

@@ -92,15 +92,16 @@ def plan(
 ) -> Plan:
     """Plan from what was seen toward a goal, which is the last frame of another observation.
 
-    keys_B: a PRNG key for each row. start_BHA: a first mean; None: the head's plan, or zeros.
+    keys_B: a PRNG key for each row. start_BHA: a first mean, where the head gives none; None: zeros.
     bounds: of the actions, normalised. Pure; `settings` is static under jit.
     """
     latent = model.observe(target, seen)
     goal_BND = model.embedding(model.observe(target, goal))
     B, (P, A) = len(goal_BND), model.block
-    if start_BHA is None and settings.head:
-        start_BHA = model.propose(latent, goal_BND, settings.horizon)
-    if start_BHA is None:
+    head_BHA = model.propose(latent, goal_BND, settings.horizon) if settings.head else None
+    if head_BHA is not None:
+        start_BHA = head_BHA
+    elif start_BHA is None:
         start_BHA = jnp.zeros((B, settings.horizon, P * A), jnp.float32)
 
     def cost(action_BSHA: jax.Array) -> jax.Array:

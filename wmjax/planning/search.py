@@ -35,8 +35,8 @@ class Settings:
     model's units. momentum: share of the old mean and std that is kept.
     objective: of the distances to the goal along the horizon: the last, their sum, or the smallest
     (min). control: weight of the mean square of the actions, added to it.
-    head: True starts from the plan of the model's action head, where it has one.
-    warm_start: True starts a replan from the rest of the plan before.
+    head: True starts each plan from that of the model's action head, where it has one.
+    warm_start: True starts a replan from the rest of the plan before, where no head gives one.
     replan: blocks that are executed before the next plan; 0: all.
     chunk: samples that are imagined at once; 0: all. Smaller needs less memory.
     temperature: of MPPI's weights. colour: exponent of iCEM's noise; 0 is white. kept: elites that
