@@ -6,15 +6,18 @@ import shutil
 import jax
 import micro
 import numpy as np
+import optax
 import pytest
 from built import stream
 from flax.traverse_util import flatten_dict
 from says import refused
 
-from wmjax import assemble
+from wmjax import assemble, optim
 from wmjax.data.media.encode import to_png
 from wmjax.data.pictures import PictureFolder
 from wmjax.run.checkpoint import Checkpoints
+from wmjax.run.metrics import fetch
+from wmjax.step import build
 
 OWN = (
     *("model.name=vjepa21", "model.depth=4", "model.patch=8", "model.image_loss=1.0"),
@@ -101,6 +104,57 @@ def test_both_streams_are_split_over_eight_devices():
     for one in (batch, batch.beside["images"]):
         video = one.observation.video_BVTHWC
         assert {shard.data.shape[0] for shard in video.addressable_shards} == {len(video) // 8}
+
+
+def held_bytes(jaxpr):
+    """Most bytes that results hold at once, in the order of the program."""
+    last = {var: at for at, eqn in enumerate(jaxpr.eqns) for var in map(id, eqn.invars)}
+    kept, held, most = set(map(id, jaxpr.outvars)), {}, 0
+    for at, eqn in enumerate(jaxpr.eqns):
+        held |= {id(var): var.aval.size * var.aval.dtype.itemsize for var in eqn.outvars}
+        most = max(most, sum(held.values()))
+        held = {var: size for var, size in held.items() if var in kept or last.get(var, 0) > at}
+    return most
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (8, 2)])
+def test_each_stream_is_a_microbatch(devices, accumulate):
+    """The gradients are those of the summed loss, with one stream's activations in memory."""
+    settings = config("data.batch_size=16", "model.image_loss=0.5", "model.context_warmup=(0,0)")
+    setup = micro.prepare(settings, devices=devices)
+    with contextlib.closing(stream(settings, setup=setup)) as batches:
+        batch = next(batches)
+    blueprint, rate = setup.steps.blueprint, optim.linear(0.9, 0.9, 1)
+    steps = build(
+        *(blueprint, lambda axes: optax.with_extra_args_support(optax.sgd(1.0)), rate),
+        **{"ema": rate, "in_training": lambda *_: {}, "in_validation": lambda *_: {}},
+        **{"mesh": setup.mesh, "seed": 0, "accumulate": accumulate},
+    )
+    state = steps.init()
+    before, whole_batch = jax.device_get((state, batch))
+
+    def summed(params, batch):
+        model, target = blueprint.join(params, before.frozen, before.target)
+        clips, images = (
+            model.loss(target, each, None).loss for each in (batch, batch.beside["images"])
+        )
+        return (clips + 0.5 * images) / 1.5
+
+    whole = jax.value_and_grad(summed)
+    traced = steps.train.trace(steps.abstract, batch)
+    if accumulate == 1:
+        at_once = jax.make_jaxpr(whole)(before.params, whole_batch)
+        assert held_bytes(traced.jaxpr) < 0.7 * held_bytes(at_once)
+        # This makes the compiler keep the order.
+        assert sum(e.primitive.name == "optimization_barrier" for e in traced.jaxpr.eqns) == 1
+    loss, wanted = jax.device_get(jax.jit(whole)(before.params, whole_batch))
+    after, metrics = steps.train(state, batch)
+    assert fetch(metrics)["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert float(after.frozen["predictor"]["updates"]) == 1
+    found = jax.tree.map(np.subtract, before.params, jax.device_get(after.params))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        bound = 1e-6 * max(np.abs(other).max(), 1.0)
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound)
 
 
 def test_pictures_are_split_by_file(folder):

@@ -20,6 +20,7 @@ from wmjax import initial
 from wmjax.models import base
 from wmjax.models.vjepa21 import distances
 from wmjax.nn.compute import Compute
+from wmjax.step import in_turn
 from wmjax.weights import __main__ as door
 from wmjax.weights import load, open_pretrained
 from wmjax.weights.files import Tensors
@@ -114,7 +115,7 @@ def stream(record, name):
 
 @pytest.fixture(scope="module")
 def step(record, tmp_path_factory):
-    """Loss, terms and gradients of a training step on both streams."""
+    """Loss, gradients and outputs of a training step on both streams; and the weights."""
     file = tmp_path_factory.mktemp("step") / "raw.safetensors"
     of_target = {f"target_encoder.{k}": v for k, v in named(record, "step/target").items()}
     save_file(weights_of(record, "dense") | of_target, file)
@@ -132,30 +133,34 @@ def step(record, tmp_path_factory):
 
     @jax.jit
     def run(trained):
-        def of(trained):
-            model, whole = blueprint.join(trained, frozen, target)
-            output = model.loss(whole, batch, jax.random.key(0))
-            return output.loss, output
+        def of_stream(trained, stream, batch):
+            def of(trained):
+                model, whole = blueprint.join(trained, frozen, target)
+                output = model.loss(whole, batch, jax.random.key(0))
+                return output.loss, output
 
-        return jax.value_and_grad(of, has_aux=True)(trained)
+            (loss, output), gradients = jax.value_and_grad(of, has_aux=True)(trained)
+            return (loss, gradients), {stream: output}
 
-    return blueprint, run(trained), source
+        return in_turn(of_stream, trained, batch, blueprint.abstract.stream_weight)
+
+    return run(trained), source
 
 
 def test_losses_of_both_streams(record, step):
-    _, ((total, output), _), _ = step
+    ((total, _), outputs), _ = step
     assert float(total) == pytest.approx(float(record["step/total"]), rel=1e-6)
-    assert float(output.scalars["context_weight"]) == pytest.approx(record["step/weight"])
-    assert float(output.updates["predictor"]["updates"]) == dense_inputs.UPDATES + 1
-    for name, prefix in (("video", ""), ("images", "images_")):
+    for name, output in zip(("video", "images"), (outputs[""], outputs["images"]), strict=True):
+        assert float(output.scalars["context_weight"]) == pytest.approx(record["step/weight"])
+        assert float(output.updates["predictor"]["updates"]) == dense_inputs.UPDATES + 1
         for side, suffix in (("target", ""), ("context", "_context")):
             masks = len(dense_inputs.STREAMS[name][2])
-            mean = np.mean([float(output.terms[f"{prefix}{i}{suffix}"].loss) for i in range(masks)])
+            mean = np.mean([float(output.terms[f"{i}{suffix}"].loss) for i in range(masks)])
             assert mean == pytest.approx(float(record[f"step/{name}/{side}"]), rel=1e-6)
 
 
 def test_gradients_of_both_streams(record, step):
-    _, (_, gradients), source = step
+    ((_, gradients), _), source = step
     found = flatten_dict(gradients, sep=".")
     theirs = {
         name.removeprefix("step/gradients/"): value
@@ -321,8 +326,9 @@ def test_what_no_image_trains_does_not_decay(weight):
 
 
 def test_evaluations_judge_hidden_tokens_alone(step):
-    """Predictions of seen tokens are untrained during the warm-up; images have another grid."""
-    _, ((_, output), _), _ = step
+    """Predictions of seen tokens are untrained during the warm-up."""
+    (_, outputs), _ = step
+    output = outputs[""]
     judged = {name for name, term in output.terms.items() if term.prediction_RMD is not None}
     assert judged == {"0", "1"}
     assert all(output.terms[f"{name}_context"].ids_RM is not None for name in judged)

@@ -6,6 +6,7 @@ Nothing here asks for a model's name.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from wmjax import sharding
 from wmjax.errors import UserError
 from wmjax.models.base import Blueprint, Params, combine
-from wmjax.types import Array, WorldModelInput, WorldModelOutput
+from wmjax.types import Array, Term, WorldModelInput, WorldModelOutput
 
 # What a training step computes, where a later wmjax changed it. A run keeps the rules that it began
 # with, so that it resumes to the last bit. 1: masks round the length of a block, and unused mask
@@ -86,6 +87,7 @@ def build(
     that a batch is worked through in, one after another, for one update; their mean is logged.
     """
     axes = blueprint.divide(blueprint.axes, blueprint.abstract.followed(blueprint.axes))
+    weight = blueprint.abstract.stream_weight
     optimizer = make_optimizer(axes[0])
 
     def untrained() -> tuple[Params, Params, Params]:
@@ -99,22 +101,33 @@ def build(
         return TrainState(jnp.zeros((), jnp.int32), params, frozen, target, opt_state)
 
     def run_loss(
-        state: TrainState, params: Params, batch: WorldModelInput, key: jax.Array | None
+        state: TrainState, params: Params, stream: str, batch: WorldModelInput, key: Any
     ) -> WorldModelOutput:
-        """Return the loss for a training step; key None: as validation has it."""
+        """Return the loss on a stream for a training step; key None: as validation has it."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model, target = blueprint.join(params, state.frozen, state.target)
-            return model.evaluate(target, batch) if key is None else model.loss(target, batch, key)
+            run = model.evaluate if key is None else partial(model.loss, key=key)
+            output = run(target, batch)
+        if not stream:
+            return output
+        # Losses alone: evaluations compare tokens of one grid, that of the clips.
+        terms = {f"{stream}_{name}": Term(term.loss) for name, term in output.terms.items()}
+        return dataclasses.replace(output, terms=terms)
 
     def train_step(state: TrainState, batch: WorldModelInput) -> tuple[TrainState, Metrics]:
         def gradients(batch: WorldModelInput, key: jax.Array) -> tuple[Any, Any, Any]:
-            def loss_fn(params: Any) -> tuple[jax.Array, WorldModelOutput]:
-                output = run_loss(state, params, batch, key)
-                return jnp.asarray(output.loss), output
+            def of_stream(params: Params, stream: str, batch: WorldModelInput) -> tuple[Any, Any]:
+                def loss_fn(params: Params) -> tuple[jax.Array, WorldModelOutput]:
+                    output = run_loss(state, params, stream, batch, key)
+                    return jnp.asarray(output.loss), output
 
-            (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-            _check_updates(output.updates, state.frozen, accumulate)
-            return grads, in_training(output, batch) | {"loss": loss}, output.updates
+                (loss, output), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+                _check_updates(output.updates, state.frozen, accumulate, streams)
+                return (grads, loss, output.updates), in_training(output, batch)
+
+            streams = 1 + len(batch.beside)
+            (grads, loss, updates), figures = in_turn(of_stream, state.params, batch, weight)
+            return grads, figures | {"loss": loss}, updates
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics, changes = in_microbatches(gradients, batch, key, accumulate)
@@ -151,8 +164,13 @@ def build(
 
     def validate_step(state: TrainState, batch: WorldModelInput) -> Metrics:
         def figures(batch: WorldModelInput, key: jax.Array) -> dict[str, jax.Array]:
-            output = run_loss(state, state.params, batch, None)
-            return in_validation(output, batch) | {"loss": jnp.asarray(output.loss)}
+            def of_stream(params: Params, stream: str, batch: WorldModelInput) -> tuple[Any, Any]:
+                output = run_loss(state, params, stream, batch, None)
+                measure = in_training if stream else in_validation
+                return jnp.asarray(output.loss), measure(output, batch)
+
+            loss, figures = in_turn(of_stream, state.params, batch, weight)
+            return figures | {"loss": loss}
 
         metrics = in_microbatches(figures, batch, jax.random.key(seed), accumulate)
         if state.target:
@@ -189,7 +207,7 @@ def build(
     )
 
 
-def _check_updates(updates: Params, frozen: Params, accumulate: int) -> None:
+def _check_updates(updates: Params, frozen: Params, accumulate: int, streams: int) -> None:
     """Raise UserError unless the updates of a model fit its frozen variables."""
     known = flatten_dict(frozen, sep="/")
     for path, value in flatten_dict(updates, sep="/").items():
@@ -199,11 +217,35 @@ def _check_updates(updates: Params, frozen: Params, accumulate: int) -> None:
             raise UserError(
                 f"model.name: updates[{path!r}] is {found.dtype}{found.shape}; wanted {fits}"
             )
-        if accumulate > 1 and not jnp.issubdtype(found.dtype, jnp.floating):
+        if accumulate * streams > 1 and not jnp.issubdtype(found.dtype, jnp.floating):
             raise UserError(
-                f"optim.accumulate={accumulate}: updates[{path!r}] is {found.dtype}, and its mean "
-                "over the microbatches is no whole number; wanted floats, or 1 microbatch"
+                f"optim.accumulate={accumulate}, {streams} streams: updates[{path!r}] is "
+                f"{found.dtype}, and its mean over microbatches is no whole number; wanted floats"
             )
+
+
+def in_turn(
+    fn: Callable[[Any, str, WorldModelInput], tuple[Any, dict[str, jax.Array]]],
+    params: Any,
+    batch: WorldModelInput,
+    weight: Callable[[str], float],
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Run fn(params, name, stream) on the clips (name ""), then on each stream of batch.beside.
+
+    fn returns (means, figures). Returns the weighted mean of `means`, where clips weigh 1 and a
+    stream weight(name), and the figures of all; where two streams have one name, that of the clips.
+    """
+    done, total = fn(params, "", dataclasses.replace(batch, beside={})), 1.0
+    for name, stream in batch.beside.items():
+        # A pass begins when the one before it has ended: XLA then holds the activations of one.
+        # On CPUs XLA drops the barrier before it schedules.
+        params, (sums, figures) = jax.lax.optimization_barrier((params, done))
+        means, more = fn(params, name, stream)
+        w = weight(name)
+        done = jax.tree.map(lambda sum, new, w=w: sum + w * new, sums, means), more | figures
+        total += w
+    sums, figures = done
+    return jax.tree.map(lambda sum: sum / total, sums), figures
 
 
 def in_microbatches(

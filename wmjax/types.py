@@ -70,8 +70,8 @@ class WorldModelInput:
     action stands in), and where a dataset has a smaller stride or fewer numbers (zeros).
     dataset_ids_B: int32, which dataset of a mixture the clip is from; 0 where there is one.
     sample_ids_B: int32 index of the window in its dataset, to name a bad sample.
-    beside: further batches by name that the same step takes, each with a static shape of its own:
-    images beside video, for example.
+    beside: further streams by name that the same step takes, each with a static shape of its own:
+    images beside video, for example. A model's loss gets each of them by itself.
     """
 
     observation: VideoObservation

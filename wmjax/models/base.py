@@ -140,6 +140,14 @@ class WorldModel(nnx.Module):
         """
         raise UserError(f"model.name: {type(self).__qualname__} does not define loss")
 
+    def stream_weight(self, stream: str) -> float:
+        """Return the weight of the loss on a stream of batch.beside, where that of clips is 1.
+
+        The step calls `loss` on each stream by itself. Its loss, gradients and updates are the
+        weighted means.
+        """
+        return 1.0
+
     def evaluate(self, target: Params, batch: WorldModelInput) -> WorldModelOutput:
         """Return the loss as validation has it: a family with dropout leaves it out here."""
         return self.loss(target, batch, jax.random.key(0))

@@ -2,7 +2,7 @@
 
 Source: facebookresearch/vjepa2 (app/vjepa_2_1). Differences: encoder and predictor take the grid
 from the input, so frames need not be square; RoPE tables are float32; one mask token serves every
-mask; both modalities are in one step, each with its own mean, in place of ranks with images only.
+mask; every device trains on both modalities in each step, in place of ranks with images only.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from wmjax.models.encoder import EncoderSizes
 from wmjax.models.vjepa2 import LARGEST, TARGET_EPS, MaskIds, mask_ids_of, mean_of_valid, rows_of
 from wmjax.nn import layers, norm, rope
 from wmjax.nn.compute import Compute
-from wmjax.types import IMAGES, Term, TokenGrid, WorldModelInput, WorldModelOutput
+from wmjax.types import Term, TokenGrid, WorldModelInput, WorldModelOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,34 +177,21 @@ class VJEPA21(WorldModel):
         grid = self.encoder.token_grid(*video_BTHWC.shape[1:4])
         return self.predictor(context, masks, grid, video_BTHWC.shape[1] == 1)
 
-    def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
-        del key  # nothing is drawn
-        total, terms = self._of_stream(target, batch)
-        if IMAGES in batch.beside:
-            images, of_images = self._of_stream(target, batch.beside[IMAGES])
-            weight = self.settings.image_loss
-            total = (total + weight * images) / (1.0 + weight)
-            # Losses alone: evaluations compare tokens of one grid, that of the clips.
-            terms |= {f"{IMAGES}_{name}": Term(term.loss) for name, term in of_images.items()}
-        return WorldModelOutput(
-            total,
-            terms,
-            {"context_weight": self._context_weight()},
-            {"predictor": {"updates": self.predictor.updates[...] + 1.0}},
-        )
+    def stream_weight(self, stream: str) -> float:
+        return self.settings.image_loss
 
-    def _context_weight(self) -> jax.Array:
-        """Return the weight of the loss on context tokens, after the updates so far."""
+    def _context_weight(self, updates: jax.Array) -> jax.Array:
+        """Return the weight of the loss on context tokens after so many updates."""
         start, end = self.settings.context_warmup
-        # Whole: microbatches average it, which rounds.
-        done = jnp.round(self.predictor.updates[...])
-        share = jnp.clip((done - start) / max(end - start, 1), 0.0, 1.0)
-        return self.settings.context_loss * jnp.where(done >= end, 1.0, share)
+        share = jnp.clip((updates - start) / max(end - start, 1), 0.0, 1.0)
+        return self.settings.context_loss * jnp.where(updates >= end, 1.0, share)
 
-    def _of_stream(
-        self, target: Params, batch: WorldModelInput
-    ) -> tuple[jax.Array, dict[str, Term]]:
-        """Return the loss on clips, or on images, and its terms: NAME and NAME_context by mask."""
+    def loss(self, target: Params, batch: WorldModelInput, key: jax.Array) -> WorldModelOutput:
+        # Terms: NAME and NAME_context of every mask.
+        del key  # nothing is drawn
+        # Whole: microbatches average it, which rounds.
+        updates = jnp.round(self.predictor.updates[...])
+        context_weight = self._context_weight(updates)
         settings, video = self.settings, rows_of(batch)
         if settings.output_width != settings.levels * self.encoder.width:
             raise UserError(
@@ -232,12 +219,17 @@ class VJEPA21(WorldModel):
         ):
             near = 1.0 / jnp.sqrt(distances(k, m, grid)) if settings.by_distance else None
             hidden, seen = term(of_target, m, None), term(of_context, k, near)
-            losses.append(hidden.loss + self._context_weight() * seen.loss)
+            losses.append(hidden.loss + context_weight * seen.loss)
             # Evaluations judge the prediction of hidden tokens. That of seen ones is untrained
             # during the warm-up of its weight.
             seen = dataclasses.replace(seen, prediction_RMD=None, target_RMD=None)
             terms |= {name: hidden, f"{name}_context": seen}
-        return jnp.mean(jnp.stack(losses)), terms
+        return WorldModelOutput(
+            jnp.mean(jnp.stack(losses)),
+            terms,
+            {"context_weight": context_weight},
+            {"predictor": {"updates": updates + 1.0}},
+        )
 
     def flops(self, batch: WorldModelInput) -> int:
         return sum(map(self._flops, (batch, *batch.beside.values())))
