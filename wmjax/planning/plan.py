@@ -92,8 +92,8 @@ def plan(
 ) -> Plan:
     """Plan from what was seen toward a goal, which is the last frame of another observation.
 
-    keys_B: a PRNG key for each row. start_BHA: a first mean, where the head gives none; None: zeros.
-    bounds: of the actions, normalised. Pure; `settings` is static under jit.
+    keys_B: a PRNG key for each row. start_BHA: a first mean, used where the head gives none; None:
+    zeros. bounds: of the actions, normalised. Pure; `settings` is static under jit.
     """
     latent = model.observe(target, seen)
     goal_BND = model.embedding(model.observe(target, goal))
