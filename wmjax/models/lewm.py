@@ -319,13 +319,15 @@ class LeWM(ActingModel):
         self, z_BTD: jax.Array, action_BTD: jax.Array, key: jax.Array | None, training: bool
     ) -> tuple[jax.Array, dict]:
         """Return the next frame's embedding at each frame; T is at most `history`."""
-        return self._modulated(z_BTD, self.predictor.modulations(action_BTD), key, training)
+        x_BTD = self._mix(z_BTD, self.predictor.modulations(action_BTD), key)
+        return self.output(self.norm(x_BTD), training)
 
-    def _modulated(
-        self, z_BTD: jax.Array, modulation_LBTM: jax.Array, key: jax.Array | None, training: bool
-    ) -> tuple[jax.Array, dict]:
+    def _mix(
+        self, z_BTD: jax.Array, modulation_LBTM: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Return the predictor's features of each frame."""
         x_BTD = z_BTD + self.positions[: z_BTD.shape[1]][None]
-        return self.output(self.norm(self.predictor(x_BTD, modulation_LBTM, key)), training)
+        return self.predictor(x_BTD, modulation_LBTM, key)
 
     def _predict_all(
         self, z_BTD: jax.Array, action_BTD: jax.Array, key: jax.Array | None, training: bool
@@ -374,8 +376,9 @@ class LeWM(ActingModel):
         modulation_LBHM = self.predictor.modulations(action_BHD)
         for end in range(z_BHD.shape[1], action_BHD.shape[1] + 1):
             window = slice(end - z_BHD.shape[1], end)
-            next_BHD, _ = self._modulated(z_BHD, modulation_LBHM[:, :, window], None, False)
-            z_BHD = jnp.concatenate([z_BHD, next_BHD[:, -1:]], axis=1)[:, -seen:]
+            x_BHD = self._mix(z_BHD, modulation_LBHM[:, :, window], None)
+            next_BHD, _ = self.output(self.norm(x_BHD[:, -1:]), training=False)
+            z_BHD = jnp.concatenate([z_BHD, next_BHD], axis=1)[:, -seen:]
             between = slice(end + 1 - z_BHD.shape[1], end)
             yield Imagined(z_BHD, action_BHD[:, between], action_BHD[:, end - 1])
 
