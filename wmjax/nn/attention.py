@@ -11,9 +11,9 @@ from wmjax.errors import UserError
 from wmjax.nn.kernels.devices import Lengths, device_name, has_triton, modern_gpu
 
 # The longest sequence for which our kernels are preferred to cuDNN's with heads of 64. Measured on
-# an H100: faster at 504 and 128 tokens, a fifth slower at 2,048. With heads of 32 they are faster
-# at 1,500 tokens too.
-SHORT = 512
+# an H100: faster at 504 and 128 tokens, a fifth slower at 2,048; on an H200, with 258 queries: 29 %
+# faster at 258 keys, 28 % at 516. With heads of 32 they are faster at 1,500 tokens too.
+SHORT = 800
 
 # The largest table of softmax weights that xla_attention writes out, in queries x keys. Above it,
 # as for clips of 64 frames, it goes through the queries in blocks of BLOCK.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.nn.compute import Compute
+from wmjax.nn.gelu import gelu
 from wmjax.nn.layers import Linear
 from wmjax.nn.norm import LayerNorm, layer_norm
 
@@ -92,7 +93,7 @@ class ConditionalBlocks(nnx.Module):
         y_BTD = self.proj(self._attend(self.norm1(y_BTD), keys[0]))
         x_BTD = x_BTD + gate1 * drop(y_BTD.astype(jnp.float32), self.dropout, keys[1])
         y_BTD = layer_norm(x_BTD, 1e-6) * (1 + scale2) + shift2
-        hidden = jax.nn.gelu(self.fc1(self.norm2(y_BTD)), approximate=False)
+        hidden = gelu(self.fc1(self.norm2(y_BTD)))
         y_BTD = self.fc2(drop(hidden, self.dropout, keys[2]))
         return x_BTD + gate2 * drop(y_BTD.astype(jnp.float32), self.dropout, keys[3])
 
@@ -162,7 +163,7 @@ class NormedMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, training: bool) -> tuple[jax.Array, dict]:
         """Return float32 outputs, and new running statistics as a tree of this module."""
         y_BTD, new = self.norm(self.fc1(x_BTD), training)
-        y_BTD = self.fc2(jax.nn.gelu(y_BTD, approximate=False))
+        y_BTD = self.fc2(gelu(y_BTD))
         return y_BTD.astype(jnp.float32), {"norm": new} if new else {}
 
 
@@ -195,5 +196,5 @@ class MLP(nnx.Module):
             if self.norms:
                 x_BTD = self.norms[i](x_BTD)
             silu = self.activation == "silu"
-            x_BTD = jax.nn.silu(x_BTD) if silu else jax.nn.gelu(x_BTD, approximate=False)
+            x_BTD = jax.nn.silu(x_BTD) if silu else gelu(x_BTD)
         return last(x_BTD).astype(jnp.float32)
