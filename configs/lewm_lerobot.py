@@ -16,7 +16,8 @@ from wmjax.config import get_config as get_base
 def get_config() -> ml_collections.ConfigDict:
     config = get_base("base")
     config.model = ml_collections.ConfigDict(
-        {"name": "lewm", "size": "small", "patch": 16, "embedding": 384, "remat": "none"}
+        {"name": "lewm", "size": "small", "patch": 16, "embedding": 384}
+        | {"remat": "none", "scan": None}
         | {"sigreg": 0.09, "inverse": 1.0, "to_goal": 0.05}
     )
     config.mask = ml_collections.ConfigDict()

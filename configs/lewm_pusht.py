@@ -22,7 +22,7 @@ from wmjax.config import get_config as get_base
 def get_config() -> ml_collections.ConfigDict:
     config = get_base("base")
     config.model = ml_collections.ConfigDict(
-        {"name": "lewm", "size": "tiny", "patch": 8, "remat": "none"}
+        {"name": "lewm", "size": "tiny", "patch": 8, "remat": "none", "scan": None}
         | {"sigreg": 0.02, "inverse": 0.1, "to_goal": 0.05}
     )
     config.mask = ml_collections.ConfigDict()

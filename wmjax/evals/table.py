@@ -18,6 +18,18 @@ Systems = Mapping[str, Sequence[Row]]  # by name
 Cells = dict[str, Any]  # a line of a table: its values by column
 SIMPLE = {"recorded": "recorded actions", "random": "random actions", "still": "no action"}
 OTHER = ("lost", "validation")  # phases of a run's clock that are no training
+# Keys that change no result, or its last bits only.
+NO_MATTER = {
+    "threads",
+    "workers",
+    "prefetch",
+    "cache",
+    "attention",
+    "gelu",
+    "norm",
+    "remat",
+    "scan",
+}
 RATES = ("official", "near", "middle", "far", "strict")
 # Figures of others, trained on other data: simulator -> (system, goal, %). Sources: the papers of
 # LeWM and INTACT, and the result files of petr-ivashkov/sensorimotor-world-model,
@@ -96,7 +108,7 @@ def _identity(row: Row) -> dict[str, Any]:
         f"{group}.{key}": value
         for group, values in row["run"]["settings"].items()
         for key, value in values.items()
-        if key not in ("threads", "workers", "prefetch")
+        if key not in NO_MATTER
     }
     trials = [(trial["goal"], trial["seed"]) for trial in played["trials"]]
     shared = {"step": row["step"], "plan": played["settings"], "goals and seeds": trials}
