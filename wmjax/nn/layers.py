@@ -54,6 +54,8 @@ WHOLE = TokenLayout()
 # Keys and values of earlier tokens, BNHd; of a stack, with the depth in front.
 Past = tuple[jax.Array, jax.Array]
 
+Stream = tuple[jax.Array, Pending]  # the residual stream BND, and its pending update
+
 
 def split_rows(x: jax.Array) -> jax.Array:
     """Shard the first axis over the whole ambient mesh, and no other axis.
@@ -215,7 +217,10 @@ class Block(nnx.Module):
 
         pending: the update of the block before, which this block's first norm adds.
         """
-        x_BND, y_BND = self._enter(x_BND, pending)
+        if pending is None:
+            y_BND = self.norm1(x_BND)
+        else:
+            x_BND, y_BND = self.norm1.after(x_BND, pending, self.fused_norm)
         pending = self.attention(y_BND, table, layout)
         if layout.tails:
             x_BND = last_tokens(x_BND, layout.lengths, layout.tails)
@@ -223,19 +228,13 @@ class Block(nnx.Module):
         return x_BND, self.mlp.pending(y_BND)
 
     def with_past(
-        self, x_BND: jax.Array, pending: Pending | None, table: rope.Table | None, past: Past
+        self, x_BND: jax.Array, pending: Pending, table: rope.Table | None, past: Past
     ) -> tuple[jax.Array, Pending, Past]:
         """Return `residual` of these tokens, and the past with them."""
-        x_BND, y_BND = self._enter(x_BND, pending)
+        x_BND, y_BND = self.norm1.after(x_BND, pending, self.fused_norm)
         pending, past = self.attention.with_past(y_BND, table, past)
         x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
         return x_BND, self.mlp.pending(y_BND), past
-
-    def _enter(self, x_BND: jax.Array, pending: Pending | None) -> tuple[jax.Array, jax.Array]:
-        """Return the residual stream with the pending update, and its first norm."""
-        if pending is None:
-            return x_BND, self.norm1(x_BND)
-        return self.norm1.after(x_BND, pending, self.fused_norm)
 
 
 def no_past(blocks: Block, batch: int) -> Past:
@@ -255,25 +254,25 @@ def run_with_past(
     """
     graphdef, params = nnx.split(blocks)
 
-    def one(
-        x_BND: jax.Array, pending: Pending | None, params: nnx.State, past: Past
-    ) -> tuple[jax.Array, Pending, Past]:
-        return nnx.merge(graphdef, params).with_past(split_rows(x_BND), pending, table, past)
+    def one(stream: Stream, layer: tuple[nnx.State, Past]) -> tuple[Stream, Past]:
+        x_BND, pending = stream
+        block = nnx.merge(graphdef, layer[0])
+        x_BND, pending, past = block.with_past(split_rows(x_BND), pending, table, layer[1])
+        return (x_BND, pending), past
 
+    stream = x_BND, (jnp.zeros_like(x_BND), jnp.zeros(x_BND.shape[-1]))  # nothing is pending
     if blocks.compute.scans:
-
-        def scanned(x_BND: jax.Array, layer: tuple[nnx.State, Past]) -> tuple[jax.Array, Past]:
-            x_BND, pending, past = one(x_BND, None, *layer)
-            return x_BND + total(pending), past
-
-        return jax.lax.scan(scanned, x_BND, (params, past))
-    pending, pasts = None, []
-    for number in range(_depth(blocks)):
-        layer = jax.tree.map(lambda leaf, i=number: leaf[i], (params, past))
-        x_BND, pending, new = one(x_BND, pending, *layer)
-        pasts.append(new)
-    keys, values = (jnp.stack(each) for each in zip(*pasts, strict=True))
-    return x_BND if pending is None else x_BND + total(pending), (keys, values)
+        stream, past = jax.lax.scan(one, stream, (params, past))
+    else:
+        pasts = []
+        for number in range(_depth(blocks)):
+            layer = jax.tree.map(lambda leaf, i=number: leaf[i], (params, past))
+            stream, new = one(stream, layer)
+            pasts.append(new)
+        keys, values = zip(*pasts, strict=True)
+        past = jnp.stack(keys), jnp.stack(values)
+    x_BND, pending = stream
+    return x_BND + total(pending), past
 
 
 def run(
