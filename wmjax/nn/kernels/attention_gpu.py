@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton
 from wmjax.nn.kernels.devices import Lengths, on_own_rows, traced_once
 
 BLOCK = 64  # rows that a program keeps, and rows of the other side that it loads at a time
+LEAST = 16  # rows of a product on the tensor cores
 WARPS, STAGES = 4, 3  # of every kernel
 
 
@@ -74,30 +75,32 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Rows:
-    """BLOCK rows of one head of one clip, with a valid mask.
+    """Rows of one head of one clip, with a valid mask.
 
     Vectors are stored as (B * N, H * d), scalars as (B * H, N).
     """
 
-    def __init__(self, shape_BNHd: tuple[int, ...], ids: Any, first: Any, end: Any = None):
+    def __init__(
+        self, shape_BNHd: tuple[int, ...], ids: Any, first: Any, end: Any = None, count: int = BLOCK
+    ):
         """shape_BNHd: of the whole array. ids: clip and head. Rows from `end` on are not valid."""
         (_, N, H, d), (clip, head) = shape_BNHd, ids
-        row = first + jnp.arange(BLOCK)
+        row = first + jnp.arange(count)
         self._vectors = (clip * N + row)[:, None], (head * d + jnp.arange(d))[None]
         self._numbers = clip * H + head, row
         self.valid: Any = None  # None: all rows are valid
         self._valid_vectors: Any = None
         if end is not None:
             self.valid = row < end
-            self._valid_vectors = jnp.broadcast_to(self.valid[:, None], (BLOCK, d))
+            self._valid_vectors = jnp.broadcast_to(self.valid[:, None], (count, d))
 
     def vectors(self, ref: Any) -> jax.Array:
-        """Load (BLOCK, d), with 0 in rows that are not valid."""
+        """Load (count, d), with 0 in rows that are not valid."""
         other = None if self._valid_vectors is None else 0.0
         return triton.load(ref.at[self._vectors], mask=self._valid_vectors, other=other)
 
     def numbers(self, ref: Any) -> jax.Array:
-        """Load (BLOCK,), with 0 in rows that are not valid."""
+        """Load (count,), with 0 in rows that are not valid."""
         other = None if self.valid is None else 0.0
         return triton.load(ref.at[self._numbers], mask=self.valid, other=other)
 
@@ -114,23 +117,23 @@ def _work(
     """Return the rows of this program, and a loop over the other side's blocks of its sequence.
 
     own: the side that the grid divides, queries or keys; other: the side that the loop runs over.
-    The shapes are BNHd. loop(step, carry) calls step(rows, carry); the last block may have rows
-    that are not valid.
+    The shapes are BNHd. loop(step, carry) calls step(rows, carry). The last block may be smaller,
+    and may have rows that are not valid.
     """
     ids = pl.program_id(2), pl.program_id(1)
     first, end, start, length = _place(pl.program_id(0), own, other)
 
     def loop(step: Callable[[Rows, Any], Any], carry: Any) -> Any:
-        def at(i: jax.Array, end: Any = None) -> Rows:
-            return Rows(other_shape, ids, start + i * BLOCK, end)
+        def at(i: jax.Array, *place: Any) -> Rows:
+            return Rows(other_shape, ids, start + i * BLOCK, *place)
 
         whole, blocks = length // BLOCK, (length + BLOCK - 1) // BLOCK
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(at(i), carry), carry)
-        if not any(n % BLOCK for n in other):
+        rest = max(n % BLOCK for n in other)  # the most rows of a last block
+        if not rest:
             return carry
-        return jax.lax.fori_loop(
-            whole, blocks, lambda i, carry: step(at(i, start + length), carry), carry
-        )
+        place = start + length, max(LEAST, pl.next_power_of_2(rest))
+        return jax.lax.fori_loop(whole, blocks, lambda i, carry: step(at(i, *place), carry), carry)
 
     return Rows(own_shape, ids, first, end), loop
 
