@@ -30,6 +30,16 @@ STEP_KEYS = {
     *("device", "devices", "video_BVTHWC", "ms", "ms_p10", "ms_p90", "clips_per_s", "tflop"),
     *("tflops", "mfu", "compile_s", "peak_gb", "loss"),
 }
+PLAN_KEYS = {
+    *("device", "batch", "samples", "iterations", "horizon", "ms", "ms_p10", "ms_p90", "first_s"),
+    *("pflop", "share_of_peak", "peak_gb"),
+}
+LEWM = (
+    *("model.name=lewm", "model.width=48", "model.heads=2", "model.depth=1", "model.patch=8"),
+    *("model.embedding=32", "model.projector=32", "model.predictor_depth=1"),
+    *("model.predictor_heads=2", "model.predictor_head_width=8", "model.predictor_hidden=32"),
+    *("data.image_size=32", "data.frames=4"),
+)
 PARTS = {"target_ms", "context_ms", "predictor_ms", "update_ms"}
 
 
@@ -156,6 +166,17 @@ def test_the_update_moves_the_parameters_and_then_the_target(small):
     m = micro.config().optim.ema
     wanted = jax.tree.map(lambda a, b: m * a + (1 - m) * b, old.target, new.params["encoder"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), new.target, wanted)
+
+
+def test_a_plan_tells_every_figure(monkeypatch):
+    monkeypatch.setitem(metrics.PEAK_TFLOPS, "cpu", 2.0)
+    config = configs.load("debug_world_model", LEWM)
+    settings = "lewm,horizon=1,samples=4,iterations=1,elites=2"
+    row = bench.bench_plan(config, argparse.Namespace(plan=settings, plans=1, batch=2))
+    assert row.keys() == PLAN_KEYS
+    assert (row["batch"], row["samples"], row["iterations"], row["horizon"]) == (2, 4, 1, 1)
+    assert row["pflop"] > 0
+    assert row["share_of_peak"] == pytest.approx(row["pflop"] * 1e15 / (row["ms"] * 1e-3 * 2e12))
 
 
 def test_data_tells_every_figure_and_counts_its_processes():

@@ -12,7 +12,7 @@ from says import refused, says
 from test_beside import compiled
 
 from wmjax import assemble
-from wmjax.run import memory, summary
+from wmjax.run import jaxprs, memory, summary
 
 
 def traced(config, devices=1):
@@ -31,6 +31,13 @@ def test_the_least_that_a_step_needs_is_less_than_what_its_program_takes(monkeyp
     monkeypatch.setattr(memory, "host_bytes", lambda: takes // 4)
     with refused("state", "batch", "data.batch_size", "model.remat=full", lines=2):
         memory.check_step(*step)
+
+
+def test_of_a_scan_only_what_it_stacks_counts():
+    def loop(x):
+        return jax.lax.scan(lambda x, _: (x + 1, x[:2]), x, length=3)
+
+    assert jaxprs.largest_result(jax.make_jaxpr(loop)(jnp.ones(100))) == 3 * 2 * 4
 
 
 def test_a_batch_that_cannot_fit_is_refused_before_the_step_is_compiled(tmp_path):

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import micro
 import pytest
+from jax.experimental import pallas as pl
 from says import lines_with, refused, says
 
 from wmjax import main
 from wmjax.commands import hlo, plan
+from wmjax.run import jaxprs
 
 # A loop of three turns: each gathers 8 rows of 4 by two members, of a mesh of two axes, and adds.
 PROGRAM = """
@@ -102,9 +104,23 @@ def test_products_count_as_often_as_they_run():
 
     x, w = jnp.ones((2, 8)), jnp.ones((8, 8))
     once = 2 * 2 * 8 * 8
-    assert hlo.executed_flop(jax.make_jaxpr(loop)(x, w)) == 3 * once
+    assert jaxprs.executed_flop(jax.make_jaxpr(loop)(x, w)) == 3 * once
     backward = jax.make_jaxpr(jax.grad(loop, argnums=(0, 1)))(x, w)
-    assert hlo.executed_flop(backward) == 3 * 4 * once  # forward, again, and two backward
+    assert jaxprs.executed_flop(backward) == 3 * 4 * once  # forward, again, and two backward
+
+
+def test_products_count_for_each_device_and_each_block_of_a_kernel():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] @ x_ref[...]
+
+    def on_a_device(x):
+        block = pl.BlockSpec((8, 8), lambda i: (i, 0))
+        return pl.pallas_call(kernel, x, grid=3, in_specs=[block], out_specs=block)(x)
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "x")
+    split = jax.shard_map(on_a_device, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"))
+    traced = jax.make_jaxpr(split)(jnp.ones((2 * 3 * 8, 8)))
+    assert jaxprs.executed_flop(traced) == 2 * 3 * (2 * 8 * 8 * 8)
 
 
 def test_a_plan_for_local_devices(capsys):

@@ -75,7 +75,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
 
     two, _ = search.find(settings)(cost, jnp.zeros((2, 2, 3)), keys(), settings, None)
     one, _ = search.find(settings)(cost, jnp.zeros((1, 2, 3)), keys()[1:], settings, None)
-    np.testing.assert_array_equal(two[1:], one)
+    np.testing.assert_allclose(two[1:], one, rtol=1e-5)  # XLA rounds a batch of one differently
 
 
 def test_cem_is_the_textbook_one():

@@ -1,6 +1,7 @@
 """Names that libraries do not publish: used in wmjax/run/private.py only, and still there."""
 
 import ast
+import re
 from pathlib import Path
 
 import jax
@@ -56,6 +57,13 @@ def test_private_names_are_used_in_one_module_only(path):
 def test_a_private_name_is_found(source):
     assert list(private_names(source))
     assert not list(private_names("self._x\nos._exit(1)\nx.__dict__\nfrom a.b import c"))
+
+
+def test_equations_of_a_jaxpr_are_read_in_one_module_only():
+    """jax publishes neither the names of their parameters nor what they hold."""
+    sources = (ROOT / "wmjax").rglob("*.py")
+    readers = [path for path in sources if re.search(r"\.eqns\b", path.read_text())]
+    assert readers == [ROOT / "wmjax/run/jaxprs.py"]
 
 
 def need(thing, *names, used_by):

@@ -1,5 +1,6 @@
 """Every frame of every kind of video, in any order, is the one that sequential decoding gives."""
 
+import types
 from fractions import Fraction
 
 import av
@@ -144,3 +145,13 @@ def test_an_index_that_lies_is_found_out(tmp_path):
     proven = videos.timeline(late, proven=True).pts_N.tolist()
     assert [n for n, pair in enumerate(zip(times, proven, strict=True)) if len({*pair}) > 1] == [7]
     assert [number_of(frame) for frame in videos.read(late, proven)] == [*range(20)]
+
+
+def test_a_tick_lasts_what_the_file_says_and_a_second_where_it_does_not():
+    def ticks(*pair):
+        base = types.SimpleNamespace(numerator=pair[0], denominator=pair[1]) if pair else None
+        return video.seconds_a_tick(types.SimpleNamespace(time_base=base))
+
+    assert (ticks(1, 12800), ticks(0, 1), ticks()) == (Fraction(1, 12800), 1, 1)
+    with pytest.raises(ZeroDivisionError):
+        ticks(1, 0)

@@ -343,7 +343,7 @@ class Actor:
     def traced(self, params: Params, shown: Any, goal: Any, settings: Settings) -> Any:
         """Return the jaxpr of a plan, so that its operations can be counted."""
         arguments, _ = self._arguments(shown, goal, "", None, 0)
-        return self._plan.trace(params, *arguments, None, settings=settings).jaxpr.jaxpr
+        return self._plan.trace(params, *arguments, None, settings=settings).jaxpr
 
     def _arguments(
         self, shown: Any, goal: Any, recording: str, bounds: Any, seeds: Any

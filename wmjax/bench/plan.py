@@ -10,7 +10,7 @@ from tqdm import tqdm
 from wmjax.actor import Actor
 from wmjax.models.base import Blueprint, merge
 from wmjax.planning.search import Settings
-from wmjax.run import metrics
+from wmjax.run import jaxprs, metrics
 
 WARM_UP = 2  # plans that are not counted
 
@@ -40,7 +40,7 @@ def time_plan(
         actor.plan(params, shown, goal, settings, "", None, number)
         times.append(1e3 * (time.perf_counter() - begun))
     low, middle, high = np.percentile(times[WARM_UP:], (10, 50, 90)).tolist()
-    flop = count_flops(actor.traced(params, noise(), noise(), settings))
+    flop = jaxprs.executed_flop(actor.traced(params, noise(), noise(), settings))
     peak, rate = metrics.peak_flops(jax.devices()[:1]), 1e3 * flop / middle
     return {
         "device": jax.devices()[0].device_kind,
@@ -56,27 +56,3 @@ def time_plan(
         "share_of_peak": rate / peak if peak else None,
         "peak_gb": metrics.peak_gb(),
     }
-
-
-def count_flops(jaxpr: Any) -> int:
-    """Count the operations of the products in a jaxpr, a multiply-add as two, loops in full.
-
-    A while loop has no known length, and counts once.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left, (out,) = equation.invars[0].aval.shape, equation.outvars
-            total += 2 * out.aval.size * int(np.prod([left[axis] for axis in contracted]))
-            continue
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(count_flops(inner) for inner in _inside(equation.params))
-    return total
-
-
-def _inside(params: dict[str, Any]) -> list[Any]:
-    """Return the jaxprs among an equation's parameters."""
-    values = [v for p in params.values() for v in (p if isinstance(p, (list, tuple)) else [p])]
-    found = [getattr(value, "jaxpr", value) for value in values]
-    return [each for each in found if hasattr(each, "eqns")]

@@ -1,12 +1,9 @@
-"""Costs of a compiled step: matrix products of its jaxpr, collectives and traffic of its HLO."""
+"""Costs of a compiled step: collectives and memory traffic of its HLO."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
-
-from jax.extend import core
 
 BITS = {
     "pred": 8,
@@ -186,39 +183,3 @@ def _members(rest: str) -> int:
         return math.prod(int(part or sizes[axis]) for axis, part in named)
     found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     return found[1].count(",") + 1 if found else 1
-
-
-def executed_flop(jaxpr: Any) -> int:
-    """Return the FLOP of the matrix products of a jaxpr, over all devices, with remat's repeats."""
-    total = 0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += (
-                2
-                * math.prod(equation.outvars[0].aval.shape)
-                * math.prod(left[axis] for axis in contracted)
-            )
-            continue
-        inner = [executed_flop(each) for each in _jaxprs(params)]
-        if inner:
-            total += _repeated(name, params) * (max(inner) if name == "cond" else sum(inner))
-    return total
-
-
-def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, core.Jaxpr | core.ClosedJaxpr):
-                yield each
-
-
-def _repeated(name: str, params: dict[str, Any]) -> int:
-    """Return how often the inner jaxprs of an equation run, over all devices."""
-    if name == "scan":
-        return params["length"]
-    if name == "shard_map":
-        return params["mesh"].size
-    return math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1

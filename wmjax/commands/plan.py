@@ -20,7 +20,7 @@ import ml_collections
 from wmjax import assemble, open_sources, sharding
 from wmjax.commands import hlo
 from wmjax.errors import ExitCode, UserError, how_to_install, reason
-from wmjax.run import metrics
+from wmjax.run import jaxprs, metrics
 
 GIB = 2**30
 
@@ -136,7 +136,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> int:
         print(f"bound       unknown: no figures for {kind}")
     else:
         seconds = {
-            "compute": hlo.executed_flop(traced.jaxpr) / peak,
+            "compute": jaxprs.executed_flop(traced.jaxpr) / peak,
             "memory": program.traffic() / (chip.bandwidth * 1e9),
             "network": sent / (chip.ring * 1e9),
         }

@@ -2,14 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from wmjax.errors import UserError, reason
+from wmjax.run import jaxprs
 
 LOWER = (
     "lower data.batch_size, data.frames or data.image_size; "
@@ -44,7 +43,7 @@ def check_step(traced: jax.stages.Traced, state: Any, batch: Any, mesh: jax.shar
     parts = {
         "state": copies * _held(state),
         "batch": copies * _held(batch),
-        "largest result": copies * _largest(traced.jaxpr) // mesh.size,
+        "largest result": copies * jaxprs.largest_result(traced.jaxpr) // mesh.size,
     }
     need, there = sum(parts.values()), total_bytes()
     if need > there:
@@ -79,26 +78,3 @@ def _held(arrays: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(arrays)
     )
-
-
-def _largest(jaxpr: Any) -> int:
-    """Return the bytes of the largest product, or of all that one scan stacks."""
-    largest = 0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, made = equation.primitive.name, []
-        if name == "dot_general":
-            made = equation.outvars
-        elif name == "scan":  # what it stacks has another shape than in one turn
-            (body,) = _inside(equation.params)
-            pairs = zip(equation.outvars, body.jaxpr.outvars, strict=True)
-            made = [whole for whole, one in pairs if whole.aval.shape != one.aval.shape]
-        size = sum(var.aval.size * var.aval.dtype.itemsize for var in made)
-        largest = max(largest, size, *map(_largest, _inside(equation.params)), 0)
-    return largest
-
-
-def _inside(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, core.Jaxpr | core.ClosedJaxpr):
-                yield each

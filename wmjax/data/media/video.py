@@ -45,6 +45,17 @@ def open_video(path: Path) -> InputContainer:
         raise unreadable(path, error) from None
 
 
+def seconds_a_tick(stream: av.VideoStream) -> Fraction:
+    """Return the seconds of a tick of a stream's timestamps; 1 where the file does not say.
+
+    Raises ZeroDivisionError for a time base of 1/0, of which PyAV raises it only before 19.
+    """
+    base = stream.time_base
+    if base is None or not base.numerator:
+        return Fraction(1)
+    return Fraction(base.numerator, base.denominator)
+
+
 def unreadable(path: Path, error: av.FFmpegError | OSError) -> UserError:
     """Return the error for a video that cannot be opened or whose beginning cannot be read."""
     pointers.check(path)
@@ -166,7 +177,7 @@ class _Video:
             # One thread a file, because the callers are threads. dav1d heeds thread_count alone.
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
-            self._clock = stream.time_base or Fraction(1)
+            self._clock = seconds_a_tick(stream)
             self._packets = self._container.demux(stream)
             self.timeline = timeline or self._read_index() or self.read_packets()
         except ZeroDivisionError:

@@ -26,7 +26,7 @@ from wmjax.data.lerobot.recording import choose_cameras
 from wmjax.data.lerobot.tables import read_tables
 from wmjax.data.media.encode import add_h264, describe_h264
 from wmjax.data.media.transforms import frame_size
-from wmjax.data.media.video import open_video
+from wmjax.data.media.video import open_video, seconds_a_tick
 from wmjax.data.tools.jobs import claim, placed, run
 from wmjax.errors import UserError
 
@@ -157,7 +157,7 @@ def _encode(job: Job, part: Path) -> None:
             if not old.streams.video:
                 raise UserError(f"{job.source}: no video stream")
             read = old.streams.video[0]
-            clock = read.time_base or Fraction(1)
+            clock = seconds_a_tick(read)
             # The start of the video is written in ticks of the movie's clock.
             options = {"movie_timescale": str(clock.denominator)}
             new = stack.enter_context(av.open(str(part), "w", format="mp4", options=options))
@@ -173,7 +173,7 @@ def _encode(job: Job, part: Path) -> None:
                 small = graph.vpull()
                 if number == 0:
                     written = add_h264(
-                        *(new, small.height, small.width, read.average_rate, read.time_base),
+                        *(new, small.height, small.width, read.average_rate, clock),
                         gop=job.gop,
                         crf=job.crf,
                     )
@@ -187,7 +187,7 @@ def _encode(job: Job, part: Path) -> None:
         raise UserError(f"{where}: frame {number}: {error.strerror}") from None
     with open_video(part) as written_file:
         stream = written_file.streams.video[0]
-        ticks = stream.time_base or Fraction(1)
+        ticks = seconds_a_tick(stream)
         found = [p.pts * ticks for p in written_file.demux(stream) if p.size and p.pts is not None]
     if found != times:
         raise UserError(f"{job.source}: MP4 cannot keep the timestamps of its {len(times)} frames")
