@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from wmjax import assemble, open_sources
+from wmjax.config import load
 from wmjax.errors import UserError
 from wmjax.models import acting as acting_model
 from wmjax.models import base
 from wmjax.models.acting import Observation
 from wmjax.nn import sigreg
 from wmjax.planning import plan as planning
+from wmjax.run import jaxprs
 from wmjax.types import VideoObservation, VideoTarget, WorldModelInput
 
 SETTINGS = {
@@ -332,3 +335,23 @@ def test_its_size_is_the_published_one():
     blueprint = base.Blueprint.of({"name": "lewm"}, spec)
     trained = blueprint.divide(blueprint.shapes, {})[0]
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 18_034_478
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [(), ("model.history=1", "data.frames=3"), ("model.inverse=0.0", "model.to_goal=0.0")],
+)
+def test_operations_of_a_step_are_three_times_those_of_the_loss(changed):
+    small = [f"model.{key}" for key in ("width=32", "heads=2", "depth=2")]
+    config = load("lewm_pusht", ["data.cache=", "data.batch_size=4", *small, *changed])
+    open_sources.use_generated_data(config)
+    setup = assemble.prepare(config)
+    batch, state = assemble.abstract_batch(config, setup), setup.steps.abstract
+
+    def loss(params, frozen, target, batch):
+        model, target = setup.steps.blueprint.join(params, frozen, target)
+        return model.evaluate(target, batch).loss
+
+    jaxpr = jax.make_jaxpr(loss)(state.params, state.frozen, state.target, batch)
+    counted = 3 * jaxprs.executed_flop(jaxpr)
+    assert setup.steps.blueprint.abstract.flops(batch) == pytest.approx(counted, rel=1e-4)

@@ -26,7 +26,7 @@ from wmjax.models.base import InputSpec, Params
 from wmjax.models.encoder import SIZES, PatchEmbed, resolve_size, token_grid
 from wmjax.nn.compute import Compute
 from wmjax.nn.conditional import MLP, ConditionalBlocks, NormedMLP, default_std
-from wmjax.nn.layers import Block, Linear, run
+from wmjax.nn.layers import Block, Linear, flops, run
 from wmjax.nn.norm import LayerNorm
 from wmjax.nn.normalize import normalizer
 from wmjax.nn.sigreg import sigreg
@@ -197,6 +197,12 @@ class Imagined:
     z_BHD: jax.Array
     action_BHD: jax.Array
     previous_BD: jax.Array
+
+
+def _row_flops(module: nnx.Module) -> int:
+    """Count the operations of a module's products for one row."""
+    params = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return 2 * sum(param.size for path, param in params if path[-1] in ("kernel", "qkv"))
 
 
 class LeWM(ActingModel):
@@ -407,6 +413,23 @@ class LeWM(ActingModel):
     def to_robot(self, action_BHA: jax.Array, dataset_ids_B: Array) -> jax.Array:
         action = action_BHA.reshape(*action_BHA.shape[:2], *self.block)
         return self.normalize.undo(action, dataset_ids_B)
+
+    def flops(self, batch: WorldModelInput) -> int:
+        settings = self.settings
+        B, V, T = batch.observation.video_BVTHWC.shape[:3]
+        patch, tokens = self.encoder.patch_embed.kernel.size, len(self.encoder.positions)
+        frame = flops(self.encoder.blocks, tokens) + 2 * (tokens - 1) * patch
+        seen = min(settings.history, T - 1)
+        rows = seen * (T - seen)  # of all windows
+        clip = T * (V * frame + _row_flops(self.projector))
+        clip += rows * (_row_flops(self.predictor) + _row_flops(self.output))
+        clip += (T if self.head else T - 1) * _row_flops(self.action_encoder)
+        if settings.sigreg:
+            clip += 2 * T * settings.embedding * settings.projections
+        if self.head is not None:
+            heads = bool(settings.inverse) + bool(settings.to_goal)
+            clip += heads * (T - 1) * _row_flops(self.head)
+        return 3 * B * clip
 
     def _no_action(self, dataset_ids_B: Array) -> jax.Array:
         """Return the block that stands for an unknown action: zeros as recorded, normalised."""
