@@ -343,7 +343,7 @@ def test_its_size_is_the_published_one():
 )
 def test_operations_of_a_step_are_three_times_those_of_the_loss(changed):
     small = [f"model.{key}" for key in ("width=32", "heads=2", "depth=2")]
-    config = load("lewm_pusht", ["data.cache=", "data.batch_size=4", *small, *changed])
+    config = load("lewm_pusht", ["data.cache=", "data.batch_size=8", *small, *changed])
     open_sources.use_generated_data(config)
     setup = assemble.prepare(config)
     batch, state = assemble.abstract_batch(config, setup), setup.steps.abstract
