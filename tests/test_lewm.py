@@ -354,4 +354,4 @@ def test_operations_of_a_step_are_three_times_those_of_the_loss(changed):
 
     jaxpr = jax.make_jaxpr(loss)(state.params, state.frozen, state.target, batch)
     counted = 3 * jaxprs.executed_flop(jaxpr)
-    assert setup.steps.blueprint.abstract.flops(batch) == pytest.approx(counted, rel=1e-4)
+    assert setup.steps.blueprint.abstract.flops(batch) == pytest.approx(counted, rel=1e-3)
