@@ -20,7 +20,7 @@ def trial(goal, seed, planned):
     rule = {name: [0] * 6 for name in POLICIES} | {"recorded": [1] * 6, "planned": planned}
     return {
         **{"goal": goal, "seed": seed, "solved": 2, "familiar": 0, "clips": [*range(6)]},
-        **{"apart": [*range(goal, goal + 6)], "turned": [0.5] * 6},
+        **{"apart": [*range(goal, goal + 6)], "turned": [0.6, 0.1, 0.2, 0.3, 0.4, 0.5]},
         **{"strict_at_start": [0] * 5 + [1], "official": rule, "strict": rule},
     }
 
@@ -62,6 +62,8 @@ def test_mean_and_deviation_are_over_training_seeds():
     # Nearest four: 4 and 2 of 4; farthest four: 2 and 0.
     assert found["near"] == {"mean": 75.0, "std": 35.36}
     assert found["far"] == {"mean": 25.0, "std": 35.36}
+    # The first and the last start turn most: 3 and 2 of 4.
+    assert found["turning"] == {"mean": 62.5, "std": 17.68}
     assert lines(section, "ours", 50)["official"]["mean"] == 75.0
     assert lines(section, "recorded actions", 25)["official"] == {"mean": 100.0, "std": None}
     starts = section["starts"][0]

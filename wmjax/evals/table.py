@@ -30,7 +30,7 @@ NO_MATTER = {
     "remat",
     "scan",
 }
-RATES = ("official", "near", "middle", "far", "strict")
+RATES = ("official", "near", "middle", "far", "turning", "strict")
 # Figures of others, trained on other data: simulator -> (system, goal, %). Sources: the papers of
 # LeWM and INTACT, and the result files of petr-ivashkov/sensorimotor-world-model,
 # DavidSunok/CLEAR-LeWM, pickxiguapi/LeWorldModel-pp and kevinghst/H-JEPA.
@@ -160,14 +160,19 @@ def rates(*runs: Sequence[Row], policy: str) -> Cells:
     """Return mean and deviation over runs, in %; a run is the trials of a goal, taken together."""
     found: dict[str, list[float]] = {}
     for trials in runs:
-        apart, unjudged = (_joined(trials, key) for key in ("apart", "strict_at_start"))
+        keys = "apart", "turned", "strict_at_start"
+        apart, turned, unjudged = (_joined(trials, key) for key in keys)
         usual, strict = (
             np.concatenate([trial[rule].get(policy, []) for trial in trials])
             for rule in ("official", "strict")
         )
-        thirds = [usual[part] for part in np.array_split(np.argsort(apart, kind="stable"), 3)]
+        thirds, most = (
+            [usual[part] for part in np.array_split(np.argsort(hard, kind="stable"), 3)]
+            for hard in (apart, turned)
+        )
+        turning = most[-1] if np.any(turned) else most[-1][:0]
         judged = strict[unjudged == 0] if len(strict) else strict
-        for column, reached in zip(RATES, (usual, *thirds, judged), strict=True):
+        for column, reached in zip(RATES, (usual, *thirds, turning, judged), strict=True):
             if len(reached):
                 found.setdefault(column, []).append(100 * float(np.mean(reached)))
     return {
@@ -230,7 +235,8 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
     for section in sections:
         parts.append(
             f"**{section['env']}**: goals reached, in %: mean ± standard deviation over training "
-            "seeds. near, middle, far: a third of the starts each, by how far the object must move."
+            "seeds. near, middle, far: a third of the starts each, by how far the object must "
+            "move; turning: the third that must turn most."
         )
         first = "system", "goal", *RATES, "published, other data"
         parts += [_grid(section["rates"], first), _grid(section["starts"])]
