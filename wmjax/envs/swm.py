@@ -49,13 +49,14 @@ class PushT(Environment):
 
     def __init__(self, size: int = 224) -> None:
         """size: height and width of the picture, in pixels."""
-        import cv2
         from stable_worldmodel.envs.pusht.env import PushT as Simulator
 
-        cv2.setNumThreads(1)  # each core has a simulator of its own
         self._simulator: Any = Simulator(resolution=size)
         self._simulator.reset(seed=0)
         self._goal = self.state
+        import cv2  # with the simulator's extra
+
+        cv2.setNumThreads(1)  # each core has a simulator of its own
 
     def reset(self, rng: np.random.Generator) -> None:
         self.set_state(_draw(rng))
