@@ -2,8 +2,9 @@
 
     python -m wmjax.main --config=configs/lewm_pusht.py --config.data.root=DIR
 
-Expect on one H200 96 ms a step (2,655 clips a second, 34 GB), 8 minutes in all. All frames are kept
-in device memory, 27 KB each; data.cache='' reads them as they are needed.
+With model.scan=True one H200 took 96 ms a step (2,655 clips a second, 34 GB) and 9 minutes 33 for
+4,984 steps, with validation. All frames are kept in device memory, 27 KB each; data.cache='' reads
+them as they are needed.
 
 ViT-tiny on frames of 96 px with patches of 8, one embedding of 192 numbers a frame, 5 actions
 between two frames. The loss is the squared error of the next frame's embedding, SIGReg, and

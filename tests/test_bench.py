@@ -36,9 +36,7 @@ PLAN_KEYS = {
 }
 LEWM = (
     *("model.name=lewm", "model.width=48", "model.heads=2", "model.depth=1", "model.patch=8"),
-    *("model.embedding=32", "model.projector=32", "model.predictor_depth=1"),
-    *("model.predictor_heads=2", "model.predictor_head_width=8", "model.predictor_hidden=32"),
-    *("data.image_size=32", "data.frames=4"),
+    *(*micro.LEWM, "data.image_size=32", "data.frames=4"),
 )
 PARTS = {"target_ms", "context_ms", "predictor_ms", "update_ms"}
 

@@ -101,7 +101,11 @@ def build(
         return TrainState(jnp.zeros((), jnp.int32), params, frozen, target, opt_state)
 
     def run_loss(
-        state: TrainState, params: Params, stream: str, batch: WorldModelInput, key: Any
+        state: TrainState,
+        params: Params,
+        stream: str,
+        batch: WorldModelInput,
+        key: jax.Array | None,
     ) -> WorldModelOutput:
         """Return the loss on a stream for a training step; key None: as validation has it."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
