@@ -409,6 +409,19 @@ def test_the_polynomial_gelu_is_the_exact_one_to_bfloat16():
     np.testing.assert_array_equal(gelu.gelu(x), exact(x))
 
 
+def test_without_a_gradient_a_gpu_computes_gelu_by_tanh(monkeypatch):
+    """The form that cuBLAS computes at the end of a product; with a gradient it is the polynomial."""
+    x = jnp.linspace(-20, 20, 4_001).astype(jnp.bfloat16)
+    on_cpu, slope = gelu.gelu(x), jax.vmap(jax.grad(gelu.gelu))(x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "tanh" in str(jax.make_jaxpr(gelu.gelu)(x))
+    assert "tanh" not in str(jax.make_jaxpr(lambda x: jax.vjp(gelu.gelu, x)[0])(x))
+    wide = x.astype(jnp.float32)
+    np.testing.assert_allclose(jax.nn.gelu(wide), jax.nn.gelu(wide, approximate=False), atol=5e-4)
+    np.testing.assert_array_equal(jax.vmap(jax.grad(gelu.gelu))(x), slope)
+    np.testing.assert_array_equal(jax.vjp(gelu.gelu, x)[0], on_cpu)
+
+
 def test_sequences_side_by_side_are_those_alone():
     """Two masks' contexts in one pass: each sees itself only, whatever the other holds."""
     model = model_with(shaken_params())

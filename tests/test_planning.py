@@ -144,6 +144,23 @@ def test_chunks_change_nothing_and_control_costs():
     np.testing.assert_allclose(dear - cost, 2 * np.square(actions).mean((2, 3)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("samples", [1, 6, 8, 300])
+def test_products_have_a_multiple_of_eight_rows(samples):
+    """XLA pads every other number of rows, by a kernel for each product."""
+    rows = []
+
+    class Watched(Line):
+        def imagine(self, latent, action_BA):
+            rows.append(len(action_BA))
+            return super().imagine(latent, action_BA)
+
+    actions = jnp.asarray(np.random.default_rng(0).standard_normal((1, samples, 2, 2), np.float32))
+    settings = Settings(horizon=2, samples=samples, elites=1)
+    cost_BS = planning.score(Watched(), jnp.zeros((1, 1)), jnp.ones((1, 1, 1)), actions, settings)
+    assert set(rows) == {-(-samples // 8) * 8}
+    np.testing.assert_allclose(cost_BS, np.abs(1 - actions.sum((2, 3))), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -1,6 +1,8 @@
-"""GELU, exact or by a polynomial that is as accurate in bfloat16 and takes half the time on a GPU.
+"""GELU, exact or by approximations that are as accurate in bfloat16 and faster on a GPU.
 
-On a GPU erf alone takes twice the time of the memory traffic of its operand.
+On a GPU erf alone takes twice the time of the memory traffic of its operand. A polynomial takes
+once this time. Where no gradient is wanted, tanh takes none: cuBLAS adds the bias and computes this
+form of GELU at the end of a product.
 """
 
 from collections.abc import Sequence
@@ -37,16 +39,31 @@ def gelu_polynomial(x: jax.Array) -> jax.Array:
     return (wide * _half_and(wide, NORMAL)).astype(x.dtype)
 
 
+@jax.custom_vjp
+def _gelu_narrow(x: jax.Array) -> jax.Array:
+    """GELU in bfloat16: by the polynomial; on a GPU without a gradient by tanh, within 5e-4."""
+    if jax.default_backend() == "gpu":
+        return jax.nn.gelu(x, approximate=True)
+    return gelu_polynomial(x)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu_polynomial(x), x
+
+
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     slope = _half_and(x.astype(jnp.float32), SLOPE)
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
-gelu_polynomial.defvjp(lambda x: (gelu_polynomial(x), x), _gelu_backward)
+gelu_polynomial.defvjp(_gelu_forward, _gelu_backward)
+_gelu_narrow.defvjp(_gelu_forward, _gelu_backward)
 
 
 def gelu(x: jax.Array, kind: str = "auto") -> jax.Array:
-    """GELU. kind: exact, polynomial, or auto: polynomial in bfloat16, exact in float32."""
-    if kind == "polynomial" or (kind == "auto" and x.dtype == jnp.bfloat16):
+    """GELU. kind: exact, polynomial, or auto: the fastest in bfloat16, exact in float32."""
+    if kind == "polynomial":
         return gelu_polynomial(x)
+    if kind == "auto" and x.dtype == jnp.bfloat16:
+        return _gelu_narrow(x)
     return jax.nn.gelu(x, approximate=False)

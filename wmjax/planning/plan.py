@@ -10,6 +10,9 @@ from wmjax.models.base import Params
 from wmjax.planning.search import Bounds, Settings, find
 
 
+EIGHT = 8  # rows of a bfloat16 product that tensor cores take at once
+
+
 class Plan(NamedTuple):
     """action_BHA: normalised blocks. cost_B: of the imagined result."""
 
@@ -63,11 +66,14 @@ def score(
 
     def some(action_BCHA: jax.Array) -> jax.Array:
         count = action_BCHA.shape[1]
+        more = -count % EIGHT  # copies of the last sample; else XLA pads the operands of each product
+        action_BCHA = jnp.pad(action_BCHA, ((0, 0), (0, more), (0, 0), (0, 0)), mode="edge")
+        rows = count + more
         distance_RH = distances(
-            model, repeat(latent, count), repeat(goal_BND, count), action_BCHA.reshape(-1, H, A)
+            model, repeat(latent, rows), repeat(goal_BND, rows), action_BCHA.reshape(-1, H, A)
         )
         cost_R = {"last": distance_RH[:, -1], "sum": distance_RH.sum(1), "min": distance_RH.min(1)}
-        return cost_R[settings.objective].reshape(B, count)
+        return cost_R[settings.objective].reshape(B, rows)[:, :count]
 
     chunk = settings.chunk
     if chunk and chunk < S and S % chunk == 0:
