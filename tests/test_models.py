@@ -410,7 +410,7 @@ def test_the_polynomial_gelu_is_the_exact_one_to_bfloat16():
 
 
 def test_without_a_gradient_a_gpu_computes_gelu_by_tanh(monkeypatch):
-    """The form that cuBLAS computes at the end of a product; with a gradient it is the polynomial."""
+    """cuBLAS computes this form at the end of a product. With a gradient it is the polynomial."""
     x = jnp.linspace(-20, 20, 4_001).astype(jnp.bfloat16)
     on_cpu, slope = gelu.gelu(x), jax.vmap(jax.grad(gelu.gelu))(x)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -9,7 +9,6 @@ from wmjax.models.acting import ActingModel, Latent, Observation, repeat
 from wmjax.models.base import Params
 from wmjax.planning.search import Bounds, Settings, find
 
-
 EIGHT = 8  # rows of a bfloat16 product that tensor cores take at once
 
 
@@ -66,7 +65,7 @@ def score(
 
     def some(action_BCHA: jax.Array) -> jax.Array:
         count = action_BCHA.shape[1]
-        more = -count % EIGHT  # copies of the last sample; else XLA pads the operands of each product
+        more = -count % EIGHT  # copies of the last sample; XLA would pad in front of each product
         action_BCHA = jnp.pad(action_BCHA, ((0, 0), (0, more), (0, 0), (0, 0)), mode="edge")
         rows = count + more
         distance_RH = distances(
