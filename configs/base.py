@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "scan": True,
                 # auto: the fastest that runs here; xla; cudnn or triton (GPU); splash (TPU).
                 "attention": "auto",
-                "gelu": "auto",  # exact; polynomial: within 1e-4; auto: see nn/compute.py
+                "gelu": "auto",  # exact, polynomial or tanh; auto: see nn/compute.py
                 "norm": "auto",  # auto: fused where it runs; fused: one GPU kernel, bfloat16; xla
             },
             # One group for each mask; every clip gets all masks. {} for a model without masks.

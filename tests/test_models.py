@@ -409,17 +409,17 @@ def test_the_polynomial_gelu_is_the_exact_one_to_bfloat16():
     np.testing.assert_array_equal(gelu.gelu(x), exact(x))
 
 
-def test_without_a_gradient_a_gpu_computes_gelu_by_tanh(monkeypatch):
-    """cuBLAS computes this form at the end of a product. With a gradient it is the polynomial."""
-    x = jnp.linspace(-20, 20, 4_001).astype(jnp.bfloat16)
-    on_cpu, slope = gelu.gelu(x), jax.vmap(jax.grad(gelu.gelu))(x)
+def test_a_gpu_computes_gelu_by_tanh_in_bfloat16(monkeypatch):
+    """This is the form that cuBLAS computes at the end of a product."""
+    x = jnp.linspace(-20, 20, 4_001)
+    narrow = x.astype(jnp.bfloat16)
+    exact, ours = (lambda x, kind=kind: gelu.gelu(x, kind) for kind in ("exact", "tanh"))
+    np.testing.assert_allclose(ours(x), exact(x), atol=5e-4)
+    slopes = [jax.vmap(jax.grad(f))(x) for f in (ours, exact)]
+    np.testing.assert_allclose(*slopes, atol=3e-4)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert "tanh" in str(jax.make_jaxpr(gelu.gelu)(x))
-    assert "tanh" not in str(jax.make_jaxpr(lambda x: jax.vjp(gelu.gelu, x)[0])(x))
-    wide = x.astype(jnp.float32)
-    np.testing.assert_allclose(jax.nn.gelu(wide), jax.nn.gelu(wide, approximate=False), atol=5e-4)
-    np.testing.assert_array_equal(jax.vmap(jax.grad(gelu.gelu))(x), slope)
-    np.testing.assert_array_equal(jax.vjp(gelu.gelu, x)[0], on_cpu)
+    np.testing.assert_array_equal(gelu.gelu(narrow), ours(narrow))
+    np.testing.assert_array_equal(gelu.gelu(x), exact(x))
 
 
 def test_sequences_side_by_side_are_those_alone():

@@ -14,7 +14,7 @@ CHOICES = {
     "remat": ("none", "dots", "full"),
     "scan": (True, False, None),
     "attention": ("auto", "xla", "cudnn", "triton", "splash"),
-    "gelu": ("auto", "exact", "polynomial"),
+    "gelu": ("auto", "exact", "polynomial", "tanh"),
     "norm": ("auto", "xla", "fused"),
 }
 
@@ -29,8 +29,8 @@ class Compute:
     scan: True compiles one block and scans it over the depth; False unrolls the depth; None: True
     on a CPU, where compiling takes long, else False.
     attention: xla; cudnn or triton on GPUs; splash on TPUs; auto: the fastest that runs here.
-    gelu: exact, or polynomial (within 1e-4); auto: exact in float32, polynomial in bfloat16, and
-    there on a GPU without a gradient tanh (within 5e-4), which cuBLAS computes in the product.
+    gelu: exact, polynomial (within 1e-4) or tanh (within 5e-4, computed by cuBLAS in the product);
+    auto: exact in float32; in bfloat16 tanh on a GPU, and polynomial elsewhere.
     norm: xla, or fused (residual sum and norm in one GPU kernel); auto: fused where it runs.
 
     Raises UserError for any other value.

@@ -1,8 +1,8 @@
 """GELU, exact or by approximations that are as accurate in bfloat16 and faster on a GPU.
 
-On a GPU erf alone takes twice the time of the memory traffic of its operand. A polynomial takes
-once this time. Where no gradient is wanted, tanh takes none: cuBLAS adds the bias and computes this
-form of GELU at the end of a product.
+On a GPU erf alone takes twice the time of the memory traffic of its operand, a polynomial as long
+as this traffic. The form by tanh takes no time there: cuBLAS adds the bias and computes it at the end
+of a product, also where it keeps the operand for the backward pass.
 """
 
 from collections.abc import Sequence
@@ -40,15 +40,9 @@ def gelu_polynomial(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _gelu_narrow(x: jax.Array) -> jax.Array:
-    """GELU in bfloat16: by the polynomial; on a GPU without a gradient by tanh, within 5e-4."""
-    if jax.default_backend() == "gpu":
-        return jax.nn.gelu(x, approximate=True)
-    return gelu_polynomial(x)
-
-
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gelu_polynomial(x), x
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU within 5e-4, its derivative as the polynomial's."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
@@ -56,14 +50,17 @@ def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
-gelu_polynomial.defvjp(_gelu_forward, _gelu_backward)
-_gelu_narrow.defvjp(_gelu_forward, _gelu_backward)
+for _form in (gelu_polynomial, gelu_tanh):
+    _form.defvjp(lambda x, form=_form: (form(x), x), _gelu_backward)
 
 
 def gelu(x: jax.Array, kind: str = "auto") -> jax.Array:
-    """GELU. kind: exact, polynomial, or auto: the fastest in bfloat16, exact in float32."""
-    if kind == "polynomial":
-        return gelu_polynomial(x)
-    if kind == "auto" and x.dtype == jnp.bfloat16:
-        return _gelu_narrow(x)
-    return jax.nn.gelu(x, approximate=False)
+    """GELU. kind: exact, polynomial, tanh, or auto.
+
+    auto: exact in float32; in bfloat16 tanh on a GPU, and the polynomial elsewhere.
+    """
+    if kind == "auto":
+        narrow = "tanh" if jax.default_backend() == "gpu" else "polynomial"
+        kind = narrow if x.dtype == jnp.bfloat16 else "exact"
+    forms = {"polynomial": gelu_polynomial, "tanh": gelu_tanh}
+    return forms[kind](x) if kind in forms else jax.nn.gelu(x, approximate=False)
