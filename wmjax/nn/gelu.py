@@ -1,8 +1,8 @@
 """GELU, exact or by approximations that are as accurate in bfloat16 and faster on a GPU.
 
 On a GPU erf alone takes twice the time of the memory traffic of its operand, a polynomial as long
-as this traffic. The form by tanh takes no time there: cuBLAS adds the bias and computes it at the end
-of a product, also where it keeps the operand for the backward pass.
+as this traffic. The form by tanh takes no time there: cuBLAS adds the bias and computes it at the
+end of a product, and keeps the operand too where the backward pass needs it.
 """
 
 from collections.abc import Sequence
