@@ -4,6 +4,9 @@ cuDNN is slow with heads of width 32 and needs a call for each sequence. Here th
 concatenated in the same arrays, so nothing is split or copied, and they may have any length. The
 algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691) without atomics, so that equal inputs
 give equal bits.
+
+Queries, keys and values may also lie in one array, BN3Hd, as a linear layer writes them, and
+are read where they lie. The kernel rotates packed queries and keys itself.
 """
 
 import functools
@@ -21,6 +24,10 @@ from wmjax.nn.kernels.devices import Lengths, on_own_rows, traced_once
 BLOCK = 64  # rows that a program keeps, and rows of the other side that it loads at a time
 LEAST = 16  # rows of a product on the tensor cores
 WARPS, STAGES = 4, 3  # of every kernel
+QUERY, KEY, VALUE = range(3)  # parts of a packed array
+
+# Keys and values of earlier tokens, LBPHd, of all layers, and the number of the layer, int32.
+Past = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attend(
@@ -43,6 +50,39 @@ def attend(
         return _attend(*arrays, tails, lengths, interpret)
 
     return on_own_rows(own, (query_BMHd, key_BNHd, value_BNHd))
+
+
+def attend_in_place(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    table_BN2d: jax.Array | None,
+    past: Past | None,
+    lengths: Lengths,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attend within each sequence, and to the past of a single one; returns BNHd.
+
+    It has no gradient. query, key, value: each BNHd, or BN3Hd: the packed array, of which the
+    kernel reads its part. table_BN2d: cosines and sines, as rope.rotate takes them, of one row for
+    all or of every row: the kernel rotates packed queries and keys by them. None: nothing is
+    rotated. The rest is as in `attend`.
+    """
+    assert sum(lengths) == query.shape[1]
+    assert past is None or len(lengths) == 1, "a past goes with a single sequence"
+    rows: tuple[jax.Array, ...] = query, key, value
+    shared: list[jax.Array] = [] if past is None else [past[2].reshape(1, 1)]
+    if table_BN2d is not None and len(table_BN2d) == len(query):
+        rows = *rows, table_BN2d
+    elif table_BN2d is not None:
+        shared = [table_BN2d, *shared]
+
+    def own(query: jax.Array, key: jax.Array, value: jax.Array, *rest: jax.Array) -> jax.Array:
+        table = None if table_BN2d is None else rest[0]
+        earlier = None if past is None else (*rest[-2:], rest[-3])
+        return _forward(query, key, value, lengths, lengths, interpret, table, earlier)[0]
+
+    return on_own_rows(own, rows, *shared, stacked=() if past is None else past[:2])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -77,7 +117,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class Rows:
     """Rows of one head of one clip, with a valid mask.
 
-    Vectors are stored as (B * N, H * d), scalars as (B * H, N).
+    Vectors are stored as (B * N, H * d), or as several such parts side by side, scalars as
+    (B * H, N).
     """
 
     def __init__(
@@ -86,6 +127,8 @@ class Rows:
         """shape_BNHd: of the whole array. ids: clip and head. Rows from `end` on are not valid."""
         (_, N, H, d), (clip, head) = shape_BNHd, ids
         row = first + jnp.arange(count)
+        self._place = first, end, count
+        self._clip, self._width = clip, H * d
         self._vectors = (clip * N + row)[:, None], (head * d + jnp.arange(d))[None]
         self._numbers = clip * H + head, row
         self.valid: Any = None  # None: all rows are valid
@@ -94,10 +137,19 @@ class Rows:
             self.valid = row < end
             self._valid_vectors = jnp.broadcast_to(self.valid[:, None], (count, d))
 
-    def vectors(self, ref: Any) -> jax.Array:
+    def vectors(self, ref: Any, part: int = 0) -> jax.Array:
         """Load (count, d), with 0 in rows that are not valid."""
+        row, column = self._vectors
         other = None if self._valid_vectors is None else 0.0
-        return triton.load(ref.at[self._vectors], mask=self._valid_vectors, other=other)
+        at = ref.at[row, column + part * self._width]
+        return triton.load(at, mask=self._valid_vectors, other=other)
+
+    def rotation(self, ref: Any, shape_BN2d: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Load cosines and sines of these rows, (count, d), float32, from a table."""
+        B, N, _, d = shape_BN2d
+        rows = Rows((B, N, 1, d), (self._clip if B > 1 else 0, 0), *self._place)
+        cos, sin = (rows.vectors(ref, part).astype(jnp.float32) for part in range(2))
+        return cos, sin
 
     def numbers(self, ref: Any) -> jax.Array:
         """Load (count,), with 0 in rows that are not valid."""
@@ -111,21 +163,30 @@ class Rows:
         triton.store(ref.at[self._numbers], x, mask=self.valid)
 
 
+def _of_heads(x: jax.Array) -> tuple[int, ...]:
+    """Return the shape BNHd, for a packed array too."""
+    return *x.shape[:2], *x.shape[-2:]
+
+
 def _work(
-    own_shape: tuple[int, ...], own: Lengths, other_shape: tuple[int, ...], other: Lengths
+    own_shape: tuple[int, ...],
+    own: Lengths,
+    other_shape: tuple[int, ...],
+    other: Lengths,
+    before: Any = 0,
 ) -> tuple[Rows, Callable[[Callable[[Rows, Any], Any], Any], Any]]:
     """Return the rows of this program, and a loop over the other side's blocks of its sequence.
 
     own: the side that the grid divides, queries or keys; other: the side that the loop runs over.
     The shapes are BNHd. loop(step, carry) calls step(rows, carry). The last block may be smaller,
-    and may have rows that are not valid.
+    and may have rows that are not valid. before: clips of the other side before the first.
     """
     ids = pl.program_id(2), pl.program_id(1)
     first, end, start, length = _place(pl.program_id(0), own, other)
 
     def loop(step: Callable[[Rows, Any], Any], carry: Any) -> Any:
         def at(i: jax.Array, *place: Any) -> Rows:
-            return Rows(other_shape, ids, start + i * BLOCK, *place)
+            return Rows(other_shape, (before + ids[0], ids[1]), start + i * BLOCK, *place)
 
         whole, blocks = length // BLOCK, (length + BLOCK - 1) // BLOCK
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(at(i), carry), carry)
@@ -170,9 +231,9 @@ def _call(
 ) -> list[jax.Array]:
     """Run a kernel for each block, head and clip, with arrays flattened as Rows expects.
 
-    outs: anything with the shapes and dtypes of the results.
+    outs: anything with the shapes and dtypes of the results; the first has the shape BNHd.
     """
-    B, _, H, _ = arrays[0].shape
+    B, _, H, _ = outs[0].shape
 
     def flat(shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0] * shape[1], math.prod(shape[2:])
@@ -214,6 +275,15 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def _rotated(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate neighbouring pairs of the columns, as rope.rotate does."""
+    cos, sin = rotation
+    wide = x.astype(jnp.float32)
+    first, second = jnp.split(wide.reshape(len(x), -1, 2), 2, axis=-1)
+    swapped = jnp.concatenate([second, first], axis=-1).reshape(x.shape)
+    return (wide * cos + swapped * sin).astype(x.dtype)
+
+
 @traced_once("tails", "lengths", "interpret")
 def _forward(
     query: jax.Array,
@@ -222,36 +292,68 @@ def _forward(
     tails: Lengths,
     lengths: Lengths,
     interpret: bool,
+    table: jax.Array | None = None,
+    past: Past | None = None,
 ) -> list[jax.Array]:
-    """Return the attention output, and log2 of the softmax denominator of each query, (B, H, M)."""
-    B, M, H, d = query.shape
+    """Return the attention output, and log2 of the softmax denominator of each query, (B, H, M).
+
+    The arguments are those of `attend_in_place`.
+    """
+    shape, key_shape = _of_heads(query), _of_heads(key)
+    B, M, H, d = shape
     to_log = _to_log(d)
 
-    def kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any) -> None:
-        own, loop = _work(query.shape, tails, key.shape, lengths)
-        q = own.vectors(q_ref)
+    def kernel(*refs: Any) -> None:
+        q_ref, k_ref, v_ref, *others, out_ref, log_sum_ref = refs
+        table_ref = None if table is None else others.pop(0)
+        own, loop = _work(shape, tails, key_shape, lengths)
 
-        def step(rows: Rows, carry: Any) -> Any:
-            sum, total, largest = carry
-            scores = _dot(q, rows.vectors(k_ref).T)
-            if rows.valid is not None:
-                scores = jnp.where(rows.valid[None], scores, -jnp.inf)
-            above = jnp.maximum(largest, jnp.max(scores, axis=1))
-            weights = _exp2(scores * to_log - (above * to_log)[:, None], interpret)
-            shrink = _exp2((largest - above) * to_log, interpret)
-            total = total * shrink + jnp.sum(weights, axis=1)
-            v = rows.vectors(v_ref)
-            sum = sum * shrink[:, None] + _dot(weights.astype(v.dtype), v)
-            return sum, total, above
+        def load(rows: Rows, x: jax.Array, ref: Any, part: int) -> jax.Array:
+            packed = x.ndim == 5
+            found = rows.vectors(ref, part if packed else 0)
+            if not packed or table is None or part == VALUE:
+                return found
+            return _rotated(found, rows.rotation(table_ref, table.shape))
+
+        q = load(own, query, q_ref, QUERY)
+
+        def attend_to(k: jax.Array, v: jax.Array, k_ref: Any, v_ref: Any) -> Any:
+            def step(rows: Rows, carry: Any) -> Any:
+                sum, total, largest = carry
+                scores = _dot(q, load(rows, k, k_ref, KEY).T)
+                if rows.valid is not None:
+                    scores = jnp.where(rows.valid[None], scores, -jnp.inf)
+                above = jnp.maximum(largest, jnp.max(scores, axis=1))
+                weights = _exp2(scores * to_log - (above * to_log)[:, None], interpret)
+                shrink = _exp2((largest - above) * to_log, interpret)
+                total = total * shrink + jnp.sum(weights, axis=1)
+                v_rows = load(rows, v, v_ref, VALUE)
+                sum = sum * shrink[:, None] + _dot(weights.astype(v_rows.dtype), v_rows)
+                return sum, total, above
+
+            return step
 
         zeros = jnp.zeros(BLOCK, jnp.float32)
         carry = jnp.zeros((BLOCK, d), jnp.float32), zeros, zeros - jnp.inf
-        sum, total, largest = loop(step, carry)
+        if others:
+            keys_ref, values_ref, layer_ref = others
+            before = layer_ref[0, 0] * B
+            _, loop_past = _work(shape, tails, keys.shape, keys.shape[1:2], before)
+            carry = loop_past(attend_to(keys, values, keys_ref, values_ref), carry)
+        sum, total, largest = loop(attend_to(key, value, k_ref, v_ref), carry)
         own.store_vectors(out_ref, sum / total[:, None])
         own.store_numbers(log_sum_ref, largest * to_log + jnp.log2(total))
 
-    outs = query, jax.ShapeDtypeStruct((B, H, M), jnp.float32)
-    arrays = query, key, value
+    outs = (
+        jax.ShapeDtypeStruct(shape, query.dtype),
+        jax.ShapeDtypeStruct((B, H, M), jnp.float32),
+    )
+    arrays = [query, key, value]
+    if table is not None:
+        arrays.append(table)
+    if past is not None:
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in past[:2])  # all layers' clips
+        arrays += keys, values, past[2]
     return _call(kernel, "attend", tails, arrays, outs, interpret)
 
 
