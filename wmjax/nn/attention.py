@@ -224,34 +224,51 @@ def _attend_apart(
 def _attend_in_place(
     qkv: jax.Array, table: rope.Table | None, past: Past | None, where: Any, lengths: Lengths
 ) -> jax.Array:
-    """Return what _attend_apart does, with fewer copies. Under a gradient, _attend_apart runs.
+    """Return what _attend_apart does, with fewer copies.
 
-    where: the stack that the past is a layer of, and the layer, from which it is read.
+    where: the stack that the past is a layer of, and the layer, from which it is read. Under a
+    gradient XLA rotates queries and keys, and the backward kernels rotate the gradients back.
     """
     from wmjax.nn.kernels import attention_gpu  # Pallas takes a while to import
 
-    query, key, small = qkv, qkv, None
+    query, key = qkv, qkv
     if table:
-        small = jnp.concatenate(table, axis=2).astype(TABLE)
         if "query" not in ROTATED_INSIDE:
             query = rope.rotate(qkv[:, :, 0], table)
         if "key" not in ROTATED_INSIDE:
             key = rope.rotate(qkv[:, :, 1], table)
-    return attention_gpu.attend_in_place(query, key, qkv, small, where, lengths)
+    return attention_gpu.attend_in_place(query, key, qkv, _joined(table), where, lengths)
+
+
+def _joined(table: rope.Table | None) -> jax.Array | None:
+    """Return the table as our kernels read it, BN2d."""
+    return None if table is None else jnp.concatenate(table, axis=2).astype(TABLE)
 
 
 def _attend_in_place_forward(
     qkv: jax.Array, table: rope.Table | None, past: Past | None, where: Any, lengths: Lengths
 ) -> tuple[jax.Array, Any]:
-    def apart(qkv: jax.Array, past: Past | None) -> jax.Array:
-        return _attend_apart(qkv, table, past, lengths, "triton")
+    from wmjax.nn.kernels import attention_gpu
 
-    return jax.vjp(apart, qkv, past)
+    if past:
+
+        def apart(qkv: jax.Array, past: Past) -> jax.Array:
+            return _attend_apart(qkv, table, past, lengths, "triton")
+
+        return jax.vjp(apart, qkv, past)
+    query, key, value = heads(qkv, table)
+    out, log_sum = attention_gpu.attend_and_keep(query, key, value, lengths)
+    return out, ((query, key, value, out, log_sum), _joined(table))
 
 
-def _attend_in_place_backward(lengths: Lengths, pull: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    into_qkv, into_past = pull(gradient)
-    return into_qkv, None, into_past, None
+def _attend_in_place_backward(lengths: Lengths, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    from wmjax.nn.kernels import attention_gpu
+
+    if callable(kept):
+        into_qkv, into_past = kept(gradient)
+        return into_qkv, None, into_past, None
+    arrays, table = kept
+    return attention_gpu.gradient_in_place(arrays, gradient, table, lengths), None, None, None
 
 
 _attend_in_place.defvjp(_attend_in_place_forward, _attend_in_place_backward)

@@ -85,6 +85,53 @@ def attend_in_place(
     return on_own_rows(own, rows, *shared, stacked=() if past is None else past[:2])
 
 
+def attend_and_keep(
+    query_BNHd: jax.Array,
+    key_BNHd: jax.Array,
+    value_BNHd: jax.Array,
+    lengths: Lengths,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend within each sequence; return BNHd, and the BHN that gradient_in_place needs."""
+
+    def own(*arrays: jax.Array) -> Any:
+        return tuple(_forward(*arrays, lengths, lengths, interpret))
+
+    return on_own_rows(own, (query_BNHd, key_BNHd, value_BNHd))
+
+
+def gradient_in_place(
+    kept: tuple[jax.Array, ...],
+    gradient_BNHd: jax.Array,
+    table_BN2d: jax.Array | None,
+    lengths: Lengths,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return the gradient of the packed array, BN3Hd, whose parts were rotated by the table.
+
+    kept: rotated queries and keys, values, and what attend_and_keep returned.
+    """
+    own_table = table_BN2d is not None and len(table_BN2d) == len(gradient_BNHd)
+    tables = [] if table_BN2d is None else [table_BN2d]
+
+    def own(*arrays: jax.Array) -> jax.Array:
+        table = arrays[6] if tables else None
+        query, key, value, out, log_sum, gradient = arrays[:6]
+        into, shift = _into_queries(
+            *(query, key, value, out, gradient, log_sum, lengths, lengths, interpret),
+            table=table,
+            packed=True,
+        )
+        return _into_keys(
+            *(query, key, value, gradient, log_sum, shift, lengths, lengths, interpret),
+            table=table,
+            into=into,
+        )[0]
+
+    rows = *kept, gradient_BNHd
+    return on_own_rows(own, (*rows, *tables)) if own_table else on_own_rows(own, rows, *tables)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _attend(
     query: jax.Array,
@@ -139,10 +186,8 @@ class Rows:
 
     def vectors(self, ref: Any, part: int = 0) -> jax.Array:
         """Load (count, d), with 0 in rows that are not valid."""
-        row, column = self._vectors
         other = None if self._valid_vectors is None else 0.0
-        at = ref.at[row, column + part * self._width]
-        return triton.load(at, mask=self._valid_vectors, other=other)
+        return triton.load(self._in_part(ref, part), mask=self._valid_vectors, other=other)
 
     def rotation(self, ref: Any, shape_BN2d: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Load cosines and sines of these rows, (count, d), float32, from a table."""
@@ -156,14 +201,19 @@ class Rows:
         other = None if self.valid is None else 0.0
         return triton.load(ref.at[self._numbers], mask=self.valid, other=other)
 
-    def store_vectors(self, ref: Any, x: jax.Array) -> None:
-        triton.store(ref.at[self._vectors], x.astype(ref.dtype), mask=self._valid_vectors)
+    def store_vectors(self, ref: Any, x: jax.Array, part: int = 0) -> None:
+        at = self._in_part(ref, part)
+        triton.store(at, x.astype(ref.dtype), mask=self._valid_vectors)
+
+    def _in_part(self, ref: Any, part: int) -> Any:
+        row, column = self._vectors
+        return ref.at[row, column + part * self._width]
 
     def store_numbers(self, ref: Any, x: jax.Array) -> None:
         triton.store(ref.at[self._numbers], x, mask=self.valid)
 
 
-def _of_heads(x: jax.Array) -> tuple[int, ...]:
+def _of_heads(x: Any) -> tuple[int, ...]:
     """Return the shape BNHd, for a packed array too."""
     return *x.shape[:2], *x.shape[-2:]
 
@@ -228,12 +278,14 @@ def _call(
     arrays: Sequence[jax.Array],
     outs: Sequence[Any],
     interpret: bool,
+    in_place: bool = False,
 ) -> list[jax.Array]:
     """Run a kernel for each block, head and clip, with arrays flattened as Rows expects.
 
-    outs: anything with the shapes and dtypes of the results; the first has the shape BNHd.
+    outs: anything with the shapes and dtypes of the results; the first is one of heads. in_place:
+    the kernel writes it into the last of the arrays.
     """
-    B, _, H, _ = outs[0].shape
+    B, _, H, _ = _of_heads(outs[0])
 
     def flat(shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0] * shape[1], math.prod(shape[2:])
@@ -243,6 +295,7 @@ def _call(
         grid=(sum(pl.cdiv(length, BLOCK) for length in own), H, B),
         out_shape=[jax.ShapeDtypeStruct(flat(x.shape), x.dtype) for x in outs],
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        input_output_aliases={len(arrays) - 1: 0} if in_place else {},
         interpret=interpret,
         name=name,
     )(*(x.reshape(flat(x.shape)) for x in arrays))
@@ -279,9 +332,19 @@ def _rotated(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate neighbouring pairs of the columns, as rope.rotate does."""
     cos, sin = rotation
     wide = x.astype(jnp.float32)
-    first, second = jnp.split(wide.reshape(len(x), -1, 2), 2, axis=-1)
-    swapped = jnp.concatenate([second, first], axis=-1).reshape(x.shape)
-    return (wide * cos + swapped * sin).astype(x.dtype)
+    return (wide * cos + _swapped(wide) * sin).astype(x.dtype)
+
+
+def _unrotated(gradient: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Return the gradient of what was rotated, from that of the result."""
+    cos, sin = rotation
+    return gradient * cos + _swapped(gradient * sin)
+
+
+def _swapped(x: jax.Array) -> jax.Array:
+    """Swap the members of each pair of columns; a thread holds both, so nothing is exchanged."""
+    first, second = jnp.split(x.reshape(len(x), -1, 2), 2, axis=-1)
+    return jnp.concatenate([second, first], axis=-1).reshape(x.shape)
 
 
 @traced_once("tails", "lengths", "interpret")
@@ -357,7 +420,7 @@ def _forward(
     return _call(kernel, "attend", tails, arrays, outs, interpret)
 
 
-@traced_once("tails", "lengths", "interpret")
+@traced_once("tails", "lengths", "interpret", "packed")
 def _into_queries(
     query: jax.Array,
     key: jax.Array,
@@ -368,16 +431,19 @@ def _into_queries(
     tails: Lengths,
     lengths: Lengths,
     interpret: bool,
+    table: jax.Array | None = None,
+    packed: bool = False,
 ) -> list[jax.Array]:
     """Return the gradient of the queries, and sum(gradient * out) of each query, (B, H, M).
 
-    The softmax backward subtracts that sum from the gradients of the weights.
+    The softmax backward subtracts that sum from the gradients of the weights. table: it rotated the
+    queries. packed: return an array BN3Hd, of which only the part of the queries is written.
     """
     B, M, H, d = query.shape
     to_log = _to_log(d)
 
     def kernel(*refs: Any) -> None:
-        q_ref, k_ref, v_ref, out_ref, g_ref, log_sum_ref, dq_ref, shift_ref = refs
+        q_ref, k_ref, v_ref, out_ref, g_ref, log_sum_ref, *table_refs, dq_ref, shift_ref = refs
         own, loop = _work(query.shape, tails, key.shape, lengths)
         q, g = own.vectors(q_ref), own.vectors(g_ref)
         log_sum = own.numbers(log_sum_ref)
@@ -392,11 +458,19 @@ def _into_queries(
             errors = weights * (_dot(g, rows.vectors(v_ref).T) - shift[:, None])
             return dq + _dot(errors.astype(k.dtype), k)
 
-        dq = jnp.zeros((BLOCK, d), jnp.float32)
-        own.store_vectors(dq_ref, loop(step, dq) * d**-0.5)
+        dq = loop(step, jnp.zeros((BLOCK, d), jnp.float32)) * d**-0.5
+        if table is not None:
+            dq = _unrotated(dq, own.rotation(table_refs[0], table.shape))
+        own.store_vectors(dq_ref, dq, QUERY)
 
-    outs = query, jax.ShapeDtypeStruct((B, H, M), jnp.float32)
-    arrays = query, key, value, out, gradient, log_sum
+    shape = (B, M, 3, H, d) if packed else query.shape
+    outs = (
+        jax.ShapeDtypeStruct(shape, query.dtype),
+        jax.ShapeDtypeStruct((B, H, M), jnp.float32),
+    )
+    arrays = [query, key, value, out, gradient, log_sum]
+    if table is not None:
+        arrays.append(table)
     return _call(kernel, "attend_into_queries", tails, arrays, outs, interpret)
 
 
@@ -411,13 +485,18 @@ def _into_keys(
     tails: Lengths,
     lengths: Lengths,
     interpret: bool,
+    table: jax.Array | None = None,
+    into: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Return the gradients of keys and values."""
+    """Return the gradients of keys and values.
+
+    table: it rotated the keys. into: an array BN3Hd, which is returned with both written into it.
+    """
     d = key.shape[-1]
     to_log = _to_log(d)
 
     def kernel(*refs: Any) -> None:
-        q_ref, k_ref, v_ref, g_ref, log_sum_ref, shift_ref, dk_ref, dv_ref = refs
+        q_ref, k_ref, v_ref, g_ref, log_sum_ref, shift_ref, *rest = refs
         own, loop = _work(key.shape, lengths, query.shape, tails)
         k, v = own.vectors(k_ref), own.vectors(v_ref)
 
@@ -432,9 +511,20 @@ def _into_keys(
 
         zeros = jnp.zeros((BLOCK, d), jnp.float32)
         dk, dv = loop(step, (zeros, zeros))
-        own.store_vectors(dk_ref, dk * d**-0.5)
-        own.store_vectors(dv_ref, dv)
+        dk = dk * d**-0.5
+        if table is not None:
+            dk = _unrotated(dk, own.rotation(rest[0], table.shape))
+        if into is None:
+            own.store_vectors(rest[-2], dk)
+            own.store_vectors(rest[-1], dv)
+        else:
+            own.store_vectors(rest[-1], dk, KEY)
+            own.store_vectors(rest[-1], dv, VALUE)
 
-    outs = key, value
-    arrays = query, key, value, gradient, log_sum, shift
-    return _call(kernel, "attend_into_keys", lengths, arrays, outs, interpret)
+    arrays = [query, key, value, gradient, log_sum, shift]
+    if table is not None:
+        arrays.append(table)
+    if into is None:
+        return _call(kernel, "attend_into_keys", lengths, arrays, (key, value), interpret)
+    arrays.append(into)
+    return _call(kernel, "attend_into_keys", lengths, arrays, (into,), interpret, in_place=True)
