@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import lowered_for_gpu
+from flax import nnx
 from says import refused
 
 from wmjax import sharding
-from wmjax.nn import attention, rope
+from wmjax.nn import attention, layers, rope
+from wmjax.nn.compute import Compute
 from wmjax.nn.kernels import attention_gpu
 from wmjax.nn.kernels import devices as kernels
 
@@ -156,6 +158,44 @@ def test_every_device_works_on_its_own_rows_of_packed_heads(in_python, rows):
     placed = jax.device_put(arrays, (clips, everywhere if rows == 1 else clips, past))
     found = jax.jit(split)(*placed), gradient(split, placed)
     compare(found, (plain(*arrays), gradient(plain, arrays)), 5e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_stack_frame_by_frame_is_the_frame_causal_one(monkeypatch, in_python, scan):
+    """Three frames: the second and the third read the past of every layer; so do gradients."""
+    monkeypatch.setattr(layers, "choose_attention", lambda *_: "triton")
+    frame, frames, width = 5, 3, 32
+    sizes = {"depth": 3, "width": width, "heads": 2, "hidden": width, "embed": "embed"}
+    blocks = layers.Block(nnx.Rngs(0), **sizes, compute=Compute(scan=scan))
+    x_BND = jax.random.normal(jax.random.key(2), (2, frame * frames, width))
+    places = rope.coordinates(jnp.arange(frame * frames)[None], (frames, 1, frame))
+    graph, params = nnx.split(blocks)
+
+    def at_once(params, x_BND):
+        table = rope.table(places, width // 2, "tiled")
+        return layers.run(nnx.merge(graph, params), x_BND, table, layers.TokenLayout(frame=frame))
+
+    def one_by_one(params, x_BND):
+        blocks, outputs = nnx.merge(graph, params), []
+        past = layers.no_past(blocks, len(x_BND))
+        for start in range(0, frame * frames, frame):
+            own = [place[:, start : start + frame] for place in places]
+            y_BND, past = layers.run_with_past(
+                blocks, x_BND[:, start : start + frame], rope.table(own, width // 2, "tiled"), past
+            )
+            outputs.append(y_BND)
+        return jnp.concatenate(outputs, axis=1)
+
+    def both(run):
+        def loss(params, x_BND):
+            return jnp.sum(jnp.sin(run(params, x_BND)))
+
+        found = jax.jit(lambda *x: (run(*x), jax.grad(loss, (0, 1))(*x)))(params, x_BND)
+        return jax.tree.leaves(found)
+
+    found = both(one_by_one)
+    assert ("attend_in_place", (frame,)) in in_python
+    compare(found, both(at_once), 2e-5)
 
 
 def test_every_device_works_on_its_own_rows():
