@@ -99,11 +99,16 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize("inside", [(), ("query",), ("query", "key")])
-@pytest.mark.parametrize(("lengths", "earlier", "rows"), PACKED)
 @pytest.mark.parametrize(
-    ("dtype", "width", "bound"), [(jnp.float32, 32, 2e-6), (jnp.bfloat16, 16, 2e-2)]
+    ("inside", "dtype", "width", "bound"),
+    [
+        ((), jnp.float32, 32, 2e-6),
+        (("query",), jnp.float32, 32, 2e-6),
+        (("query", "key"), jnp.float32, 32, 2e-6),
+        (("query",), jnp.bfloat16, 16, 2e-2),
+    ],
 )
+@pytest.mark.parametrize(("lengths", "earlier", "rows"), PACKED)
 def test_packed_heads_are_rotated_and_read_in_place(
     monkeypatch, in_python, inside, lengths, earlier, rows, dtype, width, bound
 ):
