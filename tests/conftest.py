@@ -36,6 +36,32 @@ def lowered_for_gpu(fn, *args):
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.fixture
+def in_python(monkeypatch):
+    """Run the attention kernels in Python, their table in float32; return the calls so far.
+
+    A call is the name of the function and the lengths that it was given.
+    """
+    import jax.numpy as jnp
+
+    from wmjax.nn import attention
+    from wmjax.nn.kernels import attention_gpu
+
+    calls = []
+
+    def recorded(name, fn):
+        def call(*args):
+            calls.append((name, *(x for x in args if isinstance(x, tuple) and type(x[0]) is int)))
+            return fn(*args, interpret=True)
+
+        return call
+
+    for name in ("attend", "attend_in_place", "attend_and_keep", "gradient_in_place"):
+        monkeypatch.setattr(attention_gpu, name, recorded(name, getattr(attention_gpu, name)))
+    monkeypatch.setattr(attention, "TABLE", jnp.float32)
+    return calls
+
+
 NAMES = (
     *("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN"),
     *("AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "MY_DATABASE_URL", "WMJAX_WHATEVER"),

@@ -1,13 +1,15 @@
 """Softmax attention, full or frame-causal, by the fastest implementation of the device."""
 
+import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wmjax.errors import UserError
+from wmjax.nn import rope
 from wmjax.nn.kernels.devices import Lengths, device_name, has_triton, modern_gpu
 
 # The longest sequence for which our kernels are preferred to cuDNN's with heads of 64. Measured on
@@ -19,6 +21,32 @@ SHORT = 800
 # as for clips of 64 frames, it goes through the queries in blocks of BLOCK.
 WHOLE = 2048 * 2048
 BLOCK = 128
+
+# What our forward kernel rotates itself: it rotates a query once, but a key for each block of 64
+# queries. XLA rotates what is left, in one pass.
+ROTATED_INSIDE = ("query",)
+# The table that our kernel reads, within 2**-12: a rotated number is rounded to 2**-9 in bfloat16.
+TABLE = jnp.float16
+
+# Keys, rotated, and values of earlier tokens, BPHd; of a stack of layers, LBPHd.
+Past = tuple[jax.Array, jax.Array]
+
+
+class LayerPast(NamedTuple):
+    """The past of one layer.
+
+    own: its keys and values. stack: those of all layers, and layer: its number among them. Kernels
+    read the stack, so that `own` need not be copied out of it; gradients go into `own` alone.
+    """
+
+    own: Past
+    stack: Past
+    layer: jax.Array
+
+    @classmethod
+    def alone(cls, own: Past) -> "LayerPast":
+        key, value = own
+        return cls(own, (key[None], value[None]), jnp.int32(0))
 
 
 def split(x_BN: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
@@ -126,17 +154,124 @@ def attend(
 
     lengths: tokens of each sequence along N. tails: queries of each sequence along M.
     """
-    if implementation == "fastest":
-        short = max(lengths) <= SHORT or query_BMHd.shape[-1] < 64
-        implementation = "triton" if short else "cudnn"
-    if implementation == "triton":
+    if _chosen(implementation, max(lengths), query_BMHd.shape[-1]) == "triton":
         from wmjax.nn.kernels import attention_gpu  # Pallas takes a while to import
 
         return attention_gpu.attend(query_BMHd, key_BNHd, value_BNHd, tails, lengths)
-    one = {"xla": xla_attention, "cudnn": cudnn_attention, "splash": splash_attention}
+    named = {"xla": xla_attention, "splash": splash_attention}
+    one = named.get(implementation, cudnn_attention)
     keys, values = (split(x, lengths) for x in (key_BNHd, value_BNHd))
     apart = zip(split(query_BMHd, tails), keys, values, strict=True)
-    return jnp.concatenate([one[implementation](*arrays) for arrays in apart], axis=1)
+    return jnp.concatenate([one(*arrays) for arrays in apart], axis=1)
+
+
+def _chosen(implementation: str, longest: int, head_dim: int) -> str:
+    """Return the implementation for sequences of up to `longest` keys."""
+    if implementation != "fastest":
+        return implementation
+    return "triton" if longest <= SHORT or head_dim < 64 else "cudnn"
+
+
+def heads(qkv_BN3Hd: jax.Array, table: rope.Table | None) -> tuple[jax.Array, ...]:
+    """Return queries and keys, rotated, and values, BNHd."""
+    query, key, value = (qkv_BN3Hd[:, :, part] for part in range(3))
+    return rope.rotate(query, table), rope.rotate(key, table), value
+
+
+def longer(past: Past, key_BNHd: jax.Array, value_BNHd: jax.Array) -> Past:
+    """Return the past with these keys and values after it."""
+    key, value = past
+    return jnp.concatenate([key, key_BNHd], axis=1), jnp.concatenate([value, value_BNHd], axis=1)
+
+
+def attend_packed(
+    qkv_BN3Hd: jax.Array,
+    table: rope.Table | None,
+    lengths: Lengths,
+    implementation: str,
+    past: LayerPast | None = None,
+) -> jax.Array:
+    """Rotate queries and keys, then attend within each sequence; returns BNHd.
+
+    past: a single sequence attends to it as well. The rest is as in `attend`.
+    """
+    if past and not past.own[0].shape[1]:
+        past = None
+    own = past.own if past else None
+    longest = max(lengths) + (own[0].shape[1] if own else 0)
+    if _chosen(implementation, longest, qkv_BN3Hd.shape[-1]) == "triton":
+        where = (*past.stack, past.layer) if past else None
+        return _attend_in_place(qkv_BN3Hd, table, own, where, lengths)
+    return _attend_apart(qkv_BN3Hd, table, own, lengths, implementation)
+
+
+def _attend_apart(
+    qkv: jax.Array,
+    table: rope.Table | None,
+    past: Past | None,
+    lengths: Lengths,
+    implementation: str,
+) -> jax.Array:
+    query, key, value = heads(qkv, table)
+    tails = lengths
+    if past:
+        key, value = longer(past, key, value)
+        lengths = (key.shape[1],)
+    return attend(query, key, value, tails, lengths, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_in_place(
+    qkv: jax.Array, table: rope.Table | None, past: Past | None, where: Any, lengths: Lengths
+) -> jax.Array:
+    """Return what _attend_apart does, with fewer copies.
+
+    where: the stack that the past is a layer of, and the layer, from which it is read. Under a
+    gradient XLA rotates queries and keys, and the backward kernels rotate the gradients back.
+    """
+    from wmjax.nn.kernels import attention_gpu  # Pallas takes a while to import
+
+    query, key = qkv, qkv
+    if table:
+        if "query" not in ROTATED_INSIDE:
+            query = rope.rotate(qkv[:, :, 0], table)
+        if "key" not in ROTATED_INSIDE:
+            key = rope.rotate(qkv[:, :, 1], table)
+    return attention_gpu.attend_in_place(query, key, qkv, _joined(table), where, lengths)
+
+
+def _joined(table: rope.Table | None) -> jax.Array | None:
+    """Return the table as our kernels read it, BN2d."""
+    return None if table is None else jnp.concatenate(table, axis=2).astype(TABLE)
+
+
+def _attend_in_place_forward(
+    qkv: jax.Array, table: rope.Table | None, past: Past | None, where: Any, lengths: Lengths
+) -> tuple[jax.Array, Any]:
+    from wmjax.nn.kernels import attention_gpu
+
+    if past:
+
+        def apart(qkv: jax.Array, past: Past) -> jax.Array:
+            return _attend_apart(qkv, table, past, lengths, "triton")
+
+        return jax.vjp(apart, qkv, past)
+    query, key, value = heads(qkv, table)
+    out, log_sum = attention_gpu.attend_and_keep(query, key, value, lengths)
+    return out, ((query, key, value, out, log_sum), _joined(table))
+
+
+def _attend_in_place_backward(lengths: Lengths, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    from wmjax.nn.kernels import attention_gpu
+
+    if callable(kept):
+        into_qkv, into_past = kept(gradient)
+        return into_qkv, None, into_past, None
+    arrays, table = kept
+    return attention_gpu.gradient_in_place(arrays, gradient, table, lengths), None, None, None
+
+
+_attend_in_place.defvjp(_attend_in_place_forward, _attend_in_place_backward)
 
 
 def attend_to_past(

@@ -13,14 +13,24 @@ Logical axes of the parameters, which the sharding table maps to the mesh:
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from wmjax.nn import rope
-from wmjax.nn.attention import attend, attend_to_past, choose_attention, split
+from wmjax.nn.attention import (
+    LayerPast,
+    Past,
+    attend,
+    attend_packed,
+    attend_to_past,
+    choose_attention,
+    heads,
+    longer,
+    split,
+)
 from wmjax.nn.compute import Compute
 from wmjax.nn.gelu import gelu
 from wmjax.nn.kernels.devices import Lengths
@@ -50,9 +60,6 @@ class TokenLayout(NamedTuple):
 
 
 WHOLE = TokenLayout()
-
-# Keys and values of earlier tokens, BNHd; of a stack, with the depth in front.
-Past = tuple[jax.Array, jax.Array]
 
 Stream = tuple[jax.Array, Pending]  # the residual stream BND, and its pending update
 
@@ -117,37 +124,34 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BND: jax.Array, table: rope.Table | None, layout: TokenLayout) -> Pending:
         B, N, D = x_BND.shape
-        query, key, value = self._heads(x_BND, table)
+        lengths, qkv_BN3Hd = layout.lengths or (N,), self._packed(x_BND)
+        if not layout.frame and not layout.tails:
+            y_BMHd = attend_packed(qkv_BN3Hd, table, lengths, self.implementation)
+            return self.proj.pending(y_BMHd.reshape(B, -1, D))
+        query, key, value = heads(qkv_BN3Hd, table)
         if layout.frame:
             assert N % layout.frame == 0, f"{N} tokens in frames of {layout.frame}"
             assert layout[:2] == WHOLE[:2], "frames go with one whole sequence"
             y_BMHd = attend_to_past(query, key, value, layout.frame, self.implementation)
         else:
-            lengths = layout.lengths or (N,)
-            if layout.tails:
-                query = last_tokens(query, lengths, layout.tails)
-            tails = layout.tails or lengths
-            y_BMHd = attend(query, key, value, tails, lengths, self.implementation)
+            query = last_tokens(query, lengths, layout.tails)
+            y_BMHd = attend(query, key, value, layout.tails, lengths, self.implementation)
         return self.proj.pending(y_BMHd.reshape(B, -1, D))
 
     def with_past(
-        self, x_BND: jax.Array, table: rope.Table | None, past: Past
+        self, x_BND: jax.Array, table: rope.Table | None, past: LayerPast
     ) -> tuple[Pending, Past]:
         """Attend from these tokens to themselves and to `past`; return the longer past too."""
-        query, key, value = self._heads(x_BND, table)
-        key, value = (
-            jnp.concatenate([old, new], axis=1) for old, new in zip(past, (key, value), strict=True)
-        )
-        lengths = (query.shape[1],), (key.shape[1],)
-        y_BNHd = attend(query, key, value, *lengths, self.implementation)
-        return self.proj.pending(y_BNHd.reshape(x_BND.shape)), (key, value)
+        qkv_BN3Hd = self._packed(x_BND)
+        lengths = (x_BND.shape[1],)
+        y_BNHd = attend_packed(qkv_BN3Hd, table, lengths, self.implementation, past)
+        _, key, value = heads(qkv_BN3Hd, table)
+        return self.proj.pending(y_BNHd.reshape(x_BND.shape)), longer(past.own, key, value)
 
-    def _heads(self, x_BND: jax.Array, table: rope.Table | None) -> tuple[jax.Array, ...]:
-        """Return queries and keys, rotated, and values, BNHd."""
+    def _packed(self, x_BND: jax.Array) -> jax.Array:
+        """Return queries, keys and values, not rotated, BN3Hd."""
         B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
-        query, key, value = (qkv[:, :, i] for i in range(3))
-        return rope.rotate(query, table), rope.rotate(key, table), value
+        return self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
 
 
 class MLP(nnx.Module):
@@ -228,13 +232,13 @@ class Block(nnx.Module):
         return x_BND, self.mlp.pending(y_BND)
 
     def with_past(
-        self, x_BND: jax.Array, pending: Pending, table: rope.Table | None, past: Past
+        self, x_BND: jax.Array, pending: Pending, table: rope.Table | None, past: LayerPast
     ) -> tuple[jax.Array, Pending, Past]:
         """Return `residual` of these tokens, and the past with them."""
         x_BND, y_BND = self.norm1.after(x_BND, pending, self.fused_norm)
-        pending, past = self.attention.with_past(y_BND, table, past)
+        pending, longer = self.attention.with_past(y_BND, table, past)
         x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
-        return x_BND, self.mlp.pending(y_BND), past
+        return x_BND, self.mlp.pending(y_BND), longer
 
 
 def no_past(blocks: Block, batch: int) -> Past:
@@ -254,20 +258,27 @@ def run_with_past(
     """
     graphdef, params = nnx.split(blocks)
 
-    def one(stream: Stream, layer: tuple[nnx.State, Past]) -> tuple[Stream, Past]:
+    def one(stream: Stream, params: nnx.State, past: LayerPast) -> tuple[Stream, Past]:
         x_BND, pending = stream
-        block = nnx.merge(graphdef, layer[0])
-        x_BND, pending, past = block.with_past(split_rows(x_BND), pending, table, layer[1])
-        return (x_BND, pending), past
+        block = nnx.merge(graphdef, params)
+        x_BND, pending, longer = block.with_past(split_rows(x_BND), pending, table, past)
+        return (x_BND, pending), longer
 
     stream = x_BND, (jnp.zeros_like(x_BND), jnp.zeros(x_BND.shape[-1]))  # nothing is pending
     if blocks.compute.scans:
-        stream, past = jax.lax.scan(one, stream, (params, past))
+        stack = jax.lax.stop_gradient(past)
+
+        def scanned(stream: Stream, layer: tuple[nnx.State, Past, jax.Array]) -> Any:
+            params, own, number = layer
+            return one(stream, params, LayerPast(own, stack, number))
+
+        numbers = jnp.arange(_depth(blocks), dtype=jnp.int32)
+        stream, past = jax.lax.scan(scanned, stream, (params, past, numbers))
     else:
         pasts = []
         for number in range(_depth(blocks)):
-            layer = jax.tree.map(lambda leaf, i=number: leaf[i], (params, past))
-            stream, new = one(stream, layer)
+            layer, own = jax.tree.map(lambda leaf, i=number: leaf[i], (params, past))
+            stream, new = one(stream, layer, LayerPast.alone(own))
             pasts.append(new)
         keys, values = zip(*pasts, strict=True)
         past = jnp.stack(keys), jnp.stack(values)

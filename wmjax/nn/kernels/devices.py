@@ -46,20 +46,22 @@ def traced_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return functools.partial(jax.jit, static_argnames=static)
 
 
-def on_own_rows(fn: Callable[..., Any], rows: tuple[jax.Array, ...], *shared: jax.Array) -> Any:
-    """Call fn(*rows, *shared) on each device of the ambient mesh, with its shard of the rows.
+def on_own_rows(
+    fn: Callable[..., Any], rows: tuple[jax.Array, ...], *shared: jax.Array, stacked: Any = ()
+) -> Any:
+    """Call fn(*rows, *shared, *stacked) on each device of the ambient mesh, with its own rows.
 
     rows: arrays that are split along their first axis over all mesh axes; results are split alike.
-    shared: replicated arrays. This is needed because XLA cannot partition a kernel. Without a mesh
-    fn is called once.
+    shared: replicated arrays. stacked: arrays that are split along their second axis. This is
+    needed because XLA cannot partition a kernel. Without a mesh fn is called once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return fn(*rows, *shared)
-    split = jax.P(mesh.axis_names)
+        return fn(*rows, *shared, *stacked)
+    first, second = jax.P(mesh.axis_names), jax.P(None, mesh.axis_names)
     return jax.shard_map(
         fn,
-        in_specs=(split,) * len(rows) + (jax.P(),) * len(shared),
-        out_specs=split,
+        in_specs=(first,) * len(rows) + (jax.P(),) * len(shared) + (second,) * len(stacked),
+        out_specs=first,
         check_vma=False,
-    )(*rows, *shared)
+    )(*rows, *shared, *stacked)
