@@ -42,6 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "loss_exp": 1.0,  # mean |prediction - target|^loss_exp / loss_exp; 1: L1
                 # The keys below change speed and memory. Results differ only by rounding.
                 "dtype": "bfloat16",  # of matrix products: bfloat16, float32; parameters: float32
+                "target_dtype": "",  # float8: of the EMA target, faster and less exact; see bench
                 # Recomputed in the backward pass: none (fastest); dots: all but the products with
                 # parameters; full: everything (least memory).
                 "remat": "dots",

@@ -15,6 +15,7 @@ from wmjax.arrays import as_array
 from wmjax.errors import UserError, suggest
 from wmjax.models.acting import ActingModel, Observation, repeat
 from wmjax.models.base import Blueprint, Params
+from wmjax.nn.compute import jit
 from wmjax.planning import plan as planning
 from wmjax.planning.policy import Policy
 from wmjax.planning.search import Settings, of_keys, parse
@@ -105,9 +106,9 @@ class Actor:
             model, target = built(params)
             return model.embedding(model.observe(target, seen))
 
-        self._rollout, self._energy = jax.jit(rollout), jax.jit(energy)
-        self._embed, self._cost = jax.jit(embed), jax.jit(cost, static_argnames="settings")
-        self._plan = jax.jit(plan, static_argnames="settings")
+        self._rollout, self._energy = jit(rollout), jit(energy)
+        self._embed, self._cost = jit(embed), jit(cost, static_argnames="settings")
+        self._plan = jit(plan, static_argnames="settings")
 
     def observation(self, shown: Any, recording: str = "") -> tuple[Observation, bool]:
         """Return what a robot shows as the model takes it, and whether it was one episode's.

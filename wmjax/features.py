@@ -29,6 +29,7 @@ from wmjax.data.tools.jobs import placed
 from wmjax.data.workers import in_order
 from wmjax.errors import ClipError, UserError
 from wmjax.models.base import Params
+from wmjax.nn.compute import jit
 from wmjax.run.console import say
 from wmjax.run.files import to_json, write_whole
 from wmjax.step import Steps, TrainState
@@ -87,7 +88,7 @@ def stored_source(
     if takes:
         rows = sharding.batch_sharding(steps.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
-        jitted = jax.jit(encode, in_shardings=(shardings, rows), out_shardings=rows)
+        jitted = jit(encode, in_shardings=(shardings, rows), out_shardings=rows)
         shape = pictures // jax.process_count(), spec.height, spec.width, 3
 
         def encoded(some: np.ndarray) -> np.ndarray:
@@ -118,7 +119,7 @@ def of_dataset(
     once. size: height and width in pixels. Raises UserError for a folder of other features.
     """
     video = (clips, source.frames, *size, 3)
-    jitted = jax.jit(lambda params, video: encode(params, video).astype(Stored.dtype))
+    jitted = jit(lambda params, video: encode(params, video).astype(Stored.dtype))
     found = jax.eval_shape(jitted, params, jax.ShapeDtypeStruct(video, np.uint8))
     stored = Stored(folder.expanduser().absolute(), found.shape[1:])
     clip = {"frames of a clip": source.frames, "stride": source.stride, "size in pixels": [*size]}

@@ -27,7 +27,7 @@ from wmjax.models.acting import ActingModel
 from wmjax.models.classifier import AttentiveClassifier
 from wmjax.models.encoder import PIXEL_MEAN, PIXEL_STD
 from wmjax.models.vjepa2 import VJEPA2Settings
-from wmjax.nn.compute import Compute
+from wmjax.nn.compute import Compute, jit
 from wmjax.planning.policy import Policy
 from wmjax.planning.search import Settings
 from wmjax.types import Array, Term, WorldModelInput, WorldModelOutput
@@ -134,12 +134,9 @@ class Model:
             return base.merge(graphs["head"], params["head"])(pooled_B1D)[:, 0].astype(jnp.float32)
 
         self._built, self._recordings = built, source.recordings
-        self._encode, self._targets = jax.jit(encode), jax.jit(targets)
-        self._predict, self._classify, self._loss = (
-            jax.jit(predict),
-            jax.jit(classify),
-            jax.jit(loss),
-        )
+        self._encode, self._targets = jit(encode), jit(targets)
+        self._predict, self._classify = jit(predict), jit(classify)
+        self._loss = jit(loss)
 
     def __repr__(self) -> str:
         clip = ", ".join(f"{name}={value}" for name, value in self._clip.items())
@@ -463,15 +460,15 @@ def load(
     EMA) or encoder; "": the EMA where there is one. heads, predictor_heads: attention heads of a
     .pt file, which does not say them; None: assumed, as the notes say. probe: a separate
     classifier, such as the files that Meta's evaluations write. probe_index: which of the probes in
-    such a file, from 0. dtype: of matrix products: float32 (default) or bfloat16, for which GPUs
-    have fused attention. mesh: shards the parameters over its devices, see sharding.make_mesh;
-    None: the default device. crop_pct: share of a frame's short side that `size=` keeps, above 0 to
-    1. 1.0: the largest centre crop, then a resize, as held-out clips in training. Less: the short
-    side is resized to int(size / crop_pct), then the centre is cropped. Default: 0.875 with a
-    classifier, as V-JEPA 2's evaluations (EvalVideoTransform: 256 / 224) and
-    VJEPA2VideoProcessor; else 1.0. trust: packages outside wmjax from which the model that a run's
-    configuration names may be imported. Raises UserError if no format fits, or a name or shape does
-    not.
+    such a file, from 0. dtype: of matrix products: float32 (default); bfloat16, for which GPUs have
+    fused attention; or float8, twice as fast and less exact, on NVIDIA GPUs from Ada on. mesh:
+    shards the parameters over its devices, see sharding.make_mesh; None: the default device.
+    crop_pct: share of a frame's short side that `size=` keeps, above 0 to 1. 1.0: the largest
+    centre crop, then a resize, as held-out clips in training. Less: the short side is resized to
+    int(size / crop_pct), then the centre is cropped. Default: 0.875 with a classifier, as V-JEPA
+    2's evaluations (EvalVideoTransform: 256 / 224) and VJEPA2VideoProcessor; else 1.0. trust:
+    packages outside wmjax from which the model that a run's configuration names may be imported.
+    Raises UserError if no format fits, or a name or shape does not.
     """
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UserError(f"crop_pct={crop_pct}: wanted above 0, up to 1")

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from wmjax import sharding
 from wmjax.errors import UserError
 from wmjax.models.base import Blueprint, Params, combine
+from wmjax.nn.compute import jit
 from wmjax.types import Array, Term, WorldModelInput, WorldModelOutput
 
 # What a training step computes, where a later wmjax changed it. A run keeps the rules that it began
@@ -86,6 +87,11 @@ def build(
     in_validation: figures of a model's output to log, float32 scalars. accumulate: microbatches
     that a batch is worked through in, one after another, for one update; their mean is logged.
     """
+    if blueprint.compute.float8:
+        raise UserError(
+            "model.dtype='float8': has no gradient; wanted bfloat16, and "
+            "model.target_dtype='float8' if the EMA target may be less exact"
+        )
     axes = blueprint.divide(blueprint.axes, blueprint.abstract.followed(blueprint.axes))
     weight = blueprint.abstract.stream_weight
     optimizer = make_optimizer(axes[0])
@@ -192,13 +198,13 @@ def build(
         untrained=jax.jit(
             untrained, out_shardings=(shardings.params, shardings.frozen, shardings.target)
         ),
-        train=jax.jit(
+        train=jit(
             train_step,
             in_shardings=inputs,
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         ),
-        validate=jax.jit(validate_step, in_shardings=inputs, out_shardings=everywhere),
+        validate=jit(validate_step, in_shardings=inputs, out_shardings=everywhere),
         update=jax.jit(
             update,
             in_shardings=(shardings, shardings.params),

@@ -77,7 +77,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDic
         "--size", type=int, default=256, metavar="PIXELS", help="of a frame's side; default: 256"
     )
     encode.add_argument(
-        "--dtype", default="bfloat16", help="of matrix products: bfloat16 (default) or float32"
+        "--dtype",
+        default="bfloat16",
+        help="of products: bfloat16 (default), float32 or float8",
     )
     encode.add_argument(
         "--calls", type=int, default=20, metavar="N", help="calls that are timed; default: 20"

@@ -8,6 +8,7 @@ import numpy as np
 
 from wmjax.bench.step import clock
 from wmjax.models.base import Blueprint, merge
+from wmjax.nn.compute import jit
 from wmjax.run import metrics
 
 Encode = Callable[[np.ndarray], jax.Array]
@@ -16,7 +17,7 @@ Encode = Callable[[np.ndarray], jax.Array]
 def encoder_of(blueprint: Blueprint, params: Any) -> Encode:
     """Return the features of clips, jitted, by these parameters."""
 
-    @jax.jit
+    @jit
     def features(params: Any, video_BTHWC: jax.Array) -> jax.Array:
         target = blueprint.abstract.followed(params)
         return merge(blueprint.graph, params).features(target, video_BTHWC)

@@ -13,6 +13,7 @@ from jax.sharding import Sharding
 from wmjax.data.reader import Reader
 from wmjax.masking import Masks
 from wmjax.models.base import Blueprint, Stage
+from wmjax.nn.compute import jit
 from wmjax.run import metrics
 from wmjax.step import Steps, TrainState
 from wmjax.types import WorldModelInput
@@ -144,7 +145,7 @@ def _compile(blueprint: Blueprint, stage: Stage, arguments: tuple) -> Callable[.
             return stage.run(model, target, batch, features)
 
     if not stage.trained:
-        return jax.jit(forward)
+        return jit(forward)
 
     def scalar(*arguments: Any) -> jax.Array:
         # Squares, because XLA would simplify a backward pass with a constant gradient.
@@ -152,4 +153,4 @@ def _compile(blueprint: Blueprint, stage: Stage, arguments: tuple) -> Callable[.
         return jnp.sum(jnp.stack(means))
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, (arguments[0], arguments[3]))
-    return jax.jit(jax.value_and_grad(scalar, argnums=(0, 3)), out_shardings=(None, placed))
+    return jit(jax.value_and_grad(scalar, argnums=(0, 3)), out_shardings=(None, placed))

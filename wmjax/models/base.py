@@ -467,6 +467,14 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
     return nnx.merge(graphdef, nnx.State(_number_keys(params)))
 
 
+def merge_target(encoder: Any, target: Params) -> Any:
+    """Put the EMA encoder together: `encoder`, which has .blocks, with the target's parameters."""
+    merged = merge(nnx.graphdef(encoder), target)
+    if merged.blocks.compute.target_dtype:
+        merged.blocks.use_float8("model.target_dtype")
+    return merged
+
+
 def _kinds(model: nnx.Module) -> Params:
     """Return the class of every variable."""
     kinds = jax.tree.map(type, nnx.split(model)[1], is_leaf=_is_variable)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from wmjax.errors import check_range
-from wmjax.models.base import InputSpec, Params, Stage, WorldModel, merge
+from wmjax.models.base import InputSpec, Params, Stage, WorldModel, merge_target
 from wmjax.models.encoder import Encoder, EncoderSettings, token_grid
 from wmjax.models.predictor import Predictor
 from wmjax.nn import layers, norm
@@ -142,7 +142,7 @@ class VJEPA2(WorldModel):
         return self.predict(context_BKD, context_ids_BK, target_ids_BM, grid)
 
     def features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
-        return merge(nnx.graphdef(self.encoder), target)(video_BTHWC)
+        return merge_target(self.encoder, target)(video_BTHWC)
 
     def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
         features_BND = norm.layer_norm(self.features(target, video_BTHWC), TARGET_EPS)

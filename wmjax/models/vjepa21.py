@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from wmjax.errors import UserError, check_choice, check_least, check_range
-from wmjax.models.base import InputSpec, Params, WorldModel, merge
+from wmjax.models.base import InputSpec, Params, WorldModel, merge_target
 from wmjax.models.dense import TAPS, DenseEncoder, DensePredictor, dense_token_grid
 from wmjax.models.encoder import EncoderSizes
 from wmjax.models.vjepa2 import LARGEST, TARGET_EPS, MaskIds, mask_ids_of, mean_of_valid, rows_of
@@ -159,7 +159,7 @@ class VJEPA21(WorldModel):
         return jax.lax.stop_gradient(normed)
 
     def _by(self, target: Params, video_BTHWC: jax.Array, levels: int) -> jax.Array:
-        return merge(nnx.graphdef(self.encoder), target)(video_BTHWC, levels=levels)
+        return merge_target(self.encoder, target)(video_BTHWC, levels=levels)
 
     def predict_from(
         self, video_BTHWC: jax.Array, context_ids_BK: jax.Array, target_ids_BM: jax.Array

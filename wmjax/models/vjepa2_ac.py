@@ -23,7 +23,7 @@ from wmjax.models.acting import (
     valid_frames,
     weighted_mean,
 )
-from wmjax.models.base import InputSpec, Params, merge
+from wmjax.models.base import InputSpec, Params, merge_target
 from wmjax.models.dense import DenseEncoder
 from wmjax.models.encoder import Encoder, EncoderSettings, token_grid
 from wmjax.nn import layers, norm, pose
@@ -173,7 +173,7 @@ class VJEPA2AC(ActingModel):
         return params["encoder"]
 
     def features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:
-        encoder = merge(nnx.graphdef(self.encoder), target)
+        encoder = merge_target(self.encoder, target)
         return self._encode(encoder, video_BTHWC)
 
     def target_features(self, target: Params, video_BTHWC: jax.Array) -> jax.Array:

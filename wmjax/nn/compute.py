@@ -1,7 +1,7 @@
 """How a model is computed, as one object. The results do not depend on it, except for rounding."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from wmjax.errors import check_choice
 
 CHOICES = {
-    "dtype": ("bfloat16", "float32"),
+    "dtype": ("bfloat16", "float32", "float8"),
+    "target_dtype": ("", "float8"),
     "remat": ("none", "dots", "full"),
     "scan": (True, False, None),
     "attention": ("auto", "xla", "cudnn", "triton", "splash"),
@@ -23,7 +24,9 @@ CHOICES = {
 class Compute:
     """The keys of the `model` group that every model family shares.
 
-    dtype: of matrix products; parameters stay float32.
+    dtype: of matrix products; parameters stay float32. float8: bfloat16, and in the transformer
+    blocks of encoders and predictors float8; not for training.
+    target_dtype: float8: the same for the EMA target alone. Empty: dtype.
     remat: what the backward pass recomputes: none; dots: all but the products with parameters;
     full: everything.
     scan: True compiles one block and scans it over the depth; False unrolls the depth; None: True
@@ -37,6 +40,7 @@ class Compute:
     """
 
     dtype: str = "float32"
+    target_dtype: str = ""
     remat: str = "none"
     scan: bool | None = True
     attention: str = "auto"
@@ -54,9 +58,23 @@ class Compute:
 
     @property
     def product_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
+        return jnp.dtype("bfloat16" if self.float8 else self.dtype)
+
+    @property
+    def float8(self) -> bool:
+        return self.dtype == "float8"
 
     @property
     def scans(self) -> bool:
         """Whether stacks are scanned over their depth here."""
         return jax.default_backend() == "cpu" if self.scan is None else self.scan
+
+
+def jit(fn: Callable[..., Any], **settings: Any) -> Any:
+    """Return jax.jit(fn, **settings), by the compiler's options that suit a model.
+
+    On GPUs cuBLAS computes all products. Before it writes a result it adds the bias and the residual
+    stream, and computes GELU, which the products by Triton that XLA would try do not.
+    """
+    cublas = {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+    return jax.jit(fn, compiler_options=cublas, **settings)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wmjax.nn import rope
+from wmjax.nn import float8, rope
 from wmjax.nn.attention import (
     LayerPast,
     Past,
@@ -96,13 +96,15 @@ class Linear(nnx.Module):
             kernel = kernel / jnp.sqrt(2 * layer)
         self.kernel = nnx.Param(kernel, axes=axes)
         self.bias = nnx.Param(jnp.zeros((*shape[:-2], shape[-1])), axes=(*axes[:-2], axes[-1]))
-        self.dtype = dtype
+        self.dtype, self.float8 = dtype, False  # see Block.use_float8
 
     def __call__(self, x_BNI: jax.Array) -> jax.Array:
         return total(self.pending(x_BNI))
 
     def pending(self, x_BNI: jax.Array) -> Pending:
         """Return x W and b, not yet added."""
+        if self.float8:
+            return float8.product(x_BNI, self.kernel[...], self.dtype), self.bias[...]
         return x_BNI.astype(self.dtype) @ self.kernel.astype(self.dtype), self.bias[...]
 
 
@@ -202,6 +204,18 @@ class Block(nnx.Module):
         self.mlp = MLP(rngs, depth, width, hidden, embed, compute)
         self.fused_norm = choose_norm(compute.norm, compute.product_dtype) == "fused"
         self.compute = compute
+        if compute.float8:
+            self.use_float8("model.dtype")
+
+    def use_float8(self, key: str) -> None:
+        """Compute products from float8 numbers from now on; key: that asks for it, for errors.
+
+        XLA's norm writes float8, which our kernel does not.
+        """
+        float8.check(key)
+        for linear in (self.attention.qkv, self.attention.proj, self.mlp.fc1, self.mlp.fc2):
+            linear.float8 = True
+        self.fused_norm = False
 
     def __call__(
         self, x_BND: jax.Array, table: rope.Table | None, layout: TokenLayout = WHOLE
