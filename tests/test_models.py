@@ -335,7 +335,7 @@ def test_the_token_grid_of_the_settings_is_the_encoders():
         ({"size": "enormous"}, ["model.size='enormous'", "tiny", "small"]),
         ({"rope": "spiral"}, ["model.rope='spiral'", "tiled"]),
         ({"remat": "some"}, ["model.remat='some'", "none", "dots", "full"]),
-        ({"dtype": "float8"}, ["model.dtype='float8'", "bfloat16"]),
+        ({"dtype": "float16"}, ["model.dtype='float8'", "bfloat16"]),
         ({"attention": "flash"}, ["model.attention='flash'", "cudnn"]),
         ({"attention": "cudnn"}, ["model.attention='cudnn'", "cpu", "Ampere", 8, 128]),
         ({"heads": 5}, ["model.heads=5", "model.width=32"]),

@@ -61,7 +61,8 @@ class TokenLayout(NamedTuple):
 
 WHOLE = TokenLayout()
 
-Stream = tuple[jax.Array, Pending]  # the residual stream BND, and its pending update
+# The residual stream BND, and its pending update; None: nothing is pending.
+Stream = tuple[jax.Array, Pending | None]
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -235,10 +236,7 @@ class Block(nnx.Module):
 
         pending: the update of the block before, which this block's first norm adds.
         """
-        if pending is None:
-            y_BND = self.norm1(x_BND)
-        else:
-            x_BND, y_BND = self.norm1.after(x_BND, pending, self.fused_norm)
+        x_BND, y_BND = self._first_norm(x_BND, pending)
         pending = self.attention(y_BND, table, layout)
         if layout.tails:
             x_BND = last_tokens(x_BND, layout.lengths, layout.tails)
@@ -246,13 +244,24 @@ class Block(nnx.Module):
         return x_BND, self.mlp.pending(y_BND)
 
     def with_past(
-        self, x_BND: jax.Array, pending: Pending, table: rope.Table | None, past: LayerPast
-    ) -> tuple[jax.Array, Pending, Past]:
-        """Return `residual` of these tokens, and the past with them."""
-        x_BND, y_BND = self.norm1.after(x_BND, pending, self.fused_norm)
+        self, stream: Stream, table: rope.Table | None, past: LayerPast
+    ) -> tuple[Stream, Past]:
+        """Return `residual` of these tokens, and the past with them.
+
+        What is pending is left to the fused norm of the block after this one, if there is one. XLA
+        lets cuBLAS add it to the stream, but not across the turns of a scan.
+        """
+        x_BND, y_BND = self._first_norm(*stream)
         pending, longer = self.attention.with_past(y_BND, table, past)
         x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
-        return x_BND, self.mlp.pending(y_BND), longer
+        pending = self.mlp.pending(y_BND)
+        return (x_BND, pending) if self.fused_norm else (x_BND + total(pending), None), longer
+
+    def _first_norm(self, x_BND: jax.Array, pending: Pending | None) -> tuple[jax.Array, jax.Array]:
+        """Return the residual stream with the pending update, and its norm."""
+        if pending is None:
+            return x_BND, self.norm1(x_BND)
+        return self.norm1.after(x_BND, pending, self.fused_norm)
 
 
 def no_past(blocks: Block, batch: int) -> Past:
@@ -274,11 +283,11 @@ def run_with_past(
 
     def one(stream: Stream, params: nnx.State, past: LayerPast) -> tuple[Stream, Past]:
         x_BND, pending = stream
-        block = nnx.merge(graphdef, params)
-        x_BND, pending, longer = block.with_past(split_rows(x_BND), pending, table, past)
-        return (x_BND, pending), longer
+        return nnx.merge(graphdef, params).with_past((split_rows(x_BND), pending), table, past)
 
-    stream = x_BND, (jnp.zeros_like(x_BND), jnp.zeros(x_BND.shape[-1]))  # nothing is pending
+    # A scan carries arrays: zeros where the fused norm adds what is pending.
+    nothing = (jnp.zeros_like(x_BND), jnp.zeros(x_BND.shape[-1])) if blocks.fused_norm else None
+    stream: Stream = x_BND, nothing
     if blocks.compute.scans:
         stack = jax.lax.stop_gradient(past)
 
@@ -297,7 +306,7 @@ def run_with_past(
         keys, values = zip(*pasts, strict=True)
         past = jnp.stack(keys), jnp.stack(values)
     x_BND, pending = stream
-    return x_BND + total(pending), past
+    return x_BND if pending is None else x_BND + total(pending), past
 
 
 def run(
