@@ -1,5 +1,6 @@
 """Products of float8 numbers: how exact they are, and where they are refused. Run in emulation."""
 
+import built
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from flax import nnx
 from says import refused
 
+from wmjax import step
 from wmjax.nn import float8, layers
 from wmjax.nn.compute import Compute
 
@@ -56,3 +58,10 @@ def test_blocks_of_float8_are_near_those_of_float32(monkeypatch):
 def test_float8_is_refused_where_it_is_emulated():
     with refused("model.dtype='float8'", "wanted an NVIDIA GPU"):
         block("float8")
+
+
+def test_training_in_float8_is_refused(monkeypatch):
+    monkeypatch.setattr(float8, "check", lambda key: None)
+    settings = dict.fromkeys(("ema", "in_training", "in_validation", "mesh"))
+    with refused("model.dtype='float8'", "bfloat16", "model.target_dtype"):
+        step.build(built.blueprint(dtype="float8", size="tiny"), None, None, seed=0, **settings)

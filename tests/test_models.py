@@ -13,7 +13,7 @@ from says import refused
 
 from wmjax.errors import UserError
 from wmjax.models import base, encoder
-from wmjax.nn import attention, gelu, layers
+from wmjax.nn import attention, float8, gelu, layers
 
 TINY = {
     "width": 32,
@@ -100,6 +100,19 @@ def test_the_fused_norm_gives_the_same_loss_and_gradients(monkeypatch):
     np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
     for one, other in zip(*map(jax.tree.leaves, (gradients, plain_gradients)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max() + 1e-9)
+
+
+def test_a_float8_target_changes_loss_and_gradients_little(monkeypatch):
+    monkeypatch.setattr(float8, "check", lambda key: None)
+    (loss, _), (gradients, _) = run_loss(batch(), target_dtype="float8")
+    (plain_loss, _), (plain_gradients, _) = run_loss(batch())
+    assert float(loss) != float(plain_loss)
+    np.testing.assert_allclose(loss, plain_loss, rtol=0.01)
+    apart, size = (
+        np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
+        for tree in (jax.tree.map(np.subtract, gradients, plain_gradients), plain_gradients)
+    )
+    assert apart < 0.1 * size
 
 
 def test_the_attention_kernels_give_the_same_loss_and_gradients(monkeypatch, in_python):
@@ -335,7 +348,7 @@ def test_the_token_grid_of_the_settings_is_the_encoders():
         ({"size": "enormous"}, ["model.size='enormous'", "tiny", "small"]),
         ({"rope": "spiral"}, ["model.rope='spiral'", "tiled"]),
         ({"remat": "some"}, ["model.remat='some'", "none", "dots", "full"]),
-        ({"dtype": "float16"}, ["model.dtype='float8'", "bfloat16"]),
+        ({"dtype": "float16"}, ["model.dtype='float16'", "bfloat16"]),
         ({"attention": "flash"}, ["model.attention='flash'", "cudnn"]),
         ({"attention": "cudnn"}, ["model.attention='cudnn'", "cpu", "Ampere", 8, 128]),
         ({"heads": 5}, ["model.heads=5", "model.width=32"]),
