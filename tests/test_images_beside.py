@@ -53,6 +53,15 @@ def taken(settings, count, position=0):
         return found, batches.position
 
 
+def test_each_stream_has_workers_of_its_own():
+    """Threads of the training process would take time from its loop."""
+    settings = config("data.workers=2")
+    with contextlib.closing(stream(settings)) as batches:
+        assert len(set(batches.worker_pids)) == 4
+    for one, other in zip(taken(settings, 2)[0], taken(config(), 2)[0], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 @pytest.mark.parametrize("kind", ["frames", "folder"])
 def test_both_streams_go_on_from_one_position(kind, folder):
     settings = config(f"images.source={folder if kind == 'folder' else 'frames'}")

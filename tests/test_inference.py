@@ -18,6 +18,7 @@ import wmjax
 from wmjax import weights
 from wmjax.inference import Model
 from wmjax.models import encoder
+from wmjax.models.vjepa2 import VJEPA2
 from wmjax.nn.norm import layer_norm
 from wmjax.run.saved import Saved
 from wmjax.weights import __main__ as door
@@ -102,6 +103,15 @@ def test_values_that_are_something_else_are_refused(model, floats, normalized, n
             call(floats, normalized=normalized)
 
 
+def test_on_a_gpu_it_also_works_within_a_callers_jit(folder, monkeypatch):
+    """There it is jitted by options of the compiler, which jax refuses within another jit."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = wmjax.load(folder)
+    for name in ("encode", "target_features", "classify"):
+        call = getattr(model, name)
+        np.testing.assert_allclose(jax.jit(call)(VIDEO), call(VIDEO), rtol=1e-5, atol=1e-5)
+
+
 def test_under_jit_floats_need_a_word(model):
     encode = jax.jit(model.encode, static_argnames="normalized")
     wanted = model.encode(VIDEO)
@@ -184,11 +194,18 @@ def test_uint8_is_cropped_and_resized_on_request(model, folder):
     np.testing.assert_allclose(model.encode(bars, size=16), same, atol=1e-5)
 
 
-def test_it_is_compiled_once_a_shape(folder):
+def test_it_is_compiled_once_a_shape(folder, monkeypatch):
+    traced, features = [], VJEPA2.features
+
+    def watched(self, target, video_BTHWC):
+        traced.append(video_BTHWC.shape[1])
+        return features(self, target, video_BTHWC)
+
+    monkeypatch.setattr(VJEPA2, "features", watched)
     model = wmjax.load(folder)
     for frames in (4, 6, 4, 6, 4):
         model.encode(np.zeros((frames, 8, 8, 3), np.uint8))
-    assert model._encode._cache_size() == 2
+    assert traced == [4, 6]
 
 
 def test_it_predicts_from_the_context_alone(model):

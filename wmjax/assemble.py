@@ -250,6 +250,8 @@ def make_pipeline(
         "threads": data.threads,
         "on_error": data.on_error,
         "max_skip_share": data.max_skip_share,
+        "workers": workers,  # each stream has its own: threads would slow the training loop down
+        "prefetch": data.prefetch or 0,
         "batches": batches,
     }
     clips = Pipeline(
@@ -259,8 +261,6 @@ def make_pipeline(
         width=width,
         batch_size=data.batch_size,
         seed=config.seed,
-        workers=workers,
-        prefetch=data.prefetch or 0,
         position=position,
         **shared,
     )

@@ -119,8 +119,12 @@ def of_dataset(
     once. size: height and width in pixels. Raises UserError for a folder of other features.
     """
     video = (clips, source.frames, *size, 3)
-    jitted = jit(lambda params, video: encode(params, video).astype(Stored.dtype))
-    found = jax.eval_shape(jitted, params, jax.ShapeDtypeStruct(video, np.uint8))
+
+    def narrow(params: Params, video_BTHWC: jax.Array) -> jax.Array:
+        return encode(params, video_BTHWC).astype(Stored.dtype)
+
+    jitted = jit(narrow)
+    found = jax.eval_shape(narrow, params, jax.ShapeDtypeStruct(video, np.uint8))
     stored = Stored(folder.expanduser().absolute(), found.shape[1:])
     clip = {"frames of a clip": source.frames, "stride": source.stride, "size in pixels": [*size]}
     key = {"encoder": _digest(flatten_dict(params, sep="/")), **settings, **clip}

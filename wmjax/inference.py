@@ -6,7 +6,7 @@ features = model.encode(video, size=256)     # uint8 THWC -> (tokens, width)
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,9 @@ class Model:
             return base.merge(graphs["head"], params["head"])(pooled_B1D)[:, 0].astype(jnp.float32)
 
         self._built, self._recordings = built, source.recordings
-        self._encode, self._targets = jit(encode), jit(targets)
-        self._predict, self._classify = jit(predict), jit(classify)
-        self._loss = jit(loss)
+        self._encode, self._targets, self._predict, self._classify, self._loss = (
+            _jit_unless_traced(fn) for fn in (encode, targets, predict, classify, loss)
+        )
 
     def __repr__(self) -> str:
         clip = ", ".join(f"{name}={value}" for name, value in self._clip.items())
@@ -484,6 +484,19 @@ def load(
     if classifier and not classifier.classifier:
         raise UserError(f"{classifier.where}: has no classifier; probe= needs one")
     return Model(source, classifier, dtype, mesh, crop_pct)
+
+
+def _jit_unless_traced(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Jit a function of (parameters, arrays); within a caller's jit it becomes a part of that."""
+    jitted = jit(fn)
+
+    def call(params: base.Params, *arrays: Any) -> Any:
+        traced = any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, arrays))
+        )
+        return (fn if traced else jitted)(params, *arrays)
+
+    return call
 
 
 def _placed(leaf: Any, axes: tuple, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

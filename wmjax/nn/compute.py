@@ -74,7 +74,8 @@ def jit(fn: Callable[..., Any], **settings: Any) -> Any:
     """Return jax.jit(fn, **settings), by the compiler's options that suit a model.
 
     On GPUs cuBLAS computes all products. Before it writes a result it adds bias and residual
-    stream, and computes GELU. Products by Triton, which XLA would try, do not.
+    stream, and computes GELU. Products by Triton, which XLA would try, do not. A function with such
+    options cannot be called within another jit.
     """
     cublas = {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
     return jax.jit(fn, compiler_options=cublas, **settings)
