@@ -19,5 +19,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(frames=4, batch_size=128)
     config.optim.update(learning_rate=5e-5, schedule_steps=139_000)
     config.train.num_steps = 139_000
-    config.eval.env_plan = "lewm"
     return config
