@@ -100,19 +100,12 @@ PACKED = [
 
 
 @pytest.mark.parametrize(
-    ("inside", "dtype", "width", "bound"),
-    [
-        ((), jnp.float32, 32, 2e-6),
-        (("query",), jnp.float32, 32, 2e-6),
-        (("query", "key"), jnp.float32, 32, 2e-6),
-        (("query",), jnp.bfloat16, 16, 2e-2),
-    ],
+    ("dtype", "width", "bound"), [(jnp.float32, 32, 2e-6), (jnp.bfloat16, 16, 2e-2)]
 )
 @pytest.mark.parametrize(("lengths", "earlier", "rows"), PACKED)
 def test_packed_heads_are_rotated_and_read_in_place(
-    monkeypatch, in_python, inside, lengths, earlier, rows, dtype, width, bound
+    monkeypatch, in_python, lengths, earlier, rows, dtype, width, bound
 ):
-    monkeypatch.setattr(attention, "ROTATED_INSIDE", inside)
     if dtype != jnp.float32:
         monkeypatch.setattr(attention, "TABLE", jnp.float16)
     qkv, table, past = packed(sum(lengths), earlier, rows, dtype, width)
@@ -237,11 +230,8 @@ def test_the_kernels_lower_for_a_gpu_once_for_all_layers(width):
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("inside", [(), ("query",), ("query", "key")])
 @pytest.mark.parametrize(("earlier", "width"), [(0, 16), (66, 32), (258, 64)])
-def test_the_kernel_of_packed_heads_lowers_for_a_gpu(monkeypatch, inside, earlier, width):
-    monkeypatch.setattr(attention, "ROTATED_INSIDE", inside)
-
+def test_the_kernel_of_packed_heads_lowers_for_a_gpu(earlier, width):
     def attend(qkv, table, past):
         return attention.attend_packed(qkv, table, (258,), "triton", past)
 

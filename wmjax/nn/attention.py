@@ -22,9 +22,6 @@ SHORT = 800
 WHOLE = 2048 * 2048
 BLOCK = 128
 
-# What our forward kernel rotates itself: it rotates a query once, but a key for each block of 64
-# queries. XLA rotates what is left, in one pass.
-ROTATED_INSIDE = ("query",)
 # The table that our kernel reads, within 2**-12: a rotated number is rounded to 2**-9 in bfloat16.
 TABLE = jnp.float16
 
@@ -226,18 +223,14 @@ def _attend_in_place(
 ) -> jax.Array:
     """Return what _attend_apart does, with fewer copies.
 
-    where: the stack that the past is a layer of, and the layer, from which it is read. Under a
-    gradient XLA rotates queries and keys, and the backward kernels rotate the gradients back.
+    where: the stack that the past is a layer of, and the layer, from which it is read. The kernel
+    rotates the queries. It would rotate the keys anew for each block of queries, so XLA does that.
+    Under a gradient XLA rotates both, and the backward kernels rotate the gradients back.
     """
     from wmjax.nn.kernels import attention_gpu  # Pallas takes a while to import
 
-    query, key = qkv, qkv
-    if table:
-        if "query" not in ROTATED_INSIDE:
-            query = rope.rotate(qkv[:, :, 0], table)
-        if "key" not in ROTATED_INSIDE:
-            key = rope.rotate(qkv[:, :, 1], table)
-    return attention_gpu.attend_in_place(query, key, qkv, _joined(table), where, lengths)
+    key = qkv if table is None else rope.rotate(qkv[:, :, 1], table)
+    return attention_gpu.attend_in_place(qkv, key, _joined(table), where, lengths)
 
 
 def _joined(table: rope.Table | None) -> jax.Array | None:

@@ -6,7 +6,7 @@ algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691) without atomics, so t
 give equal bits.
 
 Queries, keys and values may also lie in one array, BN3Hd, as a linear layer writes them, and
-are read where they lie. The kernel rotates packed queries and keys itself.
+are read where they lie. The kernel rotates packed queries itself.
 """
 
 import functools
@@ -53,9 +53,8 @@ def attend(
 
 
 def attend_in_place(
-    query: jax.Array,
+    qkv_BN3Hd: jax.Array,
     key: jax.Array,
-    value: jax.Array,
     table_BN2d: jax.Array | None,
     past: Past | None,
     lengths: Lengths,
@@ -63,24 +62,23 @@ def attend_in_place(
 ) -> jax.Array:
     """Attend within each sequence, and to the past of a single one; returns BNHd.
 
-    It has no gradient. query, key, value: each BNHd, or BN3Hd: the packed array, of which the
-    kernel reads its part. table_BN2d: cosines and sines, as rope.rotate takes them, of one row for
-    all or of every row: the kernel rotates packed queries and keys by them. None: nothing is
-    rotated. The rest is as in `attend`.
+    It has no gradient. key: BNHd, rotated, or the packed array again, BN3Hd. table_BN2d: cosines
+    and sines, as rope.rotate takes them, of one row for all or of every row: the kernel rotates the
+    queries by them. None: nothing is rotated. The rest is as in `attend`.
     """
-    assert sum(lengths) == query.shape[1]
+    assert sum(lengths) == qkv_BN3Hd.shape[1]
     assert past is None or len(lengths) == 1, "a past goes with a single sequence"
-    rows: tuple[jax.Array, ...] = query, key, value
+    rows: tuple[jax.Array, ...] = qkv_BN3Hd, key
     shared: list[jax.Array] = [] if past is None else [past[2].reshape(1, 1)]
-    if table_BN2d is not None and len(table_BN2d) == len(query):
+    if table_BN2d is not None and len(table_BN2d) == len(qkv_BN3Hd):
         rows = *rows, table_BN2d
     elif table_BN2d is not None:
         shared = [table_BN2d, *shared]
 
-    def own(query: jax.Array, key: jax.Array, value: jax.Array, *rest: jax.Array) -> jax.Array:
+    def own(qkv: jax.Array, key: jax.Array, *rest: jax.Array) -> jax.Array:
         table = None if table_BN2d is None else rest[0]
         earlier = None if past is None else (*rest[-2:], rest[-3])
-        return _forward(query, key, value, lengths, lengths, interpret, table, earlier)[0]
+        return _forward(qkv, key, qkv, lengths, lengths, interpret, table, earlier)[0]
 
     return on_own_rows(own, rows, *shared, stacked=() if past is None else past[:2])
 
@@ -372,13 +370,11 @@ def _forward(
         own, loop = _work(shape, tails, key_shape, lengths)
 
         def load(rows: Rows, x: jax.Array, ref: Any, part: int) -> jax.Array:
-            packed = x.ndim == 5
-            found = rows.vectors(ref, part if packed else 0)
-            if not packed or table is None or part == VALUE:
-                return found
-            return _rotated(found, rows.rotation(table_ref, table.shape))
+            return rows.vectors(ref, part if x.ndim == 5 else 0)
 
         q = load(own, query, q_ref, QUERY)
+        if table is not None:
+            q = _rotated(q, own.rotation(table_ref, table.shape))
 
         def attend_to(k: jax.Array, v: jax.Array, k_ref: Any, v_ref: Any) -> Any:
             def step(rows: Rows, carry: Any) -> Any:
