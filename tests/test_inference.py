@@ -122,6 +122,17 @@ def test_under_jit_floats_need_a_word(model):
         encode(floats)
 
 
+def test_a_run_with_a_float8_target_loads_where_there_is_no_float8(wide_run, tmp_path):
+    shutil.copytree(wide_run, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    config = json.loads(path.read_text())
+    config["model"]["target_dtype"] = "float8"
+    path.write_text(json.dumps(config))
+    video = np.zeros((4, 32, 48, 3), np.uint8)
+    found, plain = (wmjax.load(run).encode(video) for run in (tmp_path / "run", wide_run))
+    np.testing.assert_array_equal(found, plain)
+
+
 def test_a_wide_run_stays_wide_or_is_refused(wide_run, tmp_path):
     model = wmjax.load(wide_run)
     says(repr(model), "size=32", "width=48")

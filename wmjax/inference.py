@@ -56,9 +56,9 @@ class Model:
         crop_pct: float | None = None,
     ) -> None:
         # dtype and kernels are chosen for this machine, not for the one that trained the model.
-        compute = Compute.of(source.model)
+        compute = dataclasses.replace(Compute.of(source.model), remat="none", target_dtype="")
         compute = dataclasses.replace(
-            compute, dtype=dtype or "float32", remat="none", attention="auto", norm="auto"
+            compute, dtype=dtype or "float32", attention="auto", norm="auto"
         )
         blueprint = source.blueprint(compute)
         self._classifier = settings = (probe or source).classifier

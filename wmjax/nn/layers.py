@@ -252,10 +252,10 @@ class Block(nnx.Module):
         lets cuBLAS add it to the stream, but not across the turns of a scan.
         """
         x_BND, y_BND = self._first_norm(*stream)
-        pending, longer = self.attention.with_past(y_BND, table, past)
+        pending, new = self.attention.with_past(y_BND, table, past)
         x_BND, y_BND = self.norm2.after(x_BND, pending, self.fused_norm)
         pending = self.mlp.pending(y_BND)
-        return (x_BND, pending) if self.fused_norm else (x_BND + total(pending), None), longer
+        return (x_BND, pending) if self.fused_norm else (x_BND + total(pending), None), new
 
     def _first_norm(self, x_BND: jax.Array, pending: Pending | None) -> tuple[jax.Array, jax.Array]:
         """Return the residual stream with the pending update, and its norm."""
