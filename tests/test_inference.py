@@ -122,14 +122,11 @@ def test_under_jit_floats_need_a_word(model):
         encode(floats)
 
 
-def test_a_run_with_a_float8_target_loads_where_there_is_no_float8(wide_run, tmp_path):
-    shutil.copytree(wide_run, tmp_path / "run")
-    path = tmp_path / "run/config.json"
-    config = json.loads(path.read_text())
-    config["model"]["target_dtype"] = "float8"
-    path.write_text(json.dumps(config))
+def test_a_run_with_a_float8_target_loads_where_there_is_no_float8(wide_run):
+    source = weights.open_pretrained(wide_run)
+    narrow = dataclasses.replace(source, model={**source.model, "target_dtype": "float8"})
     video = np.zeros((4, 32, 48, 3), np.uint8)
-    found, plain = (wmjax.load(run).encode(video) for run in (tmp_path / "run", wide_run))
+    found, plain = (Model(each).encode(video) for each in (narrow, source))
     np.testing.assert_array_equal(found, plain)
 
 
