@@ -56,9 +56,13 @@ class Model:
         crop_pct: float | None = None,
     ) -> None:
         # dtype and kernels are chosen for this machine, not for the one that trained the model.
-        compute = dataclasses.replace(Compute.of(source.model), remat="none", target_dtype="")
         compute = dataclasses.replace(
-            compute, dtype=dtype or "float32", attention="auto", norm="auto"
+            Compute.of(source.model),
+            dtype=dtype or "float32",
+            target_dtype="",
+            remat="none",
+            attention="auto",
+            norm="auto",
         )
         blueprint = source.blueprint(compute)
         self._classifier = settings = (probe or source).classifier
@@ -491,9 +495,7 @@ def _jit_unless_traced(fn: Callable[..., Any]) -> Callable[..., Any]:
     jitted = jit(fn)
 
     def call(params: base.Params, *arrays: Any) -> Any:
-        traced = any(
-            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, arrays))
-        )
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
         return (fn if traced else jitted)(params, *arrays)
 
     return call

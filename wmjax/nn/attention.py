@@ -151,12 +151,13 @@ def attend(
 
     lengths: tokens of each sequence along N. tails: queries of each sequence along M.
     """
-    if _chosen(implementation, max(lengths), query_BMHd.shape[-1]) == "triton":
+    chosen = _chosen(implementation, max(lengths), query_BMHd.shape[-1])
+    if chosen == "triton":
         from wmjax.nn.kernels import attention_gpu  # Pallas takes a while to import
 
         return attention_gpu.attend(query_BMHd, key_BNHd, value_BNHd, tails, lengths)
-    named = {"xla": xla_attention, "splash": splash_attention}
-    one = named.get(implementation, cudnn_attention)
+    named = {"xla": xla_attention, "cudnn": cudnn_attention, "splash": splash_attention}
+    one = named[chosen]
     keys, values = (split(x, lengths) for x in (key_BNHd, value_BNHd))
     apart = zip(split(query_BMHd, tails), keys, values, strict=True)
     return jnp.concatenate([one(*arrays) for arrays in apart], axis=1)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from wmjax.errors import UserError
-from wmjax.nn.kernels.devices import device_name
+from wmjax.nn.kernels.devices import device_name, modern_gpu
 
 MOST = 448.0  # the largest number of float8 e4m3
 UNIT = 0.5  # of activations, which are 224 at most
+ADA = 8.9  # compute capability of the first GPUs with these products
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -31,12 +32,5 @@ def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def check(key: str) -> None:
     """Raise UserError where there are no products of float8 numbers."""
-    try:
-        fits = all(
-            device.platform == "gpu" and float(device.compute_capability) >= 8.9
-            for device in jax.devices()
-        )
-    except (AttributeError, ValueError):  # a GPU that is not from NVIDIA
-        fits = False
-    if not fits:
+    if not modern_gpu(ADA):
         raise UserError(f"{key}='float8' on {device_name()}: wanted an NVIDIA GPU from Ada on")

@@ -12,15 +12,15 @@ import jax
 Lengths = tuple[int, ...]
 
 
-def modern_gpu() -> bool:
-    """Return whether all devices are NVIDIA GPUs from Ampere (2020) on.
+def modern_gpu(capability: float = 8.0) -> bool:
+    """Return whether all devices are NVIDIA GPUs of a compute capability; 8.0: Ampere (2020) on.
 
     Older GPUs have no bfloat16 in hardware and no fused attention in cuDNN, and our Triton kernels
     may not run there.
     """
     try:
         return all(
-            device.platform == "gpu" and float(device.compute_capability) >= 8
+            device.platform == "gpu" and float(device.compute_capability) >= capability
             for device in jax.devices()
         )
     except (AttributeError, ValueError):  # a GPU that is not from NVIDIA
